@@ -43,7 +43,7 @@ class EnvshipError(Exception):
     them into the message. Fields must be picklable.
     """
 
-    fields: tuple[str, ...] = ("message",)
+    fields: Sequence[str] = ("message",)
     retryable = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -75,8 +75,8 @@ Entry = Union[File, Link, HardLink, Directory]
 class Package(NamedTuple):
     """One package of an environment.
 
-    *kind* is ``conda``, ``pypi``, ``project`` (editable source), ``python`` (a venv's interpreter) or ``files`` (owned by
-    no package).
+    *kind* is ``conda``, ``pypi``, ``project`` (editable source), ``python`` (a venv's interpreter) or ``files``
+    (owned by no package).
     """
 
     name: str
@@ -202,8 +202,9 @@ class Manifest:
         ManifestInvalid
             If the bytes break the format, are not canonical, or do not have the expected id.
         """
-        if expected_id is not None and digest_of(data) != expected_id:
-            raise ManifestInvalid(f"expected id {expected_id}, found {digest_of(data)}", "manifest")
+        actual_id = EnvironmentId(digest_of(data))
+        if expected_id is not None and actual_id != expected_id:
+            raise ManifestInvalid(f"expected id {expected_id}, found {actual_id}", "manifest")
         raw = _parse(data)
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
             raise ManifestInvalid(f"format {FORMAT} expected", "manifest")
