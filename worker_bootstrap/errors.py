@@ -215,7 +215,7 @@ class EnvironmentMissing(StoreError):
 class MaterialiseError(EnvshipError):
     """The prefix of an environment cannot be built."""
 
-    fields = ("environment_id", "path", "reason")
+    fields: Sequence[str] = ("environment_id", "path", "reason")
     environment_id: str
     path: str
     reason: str
@@ -295,7 +295,7 @@ class IncompatibleEnvironment(EnvshipError):
 class SwapError(EnvshipError):
     """A swap was given up. ``causes`` maps each host or process to what went wrong there."""
 
-    fields = ("environment_id", "causes")
+    fields: Sequence[str] = ("environment_id", "causes")
     environment_id: str
     causes: dict[str, str]
     outcome = "the cluster is as it was"
