@@ -20,6 +20,7 @@
     │   └── PrefixTooLong            a placeholder is shorter than the new prefix
     ├── StartError                   the new interpreter did not get ready
     ├── TransferError                a peer did not deliver (worth a retry with another one)
+    ├── SettingInvalid               a value in Dask's configuration is not usable
     ├── NotSwappable                 this cluster, or a process of it, cannot be swapped
     ├── IncompatibleEnvironment      platform or versions unlike the client's or the cluster's
     └── SwapError                    a swap was given up; holds a cause for each host
@@ -265,6 +266,22 @@ class TransferError(EnvshipError):
 
     def describe(self) -> str:
         return f"{self.peer} did not deliver: {self.reason}"
+
+
+class SettingInvalid(EnvshipError):
+    """A setting in Dask's configuration has a value that cannot be used."""
+
+    fields = ("setting", "value", "expected")
+    setting: str
+    value: Any
+    expected: str
+
+    def describe(self) -> str:
+        variable = "DASK_ENVSHIP__" + self.setting.replace(".", "__").replace("-", "_").upper()
+        return (
+            f"envship.{self.setting} is {self.value!r} in Dask's configuration: expected {self.expected}. Correct it "
+            f"in ~/.config/dask, in {variable}, or where dask.config.set sets it."
+        )
 
 
 class NotSwappable(EnvshipError):

@@ -1,0 +1,148 @@
+"""Settings of envship, in Dask's configuration under ``envship:``.
+
+Importing this module loads the defaults of ``envship.yaml`` beneath whatever the user has set. Each setting has one
+accessor here, which reads it when called, checks it, and returns it in one unit: nothing else of `envship` reads the
+configuration. Machines of the cluster have their own; what they need of the client's is sent to them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import dask.config
+import yaml
+from dask.utils import parse_bytes, parse_timedelta
+
+from worker_bootstrap.errors import SettingInvalid
+
+LinkMode = Literal["auto", "reflink", "hardlink", "copy"]
+Timeout = Literal["prepare", "start", "commit", "upload"]
+
+
+def load_defaults() -> None:
+    """Put the defaults of ``envship.yaml`` beneath the present configuration. Idempotent."""
+    with open(Path(__file__).with_name("envship.yaml"), encoding="utf-8") as file:
+        dask.config.update_defaults(yaml.safe_load(file))
+
+
+def store() -> Path | None:
+    """The writable store, or None where it is left to ``ENVSHIP_STORE`` and the cache folder.
+
+    Raises
+    ------
+    SettingInvalid
+        If ``envship.store`` is not a path.
+    """
+    value = _get("store")
+    return None if value is None else _path("store", value)
+
+
+def stores() -> tuple[Path, ...]:
+    """The read-only stores, in the order in which they are looked in.
+
+    Raises
+    ------
+    SettingInvalid
+        If ``envship.stores`` is not a list of paths.
+    """
+    value = _get("stores")
+    if not isinstance(value, (list, tuple)):
+        raise SettingInvalid("stores", value, "a list of paths")
+    return tuple(_path("stores", entry) for entry in value)
+
+
+def store_limit_bytes() -> int | None:
+    """The size over which the writable store is collected, or None for no limit.
+
+    Raises
+    ------
+    SettingInvalid
+        If ``envship.store-limit`` is not a size.
+    """
+    value = _get("store-limit")
+    if value is None:
+        return None
+    try:
+        limit_bytes = int(parse_bytes(value))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise SettingInvalid("store-limit", value, "a size such as '50 GB', or null") from error
+    if limit_bytes < 0:
+        raise SettingInvalid("store-limit", value, "a size of at least 0, or null")
+    return limit_bytes
+
+
+def link_mode() -> LinkMode:
+    """How files of an environment already built are reused: ``auto``, ``reflink``, ``hardlink`` or ``copy``.
+
+    Raises
+    ------
+    SettingInvalid
+        If ``envship.link-mode`` is none of these.
+    """
+    value = _get("link-mode")
+    if value not in get_args(LinkMode):
+        raise SettingInvalid("link-mode", value, "one of " + ", ".join(get_args(LinkMode)))
+    return cast(LinkMode, value)
+
+
+def keep_warm() -> int:
+    """How many environments left behind keep a parked interpreter on each host.
+
+    Raises
+    ------
+    SettingInvalid
+        If ``envship.keep-warm`` is not a whole number of at least 0.
+    """
+    value = _get("keep-warm")
+    if type(value) is not int or value < 0:
+        raise SettingInvalid("keep-warm", value, "a whole number of at least 0")
+    return value
+
+
+def timeout_s(phase: Timeout) -> float:
+    """The seconds that *phase* may take.
+
+    Raises
+    ------
+    SettingInvalid
+        If ``envship.timeouts.<phase>`` is not a duration over 0.
+    """
+    name = f"timeouts.{phase}"
+    value = _get(name)
+    try:
+        seconds = float(parse_timedelta(value))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise SettingInvalid(name, value, "a duration such as '60s'") from error
+    if not seconds > 0:
+        raise SettingInvalid(name, value, "a duration over 0")
+    return seconds
+
+
+def progress() -> bool | None:
+    """Whether to show progress: always, never, or (None) only in notebooks and on terminals.
+
+    Raises
+    ------
+    SettingInvalid
+        If ``envship.progress`` is neither ``auto`` nor a truth value.
+    """
+    value = _get("progress")
+    if value == "auto":
+        return None
+    if not isinstance(value, bool):
+        raise SettingInvalid("progress", value, "auto, true or false")
+    return value
+
+
+def _get(name: str) -> Any:
+    return dask.config.get(f"envship.{name}", default=None)
+
+
+def _path(name: str, value: Any) -> Path:
+    if not isinstance(value, (str, Path)) or not str(value):
+        raise SettingInvalid(name, value, "a path")
+    return Path(value).expanduser()
+
+
+load_defaults()
