@@ -41,13 +41,8 @@ def status() -> EnvironmentStatus:
     moved = ProcessStatus("tcp://h:2", "alice", "host1", 11, A, "/s/envs/aaaa", "3.12.1", True)
     left = ProcessStatus("tcp://h:3", "<bob>", "host2", 12, None, "/opt/base", "3.11.7", True)
     host = HostStatus("host1", "node-1", "/s", (A, B), (B,), 30 << 20, 5 << 30)
-    return EnvironmentStatus(
-        A,
-        {A: {"name": "analysis", "packages": 3, "size_bytes": 1}},
-        scheduler,
-        {"w1": moved, "w2": left},
-        {"host1": host},
-    )
+    known = {A: EnvironmentSummary(name="analysis", packages=3, size_bytes=1)}
+    return EnvironmentStatus(A, known, scheduler, {"w1": moved, "w2": left}, {"host1": host})
 
 
 def test_swap_says_from_where_to_where_how_long_and_what_it_cost() -> None:
