@@ -1,0 +1,376 @@
+"""Chunks from store to store: what an agent serves, its loop of fetching, and the client's upload.
+
+Bytes go from disk to disk in messages of at most 16 MiB, a few at a time, so memory never holds an environment. Peers
+ask by digest and nothing else. Every chunk that arrives is checked against its name before it is kept. What to fetch
+from whom is decided by `worker_bootstrap.tracker`; how a message travels is `worker_bootstrap.wire`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from worker_bootstrap import codec
+from worker_bootstrap.digest import Digest, is_digest
+from worker_bootstrap.errors import ChunkInvalid, ChunkMissing, EnvshipError, TransferError
+from worker_bootstrap.store import Store
+from worker_bootstrap.tracker import BATCH_LIMIT_CHUNKS, Batch, Offer, Upload
+from worker_bootstrap.wire import Payload, call, frame, payload_of
+
+logger = logging.getLogger(__name__)
+
+_Parsed = TypeVar("_Parsed")
+
+MESSAGE_LIMIT_BYTES = 32 << 20
+"""A server reads no more than this into one reply: twice a batch, should the codecs have made nothing smaller."""
+PARALLEL = 3
+"""Batches that a host fetches, or a client uploads, at the same time."""
+TIMEOUT_S = 60.0
+"""A message must be through in this time: 16 MiB at 2 Mbit/s."""
+
+
+class EncodedChunk(NamedTuple):
+    """A chunk as it travels: *payload* is its content, compressed with *codec*. Not verified yet."""
+
+    digest: Digest
+    codec: str
+    payload: Payload
+
+
+class Outcome(NamedTuple):
+    """What became of a batch from, or an upload to, the agent at *peer*.
+
+    *blame* says that the peer died or sent wrong bytes; without it, the peer lacks the chunks that *failed*.
+    """
+
+    peer: str
+    received: tuple[Digest, ...]
+    failed: tuple[Digest, ...]
+    blame: bool
+    reason: str
+
+
+class Held(NamedTuple):
+    """What a peer says of some chunks: those that it holds, and the codecs that it can decode."""
+
+    digests: tuple[Digest, ...]
+    accept: tuple[str, ...]
+
+
+GetChunks = Callable[[str, Sequence[Digest]], Awaitable[Sequence[EncodedChunk]]]
+PutChunks = Callable[[str, Sequence[EncodedChunk]], Awaitable[Sequence[Digest]]]
+AskHeld = Callable[[str, Sequence[Digest]], Awaitable[Held]]
+Report = Callable[[Outcome], Awaitable[None]]
+
+
+class ChunkServer:
+    """Serves the chunks of *store* to peers, and takes chunks from them.
+
+    Parameters
+    ----------
+    store
+        The store of this host.
+    on_received
+        Called on the event loop with the digests that a peer has put here.
+
+    Notes
+    -----
+    Register it with ``server.handlers.update(chunk_server.handlers())`` on any `distributed.core.Server`. Handlers
+    answer errors in words, never by raising, because Dask sends exceptions pickled.
+    """
+
+    def __init__(self, store: Store, on_received: Callable[[list[Digest]], object] | None = None) -> None:
+        self._store = store
+        self._on_received = on_received
+
+    def handlers(self) -> dict[str, Callable[..., Awaitable[dict[str, Any]]]]:
+        """Operation names and their handlers."""
+        return {
+            "envship_get_chunks": self.get_chunks,
+            "envship_put_chunks": self.put_chunks,
+            "envship_has_chunks": self.has_chunks,
+        }
+
+    async def get_chunks(self, digests: Any = (), accept: Any = ()) -> dict[str, Any]:
+        """Chunks in codecs that the peer accepts; those that this store lacks are left out."""
+        try:
+            found = await asyncio.to_thread(_read, self._store, _checked(digests), _codec_names(accept))
+        except (EnvshipError, ValueError, OSError) as error:
+            return _refusal(error)
+        rows = [(chunk.digest, chunk.codec, frame(chunk.payload)) for chunk in found]
+        return {"status": "OK", "chunks": rows}
+
+    async def put_chunks(self, comm: Any, chunks: Any = ()) -> dict[str, Any]:
+        """Verify and keep chunks; answers which were kept, and why the others were not."""
+        try:
+            rows = [_chunk_of(row) for row in chunks]
+            kept, invalid = await asyncio.to_thread(_write, self._store, rows, str(comm.peer_address))
+        except (EnvshipError, ValueError, TypeError, OSError) as error:
+            return _refusal(error)
+        if self._on_received is not None and kept:
+            self._on_received(kept)
+        return {"status": "OK", "received": kept, "invalid": invalid}
+
+    async def has_chunks(self, digests: Any = ()) -> dict[str, Any]:
+        """Which of *digests* this store holds, and the codecs that it can decode."""
+        try:
+            asked = _checked(digests, limit=None)
+            missing = set(await asyncio.to_thread(self._store.missing, asked))
+        except (ValueError, OSError) as error:
+            return _refusal(error)
+        held = [digest for digest in asked if digest not in missing]
+        return {"status": "OK", "held": held, "accept": codec.available()}
+
+
+class PeerChunks:
+    """The chunk operations of other agents, called over *pool* (``server.rpc`` or ``client.rpc``).
+
+    Every method raises `TransferError`, naming the peer, if the peer cannot be reached in *timeout_s* or breaks the
+    protocol.
+    """
+
+    def __init__(self, pool: Any, timeout_s: float = TIMEOUT_S) -> None:
+        self._pool = pool
+        self._timeout_s = timeout_s
+
+    async def get(self, address: str, digests: Sequence[Digest]) -> list[EncodedChunk]:
+        """Those of *digests* that the peer holds, unverified, in codecs that this process can decode."""
+        message = {"digests": list(digests), "accept": list(codec.available())}
+        reply = await self._call(address, "envship_get_chunks", message)
+        chunks = self._parsed(address, lambda: [_chunk_of(row) for row in reply["chunks"]])
+        wanted = set(digests)
+        if len(chunks) > len(wanted) or not wanted.issuperset(chunk.digest for chunk in chunks):
+            raise TransferError(address, "it sent chunks that nobody asked for")
+        return chunks
+
+    async def put(self, address: str, chunks: Sequence[EncodedChunk]) -> list[Digest]:
+        """Send *chunks* to the peer; return those that it kept."""
+        rows = [(chunk.digest, chunk.codec, frame(chunk.payload)) for chunk in chunks]
+        reply = await self._call(address, "envship_put_chunks", {"chunks": rows})
+        kept = self._parsed(address, lambda: _checked(reply["received"]))
+        for digest, reason in dict(reply.get("invalid") or {}).items():
+            logger.warning("%s did not keep chunk %s: %s", address, digest, reason)
+        return kept
+
+    async def held(self, address: str, digests: Sequence[Digest]) -> Held:
+        """Which of *digests* the peer holds, and the codecs that it can decode."""
+        reply = await self._call(address, "envship_has_chunks", {"digests": list(digests)})
+        return self._parsed(
+            address, lambda: Held(tuple(_checked(reply["held"], limit=None)), _codec_names(reply["accept"]))
+        )
+
+    async def _call(self, address: str, op: str, message: dict[str, Any]) -> dict[str, Any]:
+        return await call(self._pool, address, op, message, timeout_s=self._timeout_s)
+
+    @staticmethod
+    def _parsed(address: str, parse: Callable[[], _Parsed]) -> _Parsed:
+        try:
+            return parse()
+        except (ValueError, TypeError, KeyError) as error:
+            raise TransferError(address, f"its answer breaks the protocol: {error}") from error
+
+
+async def fetch_chunks(
+    store: Store,
+    *,
+    next_batch: Callable[[], Awaitable[Offer]],
+    get: GetChunks,
+    report: Report,
+    parallel: int = PARALLEL,
+    pause_s: float = 0.05,
+) -> None:
+    """Fetch what this host is told to, until nothing is outstanding.
+
+    Parameters
+    ----------
+    next_batch
+        Asks the coordinator for work (`Tracker.offer`); it may wait before it answers that there is none. Whatever
+        it raises ends the exchange.
+    get
+        Fetches chunks from a peer (`PeerChunks.get`).
+    report
+        Tells the coordinator what became of a batch.
+    parallel
+        Batches in flight; up to 16 MiB of memory each, twice that while one is decompressed.
+    pause_s
+        Waiting time after an answer without work; doubled each time, up to 1 s.
+
+    Raises
+    ------
+    StoreFull
+        If the chunks do not fit here. A peer's failure is reported, and never raises.
+
+    Notes
+    -----
+    May be cancelled at any point, and started again: what was kept stays kept. A thread that is writing when the call
+    is cancelled finishes its batch.
+    """
+
+    async def work() -> None:
+        wait_s = pause_s
+        while True:
+            batch, outstanding = await next_batch()
+            if batch is not None:
+                await report(await _fetch_batch(store, batch, get))
+                wait_s = pause_s
+            elif not outstanding:
+                return
+            else:
+                await asyncio.sleep(wait_s)
+                wait_s = min(2 * wait_s, 1.0)
+
+    await _all_or_none([work() for _ in range(parallel)])
+
+
+async def _fetch_batch(store: Store, batch: Batch, get: GetChunks) -> Outcome:
+    try:
+        chunks = await get(batch.source, batch.digests)
+    except TransferError as error:
+        logger.info("Fetching %d chunks failed: %s", len(batch.digests), error)
+        return Outcome(batch.source, (), batch.digests, True, str(error))
+    kept, invalid = await asyncio.to_thread(_write, store, chunks, batch.source)
+    failed = tuple(digest for digest in batch.digests if digest not in set(kept))
+    if invalid:
+        lie = TransferError(batch.source, "; ".join(invalid.values()))
+        logger.warning("%s", lie)
+        return Outcome(batch.source, tuple(kept), failed, True, str(lie))
+    return Outcome(batch.source, tuple(kept), failed, False, "it does not hold them" if failed else "")
+
+
+async def upload_chunks(
+    store: Store,
+    plan: Iterable[Upload],
+    *,
+    held: AskHeld,
+    put: PutChunks,
+    report: Report,
+    parallel: int = 2,
+) -> list[Digest]:
+    """Send the chunks of *plan* (`Tracker.plan_uploads`) into the cluster, each once.
+
+    Parameters
+    ----------
+    store
+        Where the chunks are read.
+    held, put
+        Ask a peer what it holds already, and send it the rest (`PeerChunks.held`, `PeerChunks.put`).
+    report
+        Tells the coordinator, after each message, what the peer holds now.
+    parallel
+        Messages in flight; up to 16 MiB of memory each.
+
+    Returns
+    -------
+    list of digests
+        Those that their host did not take, because it died or refused: plan them again, for another host.
+
+    Raises
+    ------
+    ChunkMissing
+        If *store* itself lacks one, or its copy turns out to be damaged.
+
+    Notes
+    -----
+    May be cancelled at any point; what has arrived stays there.
+    """
+    rest: list[Digest] = []
+    pending = iter(plan)
+
+    async def work() -> None:
+        for upload in pending:  # one iterator for all workers: each upload is taken once
+            outcome = await _upload_batch(store, upload, held, put)
+            rest.extend(outcome.failed)
+            await report(outcome)
+
+    await _all_or_none([work() for _ in range(parallel)])
+    return rest
+
+
+async def _upload_batch(store: Store, upload: Upload, held: AskHeld, put: PutChunks) -> Outcome:
+    address = upload.address
+    try:
+        there, accept = await held(address, upload.digests)
+        have = dict.fromkeys(there)
+        needed = [digest for digest in upload.digests if digest not in have]
+        chunks = await asyncio.to_thread(_read, store, needed, accept)
+        if len(chunks) < len(needed):
+            found = {chunk.digest for chunk in chunks}
+            lacking = next(digest for digest in needed if digest not in found)
+            raise ChunkMissing(lacking, str(store.layout.root))
+        have.update(dict.fromkeys(await put(address, chunks)))
+    except TransferError as error:
+        logger.info("Uploading %d chunks failed: %s", len(upload.digests), error)
+        return Outcome(address, (), upload.digests, True, str(error))
+    received = tuple(digest for digest in upload.digests if digest in have)
+    failed = tuple(digest for digest in upload.digests if digest not in have)
+    for digest in failed:
+        # Refused, so perhaps damaged here: reading it drops a damaged copy, and tells.
+        await asyncio.to_thread(store.read_chunk, digest)
+    return Outcome(address, received, failed, bool(failed), "it did not keep them" if failed else "")
+
+
+async def _all_or_none(coroutines: Iterable[Awaitable[None]]) -> None:
+    """Run all to the end; if one fails, or this is cancelled, cancel the others and wait until they are gone."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _read(store: Store, digests: Iterable[Digest], accept: Collection[str]) -> list[EncodedChunk]:
+    """The chunks that *store* holds among *digests*; one that vanishes meanwhile is a miss."""
+    found = []
+    size_bytes = 0
+    for digest in digests:
+        try:
+            chunk = EncodedChunk(digest, *store.read_encoded(digest, accept))
+        except ChunkMissing:
+            continue
+        size_bytes += len(chunk.payload)
+        if size_bytes > MESSAGE_LIMIT_BYTES:
+            raise ValueError(f"more than {MESSAGE_LIMIT_BYTES} bytes in one message")
+        found.append(chunk)
+    return found
+
+
+def _write(store: Store, chunks: Iterable[EncodedChunk], where: str) -> tuple[list[Digest], dict[str, str]]:
+    """Keep *chunks*; return the digests kept, and those that were not what they are called, with the reasons."""
+    kept: list[Digest] = []
+    invalid: dict[str, str] = {}
+    for digest, codec_name, payload in chunks:
+        try:
+            store.write_encoded(digest, codec_name, payload, where)
+        except ChunkInvalid as error:
+            invalid[digest] = str(error)
+        else:
+            kept.append(digest)
+    return kept, invalid
+
+
+def _chunk_of(row: Any) -> EncodedChunk:
+    digest, codec_name, payload = row
+    return EncodedChunk(_checked([digest])[0], str(codec_name), payload_of(payload))
+
+
+def _checked(digests: Any, limit: int | None = BATCH_LIMIT_CHUNKS) -> list[Digest]:
+    """*digests* from a peer, each one checked to be a digest: nothing else ever becomes a path."""
+    if not isinstance(digests, (list, tuple)) or (limit is not None and len(digests) > limit):
+        raise ValueError(f"a list of at most {limit} digests is expected")
+    if not all(is_digest(digest) for digest in digests):
+        raise ValueError("chunks are named by their SHA-256 in lower-case hexadecimal, nothing else")
+    return list(digests)
+
+
+def _codec_names(names: Any) -> tuple[str, ...]:
+    if not isinstance(names, (list, tuple)):
+        raise ValueError("a list of codec names is expected")
+    return tuple(name for name in names if name in codec.SUFFIXES)
+
+
+def _refusal(error: BaseException) -> dict[str, Any]:
+    return {"status": "error", "text": f"{type(error).__name__}: {error}"}
