@@ -1,6 +1,6 @@
 """Progress of whatever takes over a second: in a notebook, on a terminal, or as lines in a log.
 
-`open_display` picks the face. Whoever works calls `SwapProgress.update` as often as it likes, from any thread; a
+`open_display` picks the face. Whoever works calls `Display.update` as often as it likes, from any thread; a
 painter thread shows the latest state a few times a second, and nothing at all before a second has passed. Does not know
 what a swap is: packing and uploads are shown the same way.
 """
@@ -94,7 +94,7 @@ class Face(Protocol):
         """Leave the screen tidy; keep the last state if the work *failed*."""
 
 
-class SwapProgress:
+class Display:
     """Shows the latest of many updates. A context manager; use it once.
 
     Parameters
@@ -123,7 +123,7 @@ class SwapProgress:
         """Make this the state to show. *hosts* maps any key to how far that host is."""
         self._latest = Snapshot(phase, dict(hosts), note, 0.0)
 
-    def __enter__(self) -> SwapProgress:
+    def __enter__(self) -> Display:
         self._began = time.monotonic()
         if self._face is not None:
             self._painter.start()
@@ -160,7 +160,7 @@ class SwapProgress:
             self._face.paint(snapshot._replace(elapsed_s=time.monotonic() - self._began))
 
 
-def open_display(enabled: bool | None = None) -> SwapProgress:
+def open_display(enabled: bool | None = None) -> Display:
     """A display that fits where this process runs.
 
     Parameters
@@ -177,12 +177,12 @@ def open_display(enabled: bool | None = None) -> SwapProgress:
     if enabled is None:
         enabled = config.progress()
     if enabled is False:
-        return SwapProgress(None)
+        return Display(None)
     if _in_notebook():
-        return SwapProgress(NotebookFace())
+        return Display(NotebookFace())
     if sys.stderr is not None and sys.stderr.isatty():
-        return SwapProgress(TerminalFace())
-    return SwapProgress(LinesFace() if enabled else None)
+        return Display(TerminalFace())
+    return Display(LinesFace() if enabled else None)
 
 
 class TerminalFace:

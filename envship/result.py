@@ -62,12 +62,13 @@ class SwapResult:
     lost_futures: int = 0
 
     def __repr__(self) -> str:
-        return "\n".join([self._headline(), *(f"  {name:<9} {text}" for name, text in self._rows())])
+        return "\n".join([self.headline(), *(f"  {name:<9} {text}" for name, text in self._rows())])
 
     def _repr_html_(self) -> str:
-        return _html_table(self._headline(), self._rows())
+        return _html_table(self.headline(), self._rows())
 
-    def _headline(self) -> str:
+    def headline(self) -> str:
+        """What happened, in one line."""
         where = name_of(self.environment_id)
         if not self.changed:
             return f"The cluster runs in {where} already ({format_seconds(self.total_s)})"
@@ -107,12 +108,13 @@ class StagedResult:
     total_s: float = 0.0
 
     def __repr__(self) -> str:
-        return "\n".join([self._headline(), *(f"  {name:<9} {text}" for name, text in self._rows())])
+        return "\n".join([self.headline(), *(f"  {name:<9} {text}" for name, text in self._rows())])
 
     def _repr_html_(self) -> str:
-        return _html_table(self._headline(), self._rows())
+        return _html_table(self.headline(), self._rows())
 
-    def _headline(self) -> str:
+    def headline(self) -> str:
+        """What happened, in one line."""
         hosts = _count(self.hosts, "host")
         return f"{name_of(self.environment_id).capitalize()} is ready on {hosts} after {format_seconds(self.total_s)}"
 
@@ -229,7 +231,7 @@ class EnvironmentStatus:
 
     def process_rows(self) -> list[tuple[str, ...]]:
         """The scheduler and each worker as texts: (process, address, environment, prefix, Python, PID, host)."""
-        processes = [("scheduler", self.scheduler), *(("worker " + w.name, w) for w in self.workers.values())]
+        processes = [("scheduler", self.scheduler), *((f"worker {w.name}", w) for w in self.workers.values())]
         return [
             (what, p.address, self.label(p.environment_id), p.prefix, p.python, str(p.pid), self._hostname(p.host_id))
             for what, p in processes
@@ -249,18 +251,19 @@ class EnvironmentStatus:
         ]
 
     def __repr__(self) -> str:
-        lines = [self._headline(), _text_table(PROCESS_COLUMNS, self.process_rows())]
+        lines = [self.headline(), _text_table(PROCESS_COLUMNS, self.process_rows())]
         if self.hosts:
             lines.append(_text_table(HOST_COLUMNS, self.host_rows()))
         return "\n\n".join(lines)
 
     def _repr_html_(self) -> str:
-        parts = [f"<div><b>{escape(self._headline())}</b></div>", _html_grid(PROCESS_COLUMNS, self.process_rows())]
+        parts = [f"<div><b>{escape(self.headline())}</b></div>", _html_grid(PROCESS_COLUMNS, self.process_rows())]
         if self.hosts:
             parts.append(_html_grid(HOST_COLUMNS, self.host_rows()))
         return "\n".join(parts)
 
-    def _headline(self) -> str:
+    def headline(self) -> str:
+        """Where the workers are, in one line."""
         there = sum(worker.environment_id == self.target_id for worker in self.workers.values())
         what = "base environment" if self.target_id is None else f"environment {self.label(self.target_id)}"
         return f"{there} of {_count(len(self.workers), 'worker')} in the {what}"

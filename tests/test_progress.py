@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from envship import progress
-from envship.progress import HostProgress, Snapshot, SwapProgress
+from envship.progress import Display, HostProgress, Snapshot
 
 HALF = HostProgress("node-1", "fetching", 1 << 20, 2 << 20, "from node-2")
 READY = HostProgress("node-2", "ready", 2 << 20, 2 << 20, "")
@@ -47,7 +47,7 @@ def until(condition: Callable[[], object], deadline_s: float = 10) -> None:
 
 def test_a_moments_work_shows_nothing_and_leaves_no_thread() -> None:
     face = Recorder()
-    with SwapProgress(face, quiet_s=60) as display:
+    with Display(face, quiet_s=60) as display:
         display.update("fetch", {"h1": HALF})
     assert face.painted == []
     assert face.closed == []
@@ -57,7 +57,7 @@ def test_a_moments_work_shows_nothing_and_leaves_no_thread() -> None:
 def test_longer_work_shows_the_latest_state_of_any_thread_even_if_nothing_moves() -> None:
     """One update, then silence: it is shown all the same, and time goes on."""
     face = Recorder()
-    with SwapProgress(face, quiet_s=0.01) as display:
+    with Display(face, quiet_s=0.01) as display:
         thread = threading.Thread(target=display.update, args=("fetch", {"h1": HALF}))
         thread.start()
         thread.join()
@@ -71,7 +71,7 @@ def test_longer_work_shows_the_latest_state_of_any_thread_even_if_nothing_moves(
 
 def test_failed_work_keeps_its_last_state() -> None:
     face = Recorder()
-    with pytest.raises(ZeroDivisionError), SwapProgress(face, quiet_s=0) as display:
+    with pytest.raises(ZeroDivisionError), Display(face, quiet_s=0) as display:
         display.update("fetch", {"h1": FAILED})
         until(lambda: face.painted)
         raise ZeroDivisionError
@@ -85,7 +85,7 @@ def test_a_broken_screen_does_not_break_the_work() -> None:
             raise BrokenPipeError
 
     face = Broken()
-    with SwapProgress(face, quiet_s=0) as display:
+    with Display(face, quiet_s=0) as display:
         display.update("fetch", {"h1": HALF})
         until(lambda: face.painted)
     assert face.closed == []

@@ -1,0 +1,43 @@
+"""The command line: ``envship pack | show | use | status | reset | demo``.
+
+Only here, in `envship.progress` and in a notebook does envship print. Commands import what they need when they run, so
+that ``envship --help`` stays quick. Errors of ours end as a message and exit code 1, Ctrl-C as 130.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from envship._version import __version__
+from envship.cli.cluster import reset, status, use
+from envship.cli.demo import demo
+from envship.cli.packing import pack, show
+from worker_bootstrap.errors import EnvshipError
+
+INTERRUPTED = 130
+"""Exit code of a program that Ctrl-C ended, as shells have it (128 + SIGINT)."""
+
+
+class Commands(click.Group):
+    """A group whose commands end with a message, never with a traceback, for errors that are the user's to mend."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EnvshipError as error:
+            raise click.ClickException(str(error)) from error
+        except KeyboardInterrupt:
+            click.echo("Interrupted.", err=True)
+            ctx.exit(INTERRUPTED)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="envship")
+def main() -> None:
+    """Move a running Dask cluster into your software environment."""
+
+
+for command in (pack, show, use, status, reset, demo):
+    main.add_command(command)
