@@ -14,6 +14,7 @@
     ├── StoreError                   the store cannot be used
     │   ├── StoreUntrusted           somebody else could write to it
     │   ├── StoreFull                no room left on its file system
+    │   ├── StoreBusy                somebody else holds a lock for too long
     │   ├── ChunkMissing             a chunk is not there (any more)
     │   └── EnvironmentMissing       no manifest under this environment id
     ├── MaterialiseError             the prefix cannot be built
@@ -187,6 +188,22 @@ class StoreFull(StoreError):
         return (
             f"not enough room in {self.path}: {needed}{free}. Run `envship gc`, or put the store on a larger file "
             "system (ENVSHIP_STORE)."
+        )
+
+
+class StoreBusy(StoreError):
+    """Somebody else held a lock of the store for too long. Worth a retry."""
+
+    fields = ("path", "timeout_s", "holder")
+    retryable = True
+    path: str
+    timeout_s: float
+    holder: str
+
+    def describe(self) -> str:
+        return (
+            f"{self.path} has been locked by {self.holder} for {self.timeout_s:.0f} s: it builds or evicts that "
+            "environment. Try again when it is done; ending that process frees the lock."
         )
 
 

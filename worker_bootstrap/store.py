@@ -7,7 +7,10 @@ manifests and ready marks are synced. Building is `worker_bootstrap.materialise`
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
+import re
 import tempfile
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -15,9 +18,18 @@ from pathlib import Path
 
 from worker_bootstrap import codec
 from worker_bootstrap.digest import Digest, EnvironmentId, digest_of, is_digest
-from worker_bootstrap.errors import ChunkInvalid, ChunkMissing, EnvironmentMissing, StoreFull
+from worker_bootstrap.errors import ChunkInvalid, ChunkMissing, EnvironmentMissing, StoreError, StoreFull
 from worker_bootstrap.layout import STORE_VERSION, Layout
+from worker_bootstrap.lock import Lock
 from worker_bootstrap.manifest import CHUNK_LIMIT_BYTES, Manifest
+
+MANIFEST_LIMIT_BYTES = 256 << 20
+"""Some four million chunks; a longer manifest is no manifest."""
+
+logger = logging.getLogger("envship.store")
+
+PAYLOAD_LIMIT_BYTES = CHUNK_LIMIT_BYTES + (1 << 20)
+"""No codec makes a chunk larger than this; a longer file is damaged, and is not read into memory."""
 
 
 class Store:
@@ -32,7 +44,14 @@ class Store:
 
     Notes
     -----
-    Safe to use from any number of threads and processes at once. Holds no open files.
+    Safe to use from any number of threads and processes at once. Holds no open files. Whether the stores can be
+    trusted is `worker_bootstrap.location`'s question. A read-only store that vanishes, or a file in it that cannot be
+    read, is as one that does not hold what is looked for.
+
+    Raises
+    ------
+    StoreError
+        If the writable store was made by a version of envship that keeps things elsewhere.
     """
 
     def __init__(self, root: Path, read_only: Sequence[Path] = ()) -> None:
@@ -57,14 +76,15 @@ class Store:
             If no store holds it intact. A damaged copy in the writable store is dropped, so that it is fetched again.
         """
         for path, codec_name in self._candidates(digest):
-            try:
-                data = codec.decode(path.read_bytes(), codec_name, CHUNK_LIMIT_BYTES)
-            except FileNotFoundError:
+            payload = self._read(path)
+            if payload is None:
                 continue
+            try:
+                data = codec.decode(payload, codec_name, CHUNK_LIMIT_BYTES)
+                if digest_of(data) == digest:
+                    return data
             except codec.CodecError:
-                data = None
-            if data is not None and digest_of(data) == digest:
-                return data
+                pass
             self._drop(path)
         raise ChunkMissing(digest, str(self.layout.root))
 
@@ -80,10 +100,9 @@ class Store:
         """
         for path, codec_name in self._candidates(digest):
             if codec_name in accept or codec_name == "raw":
-                try:
-                    return codec_name, path.read_bytes()
-                except FileNotFoundError:
-                    continue
+                payload = self._read(path)
+                if payload is not None:
+                    return codec_name, payload
         data = self.read_chunk(digest)
         chosen = codec.choose(accept)
         return chosen, codec.encode(data, chosen)
@@ -116,9 +135,10 @@ class Store:
             self._publish(self.layout.chunk(digest, codec.SUFFIXES[codec_name]), payload, sync=False)
 
     def write_manifest(self, manifest: Manifest) -> EnvironmentId:
-        """Keep *manifest*, synced to disk; return its environment id."""
-        if not self.layout.manifest(manifest.id).exists():
-            self._publish(self.layout.manifest(manifest.id), manifest.to_bytes(), sync=True)
+        """Keep *manifest*, synced to disk; return its environment id. A damaged copy is replaced."""
+        path, data = self.layout.manifest(manifest.id), manifest.to_bytes()
+        if _content(path, len(data)) != data:
+            self._publish(path, data, sync=True)
         return manifest.id
 
     def read_manifest(self, environment_id: EnvironmentId) -> Manifest:
@@ -127,16 +147,18 @@ class Store:
         Raises
         ------
         EnvironmentMissing
-            If no store holds it.
+            If no store holds it intact. A damaged copy in the writable store is dropped, so that it is sent again.
         ManifestInvalid
-            If the file does not have that id.
+            If it has that id, but breaks the format.
         """
         for layout in self.layouts:
-            try:
-                data = layout.manifest(environment_id).read_bytes()
-            except FileNotFoundError:
+            path = layout.manifest(environment_id)
+            data = _content(path, MANIFEST_LIMIT_BYTES)
+            if data is None:
                 continue
-            return Manifest.from_bytes(data, environment_id)
+            if str(digest_of(data)) == environment_id:
+                return Manifest.from_bytes(data, environment_id)
+            self._drop(path)
         raise EnvironmentMissing(environment_id, str(self.layout.root))
 
     def environments(self) -> list[EnvironmentId]:
@@ -147,22 +169,37 @@ class Store:
     def built(self, environment_id: EnvironmentId) -> Path | None:
         """The prefix of an environment that is built and marked ready here, or None."""
         for layout in self.layouts:
-            if layout.ready(environment_id).exists():
-                return layout.prefix(environment_id)
+            prefix = layout.prefix(environment_id)
+            if os.path.exists(layout.ready(environment_id)) and os.path.isdir(prefix):
+                return prefix
         return None
+
+    def free_bytes(self) -> int:
+        """Room for us on the file system of the writable store."""
+        room = os.statvfs(self.layout.root)
+        return room.f_bavail * room.f_frsize
 
     def _candidates(self, digest: Digest) -> Iterator[tuple[Path, str]]:
         known = codec.available()
         for layout in self.layouts:
             for name in known:
                 path = layout.chunk(digest, codec.SUFFIXES[name])
-                if path.exists():
+                if os.path.exists(path):  # unlike Path.exists, False for whatever an ailing network mount answers
                     yield path, name
 
     def _find(self, digest: Digest) -> Path | None:
         return next((path for path, _ in self._candidates(digest)), None)
 
+    def _read(self, path: Path) -> bytes | None:
+        """The file's bytes; None if it is gone, cannot be read, or is damaged by its size alone (dropped then)."""
+        data = _content(path, PAYLOAD_LIMIT_BYTES)
+        if data is not None and len(data) > PAYLOAD_LIMIT_BYTES:
+            self._drop(path)
+            return None
+        return data
+
     def _drop(self, path: Path) -> None:
+        logger.warning("%s is damaged%s", path, ": dropped" if self.layout.root in path.parents else "")
         if self.layout.root in path.parents:
             path.unlink(missing_ok=True)
 
@@ -170,7 +207,9 @@ class Store:
         try:
             publish(path, data, self.layout.tmp, sync=sync)
         except OSError as error:
-            raise full_or(error, self.layout.root) from error
+            if (full := full_error(error, self.layout.root)) is not None:
+                raise full from error
+            raise
 
 
 def publish(path: Path, data: bytes | memoryview, tmp: Path, *, sync: bool) -> None:
@@ -204,21 +243,53 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
-def full_or(error: OSError, path: Path) -> Exception:
-    """`StoreFull` if *error* says that there is no room (blocks, inodes or quota), else *error* itself."""
-    import errno
+def full_error(error: OSError, path: Path) -> StoreFull | None:
+    """`StoreFull` if *error* says that there is no room (blocks, inodes or quota) in the store at *path*, else None."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    room = os.statvfs(path)
+    # A quota or the inodes may be used up while blocks are free: then the number of free bytes would mislead.
+    free_bytes = room.f_bavail * room.f_frsize
+    return StoreFull(str(path), 0, free_bytes if error.errno == errno.ENOSPC and room.f_favail else None)
 
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        room = os.statvfs(path)
-        return StoreFull(str(path), 0, room.f_bavail * room.f_frsize)
-    return error
+
+def _content(path: Path, limit_bytes: int) -> bytes | None:
+    """At most ``limit_bytes + 1`` bytes of a file; None if it is gone or cannot be read."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            size_bytes = os.fstat(file.fileno()).st_size
+            return file.read(min(size_bytes, limit_bytes) + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        logger.warning("%s cannot be read: %s", path, error)
+        return None
 
 
 def _prepare(layout: Layout) -> str:
+    """Make what is not there; return the host's id."""
+    if not layout.root.exists():
+        layout.root.parent.mkdir(parents=True, exist_ok=True)
+        layout.root.mkdir(mode=0o700, exist_ok=True)
     for folder in layout.folders:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700 if folder is layout.root else 0o755)
-    if not layout.host_id.exists():
-        publish(layout.host_id, uuid.uuid4().hex.encode(), layout.tmp, sync=True)
-    if not layout.version.exists():
-        publish(layout.version, STORE_VERSION.encode(), layout.tmp, sync=True)
-    return layout.host_id.read_text().strip()
+        folder.mkdir(mode=0o755, exist_ok=True)
+    host_id = _host_id(layout)
+    if host_id is None:
+        # Two processes that come first at once must not each believe in an id of their own.
+        with Lock(layout.locks / "host-id.lock"):
+            if (host_id := _host_id(layout)) is None:
+                host_id = uuid.uuid4().hex
+                publish(layout.version, STORE_VERSION.encode(), layout.tmp, sync=True)
+                publish(layout.host_id, host_id.encode(), layout.tmp, sync=True)
+    version = (_content(layout.version, 64) or b"").decode("ascii", "replace").strip()
+    if version != STORE_VERSION:
+        raise StoreError(
+            f"the store {layout.root} has version {version!r}; this envship needs {STORE_VERSION!r}. Name another "
+            "folder (ENVSHIP_STORE), or remove that one."
+        )
+    return host_id
+
+
+def _host_id(layout: Layout) -> str | None:
+    found = (_content(layout.host_id, 64) or b"").decode("ascii", "replace").strip()
+    return found if re.fullmatch("[0-9a-f]{32}", found) else None

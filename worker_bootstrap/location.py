@@ -1,0 +1,175 @@
+"""Where the store of this machine lies, and whether it can be trusted.
+
+``ENVSHIP_STORE``, else Dask's setting ``envship.store``, else the user's cache folder, unless that is on a network file
+system: then ``/var/tmp/envship-<uid>``. A store that another user could write to, itself or a folder on the way to
+it, is refused: environments in it are run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import grp
+import importlib
+import os
+import pwd
+import stat
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from worker_bootstrap.errors import SettingInvalid, StoreUntrusted
+from worker_bootstrap.store import Store
+
+STORE_VARIABLE = "ENVSHIP_STORE"
+NETWORK_FILE_SYSTEMS = frozenset(
+    (
+        *("nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ceph", "lustre", "gpfs", "beegfs", "panfs", "pvfs2"),
+        *("orangefs", "glusterfs", "fuse.glusterfs", "fuse.sshfs", "fuse.s3fs", "fuse.ceph", "fuse.juicefs", "wekafs"),
+    )
+)
+LINK_LIMIT = 40
+"""As many symbolic links as the kernel follows in one path."""
+
+
+def open_store(root: str | Path | None = None, read_only: Iterable[str | Path] | None = None) -> Store:
+    """The store of this machine; made if it is not there.
+
+    Parameters
+    ----------
+    root
+        The writable store; None finds it as the module says.
+    read_only
+        Stores that are looked in first and used in place; None takes Dask's setting ``envship.stores``.
+
+    Raises
+    ------
+    StoreUntrusted
+        If another user could write to one of them.
+    SettingInvalid
+        If a setting is not a path, or not a list of paths.
+    """
+    others = _configured_stores() if read_only is None else read_only
+    chosen = trusted(Path(root) if root is not None else default_root())
+    return Store(chosen, [trusted(Path(path)) for path in others])
+
+
+def default_root() -> Path:
+    """Where the writable store lies when nobody names one."""
+    given = os.environ.get(STORE_VARIABLE) or _configured("store")
+    if given:
+        if not isinstance(given, str):
+            raise SettingInvalid("store", given, "a path")
+        return Path(given).expanduser().absolute()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "envship"
+    if cache.is_absolute() and file_system_of(cache) not in NETWORK_FILE_SYSTEMS:
+        return cache
+    return Path(f"/var/tmp/envship-{os.getuid()}")
+
+
+def trusted(path: Path) -> Path:
+    """*path* without symbolic links, if nobody but its owner, who is us or root, can change what lies there.
+
+    Raises
+    ------
+    StoreUntrusted
+        If it, a folder above it, or a symbolic link on the way belongs to somebody else, or others can write to it.
+        Folders with the sticky bit (``/tmp``) may lie above it.
+    """
+    waiting = list(reversed(path.expanduser().absolute().parts[1:]))
+    here = "/"
+    links = 0
+    _check_folder(path, here, os.lstat(here), is_store=False)
+    while waiting:
+        part = waiting.pop()
+        if part == "..":
+            here = os.path.dirname(here)
+            continue
+        step = os.path.join(here, part)
+        try:
+            found = os.lstat(step)
+        except FileNotFoundError:
+            return Path(step, *reversed(waiting))  # what is not there yet is made by us
+        if stat.S_ISLNK(found.st_mode):
+            links += 1
+            if found.st_uid not in (0, os.getuid()) or links > LINK_LIMIT:
+                raise StoreUntrusted(str(path), f"the symbolic link {step} belongs to {_user(found.st_uid)}")
+            target = Path(os.readlink(step))
+            here = "/" if target.is_absolute() else here
+            waiting += reversed([part for part in target.parts if part != "/"])
+        else:
+            _check_folder(path, step, found, is_store=not waiting)
+            here = step
+    return Path(here)
+
+
+def file_system_of(path: Path, mount_table: str | None = None) -> str:
+    """Type of the file system that *path* lies (or would lie) on, as Linux names it; empty where that is unknown.
+
+    *mount_table* stands for ``/proc/self/mountinfo``.
+    """
+    if mount_table is None:
+        try:
+            mount_table = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
+        except OSError:
+            return ""
+    real = os.path.realpath(path) + "/"
+    best, kind = "", ""
+    for line in mount_table.splitlines():
+        left, _, right = line.partition(" - ")
+        fields = left.split(" ")
+        if len(fields) < 5 or not right:
+            continue
+        point = fields[4].replace("\\040", " ").rstrip("/") + "/"
+        # A later mount on the same point hides the earlier one.
+        if real.startswith(point) and len(point) >= len(best):
+            best, kind = point, right.split(" ")[0]
+    return kind
+
+
+def _check_folder(store: Path, path: str, found: os.stat_result, *, is_store: bool) -> None:
+    if not stat.S_ISDIR(found.st_mode):
+        raise StoreUntrusted(str(store), f"{path} is not a folder")
+    if found.st_uid not in (0, os.getuid()):
+        raise StoreUntrusted(str(store), f"{path} belongs to {_user(found.st_uid)}")
+    if found.st_mode & stat.S_ISVTX and not is_store:
+        return
+    if found.st_mode & stat.S_IWOTH:
+        raise StoreUntrusted(str(store), f"everybody can write to {path}")
+    if found.st_mode & stat.S_IWGRP and not _is_private(found.st_gid):
+        raise StoreUntrusted(str(store), f"the members of group {_group(found.st_gid)} can write to {path}")
+
+
+def _is_private(gid: int) -> bool:
+    """Whether the group holds nobody but us or root: root's, or the user's own, as most distributions make one."""
+    with contextlib.suppress(KeyError):
+        own, group = pwd.getpwuid(os.getuid()), grp.getgrgid(gid)
+        return (gid == 0 or group.gr_name == own.pw_name) and set(group.gr_mem) <= {own.pw_name, "root"}
+    return False
+
+
+def _user(uid: int) -> str:
+    with contextlib.suppress(KeyError):
+        return f"user {pwd.getpwuid(uid).pw_name}"
+    return f"user {uid}"
+
+
+def _group(gid: int) -> str:
+    with contextlib.suppress(KeyError):
+        return grp.getgrgid(gid).gr_name
+    return str(gid)
+
+
+def _configured(name: str) -> Any:
+    """A setting of Dask's; None where Dask is not installed."""
+    try:
+        config = importlib.import_module("dask.config")
+    except ImportError:
+        return None
+    return config.get(f"envship.{name}", None)
+
+
+def _configured_stores() -> Sequence[str]:
+    given = _configured("stores") or []
+    if not isinstance(given, (list, tuple)) or not all(isinstance(path, str) for path in given):
+        raise SettingInvalid("stores", given, "a list of paths")
+    return given

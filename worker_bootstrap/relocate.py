@@ -1,0 +1,139 @@
+"""Moving the prefix that a file's bytes name: text and binary, there and back. Pure.
+
+*Text*: each occurrence is replaced; a shebang that the kernel could not use takes another form. *Binary*: within each
+NUL-terminated string the new prefix takes the place of the old one, and NUL bytes after the string keep its length, so
+that nothing else in the file moves.
+
+Source: conda's ``core/portability.py`` and conda-build's manual, "Making packages relocatable". See also
+`worker_bootstrap.materialise`, which relocates while it writes, and the sources of `envship`, which undo it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+from worker_bootstrap.manifest import Relocation
+
+SHEBANG_LIMIT_BYTES = 127
+"""Linux before 5.1 reads no more of a script's first line (``BINPRM_BUF_SIZE`` less the newline)."""
+
+_SHEBANG = re.compile(rb"#![ \t]*(?P<interpreter>[^\n]*?)(?P<arguments>(?:[ \t]+-[^\n]*)?)[ \t]*(?:\r?\n|\Z)")
+_PYTHON = re.compile(rb"(?:python|pypy)[0-9.]*t?")
+
+
+class RelocationError(ValueError):
+    """The new prefix does not fit. *room_bytes* is the length of the longest that would."""
+
+    def __init__(self, room_bytes: int) -> None:
+        super().__init__(f"room for {room_bytes} bytes")
+        self.room_bytes = room_bytes
+
+
+def fits(relocation: Relocation, prefix: str) -> bool:
+    """Whether a file with this relocation can be moved to *prefix*: text always, binary up to its placeholder."""
+    return relocation.mode == "text" or len(os.fsencode(prefix)) <= len(os.fsencode(relocation.placeholder))
+
+
+def relocate(data: bytes, relocation: Relocation, prefix: str) -> bytes:
+    """*data* as it reads at *prefix*.
+
+    Parameters
+    ----------
+    data
+        The whole canonical content of a file.
+    relocation
+        Its placeholder, and how it occurs.
+    prefix
+        Absolute path without a trailing slash.
+
+    Raises
+    ------
+    RelocationError
+        If a binary file's placeholder is shorter than *prefix*.
+    """
+    old, new = os.fsencode(relocation.placeholder), os.fsencode(prefix)
+    if relocation.mode == "binary":
+        return _replace_binary(data, old, new)
+    return _replace_text(data, old, new)
+
+
+def restore(data: bytes, relocation: Relocation, prefix: str) -> bytes:
+    """The inverse of `relocate`: the canonical content of a file that was installed at *prefix*.
+
+    Exact for what `relocate` or conda wrote, as long as *prefix* did not occur in the original, and except for scripts
+    whose interpreter was left to PATH. Strings of a binary file that lack the padding to take the placeholder back are
+    left as they are; so compare the result with a recorded digest.
+    """
+    placeholder, here = os.fsencode(relocation.placeholder), os.fsencode(prefix)
+    if relocation.mode == "binary":
+        return _restore_binary(data, here, placeholder)
+    return _restore_shebang(data).replace(here, placeholder)
+
+
+def _replace_binary(data: bytes, old: bytes, new: bytes) -> bytes:
+    room = len(old) - len(new)
+    if room < 0:
+        raise RelocationError(len(old))
+
+    def replaced(match: re.Match[bytes]) -> bytes:
+        string = match.group()
+        # Several occurrences may share one string (a list of search paths): the padding of all goes to its end.
+        return string.replace(old, new) + b"\0" * (room * string.count(old))
+
+    return re.sub(re.escape(old) + rb"[^\0]*", replaced, data)
+
+
+def _restore_binary(data: bytes, here: bytes, placeholder: bytes) -> bytes:
+    room = len(placeholder) - len(here)
+
+    def restored(match: re.Match[bytes]) -> bytes:
+        string, padding = match.group(1), match.group(2)
+        needed = room * string.count(here)
+        at_end = match.end() == len(match.string)
+        # The NUL that ends a string is no padding, except where the file ends.
+        if needed > len(padding) - (0 if at_end else 1):
+            return match.group()
+        return string.replace(here, placeholder) + padding[needed:]
+
+    return re.sub(b"(" + re.escape(here) + rb"[^\0]*)(\0*)", restored, data)
+
+
+def _replace_text(data: bytes, old: bytes, new: bytes) -> bytes:
+    shebang = _SHEBANG.match(data)
+    if shebang is None or old not in shebang.group():
+        return data.replace(old, new)
+    first = shebang.group().replace(old, new)
+    return _usable_shebang(first) + data[shebang.end() :].replace(old, new)
+
+
+def _usable_shebang(line: bytes) -> bytes:
+    """*line*, or what does the same where the kernel could not read it.
+
+    Python scripts get a first line that is both a shell's command and a Python string (the form that pip and distlib
+    write); others find their interpreter on PATH, which activation has set.
+    """
+    shebang = _SHEBANG.match(line)
+    assert shebang is not None
+    interpreter, arguments = shebang["interpreter"], shebang["arguments"]
+    if len(line.rstrip()) <= SHEBANG_LIMIT_BYTES and b" " not in interpreter:
+        return line
+    name = interpreter.rpartition(b"/")[2]
+    if _PYTHON.fullmatch(name) is None:
+        return b"#!/usr/bin/env " + name + b"\n"
+    quoted = b'"' + interpreter + b'"' if b" " in interpreter else interpreter
+    return b"#!/bin/sh\n'''exec' " + quoted + arguments + b" \"$0\" \"$@\"\n' '''\n"
+
+
+_POLYGLOT = re.compile(
+    rb"#!/bin/sh\n'''exec' (?:\"(?P<quoted>[^\"\n]+)\"|(?P<bare>[^ \n]+))(?P<arguments>[^\n\"]*?)"
+    rb" \"\$0\" \"\$@\"\n' '''\n"
+)
+
+
+def _restore_shebang(data: bytes) -> bytes:
+    polyglot = _POLYGLOT.match(data)
+    if polyglot is None:
+        return data
+    interpreter = polyglot["quoted"] or polyglot["bare"]
+    return b"#!" + interpreter + polyglot["arguments"] + b"\n" + data[polyglot.end() :]
