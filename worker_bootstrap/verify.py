@@ -1,0 +1,107 @@
+"""Comparing what lies in a store with what it should be: every chunk, every file of a built environment.
+
+Reads everything, so it takes as long as the disk; nothing calls it on the way of a swap. See also
+`worker_bootstrap.store`, which verifies each chunk when it is read.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from worker_bootstrap.blueprint import Blueprint, draw
+from worker_bootstrap.digest import EnvironmentId, digest_of, digest_of_file
+from worker_bootstrap.errors import ChunkMissing, EnvironmentMissing
+from worker_bootstrap.manifest import File, Listing, Manifest
+from worker_bootstrap.relocate import restore
+from worker_bootstrap.store import Store
+
+BYTE_CODE_FOLDER = "__pycache__"
+"""The one folder that an interpreter adds to by itself."""
+
+
+def damaged_chunks(store: Store, manifest: Manifest) -> Iterator[str]:
+    """One line for each chunk of an environment that the store does not hold intact.
+
+    Damaged copies in the writable store are dropped, as by any read.
+    """
+    for digest, size_bytes in manifest.chunks.items():
+        try:
+            data = store.read_chunk(digest)
+        except ChunkMissing:
+            yield f"chunk {digest} is missing or damaged"
+        else:
+            if len(data) != size_bytes:
+                yield f"chunk {digest} has {len(data)} bytes, the manifest says {size_bytes}"
+
+
+def damaged_files(store: Store, environment_id: EnvironmentId) -> Iterator[str]:
+    """One line for each path of a built environment that is not as its manifest says: changed, missing, or added.
+
+    Byte code that an interpreter wrote is not counted as added.
+
+    Raises
+    ------
+    EnvironmentMissing
+        If it is not built here.
+    ChunkMissing
+        If a listing is not in the store.
+    """
+    prefix = store.built(environment_id)
+    if prefix is None:
+        raise EnvironmentMissing(environment_id, f"{store.layout.envs} (it is not built)")
+    manifest = store.read_manifest(environment_id)
+    listings = [Listing.from_bytes(store.read_chunk(package.listing.digest)) for package in manifest.packages]
+    blueprint = draw(manifest, listings, str(prefix))
+    for run in blueprint.runs:
+        for file in run.files:
+            problem = _compare_file(prefix / file.path, file, str(prefix))
+            if problem:
+                yield f"{file.path} {problem}"
+    yield from _compare_names(prefix, blueprint)
+    yield from _added(prefix, blueprint)
+
+
+def _compare_file(path: Path, file: File, prefix: str) -> str:
+    try:
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode):
+            return "is no regular file"
+        if file.relocation is None:
+            actual = digest_of_file(path)
+        else:
+            actual = digest_of(restore(path.read_bytes(), file.relocation, prefix))
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    if actual != file.digest:
+        return "has other content"
+    if bool(found.st_mode & stat.S_IXUSR) != file.executable:
+        return "has become executable" if not file.executable else "is not executable any more"
+    return ""
+
+
+def _compare_names(prefix: Path, blueprint: Blueprint) -> Iterator[str]:
+    for link in blueprint.links:
+        path = prefix / link.path
+        if not path.is_symlink() or os.readlink(path) != link.target:
+            yield f"{link.path} is not the link to {link.target} any more"
+    for hard_link in blueprint.hard_links:
+        path, target = prefix / hard_link.path, prefix / hard_link.target
+        if not path.exists() or not target.exists() or not path.samefile(target):
+            yield f"{hard_link.path} is not the same file as {hard_link.target} any more"
+    for directory in blueprint.directories:
+        if not (prefix / directory).is_dir():
+            yield f"{directory} is missing"
+
+
+def _added(prefix: Path, blueprint: Blueprint) -> Iterator[str]:
+    known = {file.path for run in blueprint.runs for file in run.files}
+    known.update(entry.path for entry in (*blueprint.links, *blueprint.hard_links))
+    for folder, folders, names in os.walk(prefix):
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        for name in (*names, *links):
+            path = os.path.relpath(os.path.join(folder, name), prefix)
+            if path not in known and BYTE_CODE_FOLDER not in path.split("/"):
+                yield f"{path} was added"
