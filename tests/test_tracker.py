@@ -164,11 +164,12 @@ def test_the_client_uploads_what_is_absent_to_hosts_in_turn() -> None:
     assert tracker.plan_uploads([]) == []
 
 
-def test_uploads_without_a_host_are_refused() -> None:
-    tracker, _ = tracker_with({})
-    assert tracker.absent(chunks(1))
+def test_uploads_go_around_what_cannot_be_reached() -> None:
+    tracker, _ = tracker_with({"a": {}, "b": {}})
+    missing = tracker.absent(chunks(64))
+    assert {upload.address for upload in tracker.plan_uploads(missing, avoid=["tcp://a:1"])} == {"tcp://b:1"}
     with pytest.raises(ValueError, match="no host"):
-        tracker.plan_uploads(chunks(1))
+        tracker.plan_uploads(missing, avoid=["tcp://a:1", "tcp://b:1"])
 
 
 def test_nothing_is_handed_out_before_somebody_holds_it() -> None:

@@ -8,7 +8,7 @@ tracker sees everything, so that a dead or lying peer costs a retry and not the 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -185,22 +185,28 @@ class Tracker:
         self._sizes.update(chunks)
         return [digest for digest in chunks if not self._holders.get(digest)]
 
-    def plan_uploads(self, digests: Iterable[Digest]) -> list[Upload]:
+    def plan_uploads(self, digests: Iterable[Digest], avoid: Collection[str] = ()) -> list[Upload]:
         """Messages that bring *digests* into the cluster, each to one host, to different hosts in turn.
 
-        Their sizes must be known from `want` or `absent`.
+        Parameters
+        ----------
+        digests
+            Chunks whose sizes are known from `want` or `absent`.
+        avoid
+            Addresses that the client could not reach.
 
         Raises
         ------
         ValueError
-            If there are chunks to upload and no host is known.
+            If there are chunks to upload, and no address to send them to.
         """
         chunks = list(dict.fromkeys(digests))
         if not chunks:
             return []
-        if not self._hosts:
-            raise ValueError("no host is known")
-        targets = [next(iter(host.addresses)) for host in self._hosts.values()]
+        reachable = ([a for a in host.addresses if a not in avoid] for host in self._hosts.values())
+        targets = [addresses[0] for addresses in reachable if addresses]
+        if not targets:
+            raise ValueError("no host is known that could be reached")
         target_bytes = _target_bytes(sum(self._sizes[digest] for digest in chunks) // len(targets))
         uploads = []
         for batch in self._cut(chunks, target_bytes):

@@ -40,14 +40,16 @@ class EncodedChunk(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a batch from, or an upload to, the agent at *peer*.
+    """What became of a batch from, or an upload to, the agent at *source*.
 
     *blame* says that the peer died or sent wrong bytes; without it, the peer lacks the chunks that *failed*.
+    *size_bytes* travelled, compressed.
     """
 
-    peer: str
+    source: str
     received: tuple[Digest, ...]
     failed: tuple[Digest, ...]
+    size_bytes: int
     blame: bool
     reason: str
 
@@ -186,8 +188,8 @@ async def fetch_chunks(
     Parameters
     ----------
     next_batch
-        Asks the coordinator for work (`Tracker.offer`); it may wait before it answers that there is none. Whatever
-        it raises ends the exchange.
+        Asks the coordinator for work (`Tracker.offer`, as it is or after its way through msgpack); it may wait before
+        it answers that there is none. Whatever it raises ends the exchange.
     get
         Fetches chunks from a peer (`PeerChunks.get`).
     report
@@ -213,7 +215,7 @@ async def fetch_chunks(
         while True:
             batch, outstanding = await next_batch()
             if batch is not None:
-                await report(await _fetch_batch(store, batch, get))
+                await report(await _fetch_batch(store, Batch(*batch), get))
                 wait_s = pause_s
             elif not outstanding:
                 return
@@ -229,14 +231,15 @@ async def _fetch_batch(store: Store, batch: Batch, get: GetChunks) -> Outcome:
         chunks = await get(batch.source, batch.digests)
     except TransferError as error:
         logger.info("Fetching %d chunks failed: %s", len(batch.digests), error)
-        return Outcome(batch.source, (), batch.digests, True, str(error))
+        return Outcome(batch.source, (), tuple(batch.digests), 0, True, str(error))
+    size_bytes = sum(len(chunk.payload) for chunk in chunks)
     kept, invalid = await asyncio.to_thread(_write, store, chunks, batch.source)
     failed = tuple(digest for digest in batch.digests if digest not in set(kept))
     if invalid:
         lie = TransferError(batch.source, "; ".join(invalid.values()))
         logger.warning("%s", lie)
-        return Outcome(batch.source, tuple(kept), failed, True, str(lie))
-    return Outcome(batch.source, tuple(kept), failed, False, "it does not hold them" if failed else "")
+        return Outcome(batch.source, tuple(kept), failed, size_bytes, True, str(lie))
+    return Outcome(batch.source, tuple(kept), failed, size_bytes, False, "it does not hold them" if failed else "")
 
 
 async def upload_chunks(
@@ -280,7 +283,7 @@ async def upload_chunks(
 
     async def work() -> None:
         for upload in pending:  # one iterator for all workers: each upload is taken once
-            outcome = await _upload_batch(store, upload, held, put)
+            outcome = await _upload_batch(store, Upload(*upload), held, put)
             rest.extend(outcome.failed)
             await report(outcome)
 
@@ -299,16 +302,18 @@ async def _upload_batch(store: Store, upload: Upload, held: AskHeld, put: PutChu
             found = {chunk.digest for chunk in chunks}
             lacking = next(digest for digest in needed if digest not in found)
             raise ChunkMissing(lacking, str(store.layout.root))
-        have.update(dict.fromkeys(await put(address, chunks)))
+        if chunks:
+            have.update(dict.fromkeys(await put(address, chunks)))
     except TransferError as error:
         logger.info("Uploading %d chunks failed: %s", len(upload.digests), error)
-        return Outcome(address, (), upload.digests, True, str(error))
+        return Outcome(address, (), tuple(upload.digests), 0, True, str(error))
     received = tuple(digest for digest in upload.digests if digest in have)
     failed = tuple(digest for digest in upload.digests if digest not in have)
     for digest in failed:
         # Refused, so perhaps damaged here: reading it drops a damaged copy, and tells.
         await asyncio.to_thread(store.read_chunk, digest)
-    return Outcome(address, received, failed, bool(failed), "it did not keep them" if failed else "")
+    size_bytes = sum(len(chunk.payload) for chunk in chunks)
+    return Outcome(address, received, failed, size_bytes, bool(failed), "it did not keep them" if failed else "")
 
 
 async def _all_or_none(coroutines: Iterable[Awaitable[None]]) -> None:

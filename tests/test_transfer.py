@@ -1,0 +1,570 @@
+"""Chunks between real stores over real comms; liars, laggards and pickles on the other side."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pickle
+import struct
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+from distributed.comm import listen
+from distributed.core import ConnectionPool, Server
+from distributed.protocol import Serialized, ToPickle, to_serialize
+from distributed.security import Security
+
+from worker_bootstrap import codec, transfer, wire
+from worker_bootstrap.digest import Digest, digest_of
+from worker_bootstrap.errors import ChunkMissing, StoreFull, TransferError
+from worker_bootstrap.store import Store
+from worker_bootstrap.tracker import Batch, Offer, Tracker, Upload
+from worker_bootstrap.transfer import ChunkServer, EncodedChunk, Held, Outcome, PeerChunks, fetch_chunks, upload_chunks
+
+TLS_FOLDER = Path(__file__).parent / "tls"
+Reply = Callable[..., Awaitable[Any]]
+
+
+def tls() -> Security:
+    cert, key = str(TLS_FOLDER / "cert.pem"), str(TLS_FOLDER / "key.pem")
+    files = {
+        f"tls_{role}_{part}": path for role in ("client", "worker") for part, path in (("cert", cert), ("key", key))
+    }
+    return Security(tls_ca_file=cert, require_encryption=True, **files)
+
+
+def filled(root: Path, count: int = 12, size_bytes: int = 100_000) -> tuple[Store, dict[Digest, int]]:
+    """A store with *count* chunks that do not compress, and their sizes."""
+    store = Store(root)
+    return store, {store.write_chunk(os.urandom(size_bytes)): size_bytes for _ in range(count)}
+
+
+def damage(store: Store, digest: Digest) -> None:
+    """Flip a byte in the middle of the stored chunk."""
+    path, _ = next(iter(store._candidates(digest)))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+class Peer:
+    """A server on loopback, with a pool to call others; for use as ``async with``."""
+
+    def __init__(self, handlers: dict[str, Any], security: Security | None = None, deserialize: bool = True) -> None:
+        self.security = security
+        arguments = security.get_connection_args("worker") if security else {}
+        self.server = Server(dict(handlers), deserialize=deserialize, connection_args=arguments)
+
+    async def __aenter__(self) -> Peer:
+        scheme = "tls" if self.security else "tcp"
+        arguments = self.security.get_listen_args("worker") if self.security else {}
+        await self.server.listen(f"{scheme}://127.0.0.1:0", **arguments)
+        await self.server
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.server.close()
+        await asyncio.sleep(0.01)  # closed connections leave the loop in a later turn of it
+
+    @property
+    def address(self) -> str:
+        return str(self.server.address)
+
+    def chunks(self, timeout_s: float = 10.0) -> PeerChunks:
+        return PeerChunks(self.server.rpc, timeout_s)
+
+
+async def exchange(tracker: Tracker, store: Store, get: transfer.GetChunks, **options: Any) -> list[Outcome]:
+    """Fetch with a tracker in this process, the way an agent does; return what was reported."""
+    outcomes = []
+
+    async def next_batch() -> Offer:
+        return tracker.offer(store.host_id)
+
+    async def report(outcome: Outcome) -> None:
+        outcomes.append(outcome)
+        tracker.received(store.host_id, outcome.received)
+        if outcome.failed:
+            tracker.failed(store.host_id, outcome.source, outcome.failed, blame=outcome.blame)
+
+    await fetch_chunks(store, next_batch=next_batch, get=get, report=report, pause_s=0.001, **options)
+    return outcomes
+
+
+def new_tracker() -> Tracker:
+    return Tracker(clock=lambda: 0.0)
+
+
+@pytest.mark.parametrize("security", [None, tls()], ids=["tcp", "tls"])
+@pytest.mark.parametrize("deserialize", [True, False], ids=["worker", "scheduler"])
+def test_a_host_fetches_everything_and_the_client_uploads_it_once(
+    tmp_path: Path, security: Security | None, deserialize: bool
+) -> None:
+    """Client to one agent, agent to agent; also where the server does not deserialise, as the scheduler."""
+    source, needed = filled(tmp_path / "client")
+    first, second = Store(tmp_path / "first"), Store(tmp_path / "second")
+    sent: list[Digest] = []
+
+    async def main() -> None:
+        tracker = new_tracker()
+        serving = ChunkServer(first, on_received=lambda digests: tracker.received(first.host_id, digests))
+        async with contextlib.AsyncExitStack() as stack:
+            client = await stack.enter_async_context(Peer({}, security))
+            receiver = await stack.enter_async_context(Peer({}, security))
+            agent = await stack.enter_async_context(Peer(serving.handlers(), security, deserialize))
+            tracker.add_host(first.host_id, agent.address)
+            peers = client.chunks()
+
+            async def put(address: str, chunks: Sequence[EncodedChunk]) -> Sequence[Digest]:
+                sent.extend(chunk.digest for chunk in chunks)
+                return await peers.put(address, chunks)
+
+            async def report(outcome: Outcome) -> None:
+                assert outcome.size_bytes > 0
+
+            plan = tracker.plan_uploads(tracker.absent(needed))
+            assert not await upload_chunks(source, plan, held=peers.held, put=put, report=report)
+            assert tracker.absent(needed) == []
+            tracker.add_host(second.host_id, receiver.address)
+            tracker.want(second.host_id, needed)
+            await exchange(tracker, second, receiver.chunks().get)
+
+    asyncio.run(main())
+    assert sorted(sent) == sorted(needed)
+    for store in (first, second):
+        assert [digest_of(store.read_chunk(digest)) for digest in needed] == list(needed)
+
+
+def test_chunks_are_transcoded_for_a_peer_without_zstd(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    data = b"compresses well " * 1000
+    digest = store.write_chunk(data)
+
+    async def main() -> None:
+        reply = await ChunkServer(store).get_chunks([digest], ["zlib", "raw"])
+        [(name, codec_name, payload)] = reply["chunks"]
+        assert (name, codec_name) == (digest, "zlib")
+        assert codec.decode(bytes(wire.payload_of(payload)), codec_name, len(data)) == data
+
+    asyncio.run(main())
+
+
+def test_an_upload_skips_what_the_peer_holds(tmp_path: Path) -> None:
+    source, needed = filled(tmp_path / "client", count=4)
+    there = list(needed)[:3]
+    sent: list[Digest] = []
+
+    async def main() -> list[Digest]:
+        async def held(address: str, digests: Sequence[Digest]) -> Held:
+            return Held(tuple(there), ("raw",))
+
+        async def put(address: str, chunks: Sequence[EncodedChunk]) -> Sequence[Digest]:
+            sent.extend(chunk.digest for chunk in chunks)
+            assert {chunk.codec for chunk in chunks} == {"raw"}, "the peer decodes nothing else"
+            return sent
+
+        async def report(outcome: Outcome) -> None:
+            assert outcome.received == tuple(needed)
+
+        return await upload_chunks(source, [Upload("tcp://a:1", tuple(needed))], held=held, put=put, report=report)
+
+    assert asyncio.run(main()) == []
+    assert sent == list(needed)[3:]
+
+
+def test_an_upload_to_a_dead_peer_is_handed_back(tmp_path: Path) -> None:
+    source, needed = filled(tmp_path / "client", count=4)
+    outcomes: list[Outcome] = []
+
+    async def main() -> list[Digest]:
+        async def held(address: str, digests: Sequence[Digest]) -> Held:
+            return Held((), codec.available())
+
+        async def put(address: str, chunks: Sequence[EncodedChunk]) -> Sequence[Digest]:
+            if address == "tcp://dead:1":
+                raise TransferError(address, "gone")
+            return [chunk.digest for chunk in chunks]
+
+        async def report(outcome: Outcome) -> None:
+            outcomes.append(outcome)
+
+        digests = list(needed)
+        plan = [Upload("tcp://dead:1", tuple(digests[:2])), Upload("tcp://b:1", tuple(digests[2:]))]
+        return await upload_chunks(source, plan, held=held, put=put, report=report)
+
+    assert asyncio.run(main()) == list(needed)[:2]
+    assert {outcome.source: outcome.blame for outcome in outcomes} == {"tcp://dead:1": True, "tcp://b:1": False}
+
+
+def test_a_chunk_damaged_in_the_clients_store_is_an_error_that_says_so(tmp_path: Path) -> None:
+    source, needed = filled(tmp_path / "client", count=3)
+    bad = next(iter(needed))
+    damage(source, bad)
+    target = Store(tmp_path / "agent")
+
+    async def main() -> None:
+        async def report(outcome: Outcome) -> None:
+            pass
+
+        async with Peer(ChunkServer(target).handlers()) as agent, Peer({}) as client:
+            peers = client.chunks()
+            plan = [Upload(agent.address, tuple(needed))]
+            await upload_chunks(source, plan, held=peers.held, put=peers.put, report=report)
+
+    with pytest.raises(ChunkMissing) as caught:
+        asyncio.run(main())
+    assert caught.value.digest == bad
+    assert not target.has_chunk(bad)
+    assert target.missing(needed) == [bad], "what was not damaged has arrived"
+
+
+def test_a_wrong_chunk_is_never_kept_and_comes_from_another_peer(tmp_path: Path) -> None:
+    liar, needed = filled(tmp_path / "liar", count=6)
+    honest = Store(tmp_path / "honest")
+    for digest in needed:
+        honest.write_chunk(liar.read_chunk(digest))
+        damage(liar, digest)
+    target = Store(tmp_path / "target")
+
+    async def main() -> list[Outcome]:
+        tracker = new_tracker()
+        async with Peer(ChunkServer(liar).handlers()) as one, Peer(ChunkServer(honest).handlers()) as other:
+            tracker.add_host(liar.host_id, one.address, needed)
+            tracker.add_host(honest.host_id, other.address, needed)
+            async with Peer({}) as receiver:
+                tracker.add_host(target.host_id, receiver.address)
+                tracker.want(target.host_id, needed)
+                outcomes = await exchange(tracker, target, receiver.chunks().get, parallel=1)
+                assert [outcome.source for outcome in outcomes] == [one.address, other.address]
+                assert one.address in outcomes[0].reason
+                return outcomes
+
+    lie, rest = asyncio.run(main())
+    assert lie.blame
+    assert not lie.received
+    assert rest.received
+    assert [digest_of(target.read_chunk(digest)) for digest in needed] == list(needed)
+
+
+def test_a_chunk_evicted_meanwhile_is_a_miss_without_blame(tmp_path: Path) -> None:
+    source, needed = filled(tmp_path / "source", count=3)
+    evicted = next(iter(needed))
+    target = Store(tmp_path / "target")
+    next(iter(source._candidates(evicted)))[0].unlink()
+
+    async def main() -> Outcome:
+        async with Peer(ChunkServer(source).handlers()) as agent, Peer({}) as receiver:
+            batch = Batch(agent.address, tuple(needed))
+            return await transfer._fetch_batch(target, batch, receiver.chunks().get)
+
+    outcome = asyncio.run(main())
+    assert outcome.failed == (evicted,)
+    assert not outcome.blame
+    assert len(outcome.received) == 2
+
+
+@pytest.mark.parametrize(
+    "asked",
+    ["../../etc/passwd", "/etc/passwd", b"x" * 64, "A" * 64, 7, None, ["a" * 64]],
+    ids=["relative", "absolute", "bytes", "upper", "number", "none", "list"],
+)
+def test_peers_ask_by_digest_only(tmp_path: Path, asked: object) -> None:
+    async def main() -> None:
+        async with Peer(ChunkServer(Store(tmp_path)).handlers()) as agent, Peer({}) as receiver:
+            for op in ("envship_get_chunks", "envship_has_chunks"):
+                with pytest.raises(TransferError, match=r"SHA-256") as caught:
+                    await wire.call(receiver.server.rpc, agent.address, op, {"digests": [asked]}, timeout_s=10)
+                assert caught.value.peer == agent.address
+            with pytest.raises(TransferError, match=r"SHA-256"):
+                row = [asked, "raw", wire.frame(b"x")]
+                await wire.call(
+                    receiver.server.rpc, agent.address, "envship_put_chunks", {"chunks": [row]}, timeout_s=10
+                )
+
+    asyncio.run(main())
+
+
+class Bomb:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.path),))
+
+
+def pickled_type(bomb: Bomb) -> Serialized:
+    """What Dask's own family of serialisers unpickles: the type of the object, in the header."""
+    header = {"serializer": "dask", "sub-header": {}, "type-serialized": pickle.dumps(bomb)}
+    return Serialized(header, [b"x"])
+
+
+BOMBS: dict[str, Callable[[Bomb], Any]] = {
+    "pickle family": lambda bomb: {"status": "OK", "chunks": to_serialize(bomb)},
+    "whole reply": lambda bomb: ToPickle({"status": "OK", "chunks": bomb}),
+    "marked pickle": lambda bomb: {"status": "OK", "chunks": [["a" * 64, "raw", ToPickle(bomb)]]},
+    "type": lambda bomb: {"status": "OK", "chunks": [["a" * 64, "raw", pickled_type(bomb)]]},
+    "exception": lambda bomb: {"status": "uncaught-error", "exception": to_serialize(pickle.dumps(bomb))},
+    "bytes": lambda bomb: {"status": "OK", "chunks": pickle.dumps(bomb)},
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_nothing_that_a_peer_sends_is_unpickled(tmp_path: Path, kind: str) -> None:
+    mark = tmp_path / "made by a pickle"
+
+    async def main() -> None:
+        async def get_chunks(digests: Any, accept: Any) -> Any:
+            return BOMBS[kind](Bomb(mark))
+
+        async with Peer({"envship_get_chunks": get_chunks}) as liar, Peer({}) as receiver:
+            with pytest.raises(TransferError) as caught:
+                await receiver.chunks().get(liar.address, [Digest("a" * 64), Digest("b" * 64)])
+            assert caught.value.peer == liar.address
+
+    # "type" does arrive as a plain frame, whose header nobody looks at: then it is just a chunk, with the wrong bytes.
+    if kind == "type":
+        with pytest.raises(pytest.fail.Exception):
+            asyncio.run(main())
+    else:
+        asyncio.run(main())
+    assert not mark.exists()
+
+
+def test_daskss_own_reading_would_have_unpickled(tmp_path: Path) -> None:
+    """The bombs of the test above are live: each kind that Dask reads by unpickling goes off there."""
+    mark = tmp_path / "mark"
+
+    async def main(kind: str) -> None:
+        async def get_chunks() -> Any:
+            return BOMBS[kind](Bomb(mark))
+
+        async with Peer({"envship_get_chunks": get_chunks}) as liar, Peer({}) as receiver:
+            remote = receiver.server.rpc(liar.address)
+            try:
+                await remote.envship_get_chunks(deserializers=["dask"])
+            except Exception as error:
+                assert not isinstance(error, FileNotFoundError)
+
+    for kind in ("marked pickle", "type"):
+        asyncio.run(main(kind))
+        assert mark.exists(), kind
+        mark.rmdir()
+
+
+def raw_reply(frames: Sequence[bytes], *, head_bytes: int | None = None, lengths: Sequence[int] | None = None) -> bytes:
+    """A message on the wire, with lengths that may lie."""
+    claimed = [len(frame) for frame in frames] if lengths is None else list(lengths)
+    body = struct.pack(f"{len(claimed) + 1}Q", len(claimed), *claimed) + b"".join(frames)
+    return struct.pack("Q", len(body) if head_bytes is None else head_bytes) + body
+
+
+LIES = {
+    "claims 2**60 bytes": raw_reply([b""], head_bytes=1 << 60),
+    "claims no bytes": struct.pack("Q", 0),
+    "claims a huge frame": raw_reply([b""], lengths=[1 << 50]),
+    "claims many frames": struct.pack("QQ", 8, 1 << 40),
+    "a frame across the end": raw_reply([b"abc"], lengths=[10]),
+    "not msgpack": raw_reply([b"\xc1\xc1\xc1"]),
+    "points to no frame": raw_reply([msgpack.dumps({"status": "OK", "chunks": {"__Serialized__": 9}})]),
+    "points to itself": raw_reply([msgpack.dumps({"status": "OK", "chunks": {"__Serialized__": 0}})]),
+    "points with a text": raw_reply([msgpack.dumps({"status": "OK", "chunks": {"__Serialized__": "x"}})]),
+    "compressed": raw_reply(
+        [
+            msgpack.dumps({"status": "OK", "chunks": {"__Serialized__": 1}}),
+            msgpack.dumps({"num-sub-frames": 1, "compression": ["zlib"]}),
+            b"bomb",
+        ]
+    ),
+    "deeply nested": raw_reply([b"\x91" * 5000 + b"\xc0"]),
+    "a list": raw_reply([msgpack.dumps([1, 2])]),
+    "no chunks": raw_reply([msgpack.dumps({"status": "OK"})]),
+    "chunks that nobody asked for": raw_reply([msgpack.dumps({"status": "OK", "chunks": [["c" * 64, "raw", b"x"]]})]),
+    "a text for bytes": raw_reply([msgpack.dumps({"status": "OK", "chunks": [["a" * 64, "raw", "x"]]})]),
+    "hangs up": b"",
+    "hangs up in the middle": raw_reply([b"abc"])[:20],
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_peer_that_breaks_the_protocol_is_named(lie: str) -> None:
+    async def main() -> None:
+        async def answer(comm: Any) -> None:
+            await comm.read()
+            comm.stream.write(LIES[lie])
+            await comm.stream.write(b"")
+            await comm.close()
+
+        listener = await listen("tcp://127.0.0.1:0", answer, deserialize=False)
+        pool = await ConnectionPool()
+        try:
+            with pytest.raises(TransferError) as caught:
+                await PeerChunks(pool, 10).get(listener.contact_address, [Digest("a" * 64)])
+            assert caught.value.peer == listener.contact_address
+            assert not pool.active
+        finally:
+            await pool.close()
+            listener.stop()
+            await asyncio.sleep(0.01)
+
+    asyncio.run(main())
+
+
+def test_a_peer_that_never_answers_costs_its_timeout() -> None:
+    async def main() -> None:
+        released = asyncio.Event()
+
+        async def get_chunks(digests: Any, accept: Any) -> Any:
+            await released.wait()
+
+        async with Peer({"envship_get_chunks": get_chunks}) as silent, Peer({}) as receiver:
+            with pytest.raises(TransferError, match="no answer"):
+                await receiver.chunks(timeout_s=0.1).get(silent.address, [Digest("a" * 64)])
+            released.set()
+
+    asyncio.run(main())
+
+
+def test_a_peer_without_envship_is_named() -> None:
+    async def main() -> None:
+        async with Peer({}) as plain, Peer({}) as receiver:
+            with pytest.raises(TransferError, match="does not know"):
+                await receiver.chunks().get(plain.address, [Digest("a" * 64)])
+
+    asyncio.run(main())
+
+
+def test_a_cancelled_fetch_leaves_nothing_behind_and_can_go_on(tmp_path: Path) -> None:
+    source, needed = filled(tmp_path / "source")
+    target = Store(tmp_path / "target")
+
+    async def main() -> None:
+        tracker = new_tracker()
+        asked = asyncio.Event()
+        async with Peer(ChunkServer(source).handlers()) as agent, Peer({}) as receiver:
+            tracker.add_host(source.host_id, agent.address, needed)
+            tracker.add_host(target.host_id, receiver.address)
+            tracker.want(target.host_id, needed)
+
+            async def stuck(address: str, digests: Sequence[Digest]) -> Sequence[EncodedChunk]:
+                asked.set()
+                await asyncio.sleep(60)
+                return []
+
+            before = asyncio.all_tasks()
+            task = asyncio.ensure_future(exchange(tracker, target, stuck))
+            await asyncio.wait_for(asked.wait(), 10)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert asyncio.all_tasks() == before
+            tracker.remove_address(receiver.address)
+            tracker.add_host(target.host_id, receiver.address)
+            tracker.want(target.host_id, needed)
+            await exchange(tracker, target, receiver.chunks().get)
+
+    asyncio.run(main())
+    assert not target.missing(needed)
+    assert not list(target.layout.tmp.iterdir())
+
+
+def test_a_call_cancelled_in_the_middle_does_not_poison_the_connection(tmp_path: Path) -> None:
+    source, needed = filled(tmp_path / "source", count=2)
+    first, second = needed
+
+    async def main() -> list[EncodedChunk]:
+        serve = ChunkServer(source).get_chunks
+        entered, released = asyncio.Event(), asyncio.Event()
+
+        async def get_chunks(digests: Any, accept: Any) -> Any:
+            if first in digests:
+                entered.set()
+                await released.wait()
+            return await serve(digests, accept)
+
+        async with Peer({"envship_get_chunks": get_chunks}) as agent, Peer({}) as receiver:
+            task = asyncio.ensure_future(receiver.chunks().get(agent.address, [first]))
+            await asyncio.wait_for(entered.wait(), 10)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            released.set()
+            return await receiver.chunks().get(agent.address, [second])
+
+    [chunk] = asyncio.run(main())
+    assert chunk.digest == second
+
+
+def test_a_full_disk_ends_the_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, needed = filled(tmp_path / "source")
+    target = Store(tmp_path / "target")
+
+    def full(*_: object) -> None:
+        raise StoreFull(str(tmp_path), 0, 0)
+
+    monkeypatch.setattr(target, "write_encoded", full)
+
+    async def main() -> None:
+        tracker = new_tracker()
+        async with Peer(ChunkServer(source).handlers()) as agent, Peer({}) as receiver:
+            tracker.add_host(source.host_id, agent.address, needed)
+            tracker.add_host(target.host_id, receiver.address)
+            tracker.want(target.host_id, needed)
+            await exchange(tracker, target, receiver.chunks().get)
+
+    with pytest.raises(StoreFull):
+        asyncio.run(main())
+
+
+def test_a_host_that_refuses_uploads_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, needed = filled(tmp_path / "source", count=1)
+    target = Store(tmp_path / "target")
+
+    def full(*_: object) -> None:
+        raise StoreFull(str(tmp_path), 0, 0)
+
+    monkeypatch.setattr(target, "write_encoded", full)
+    outcomes: list[Outcome] = []
+
+    async def main() -> list[Digest]:
+        async def report(outcome: Outcome) -> None:
+            outcomes.append(outcome)
+
+        async with Peer(ChunkServer(target).handlers()) as agent, Peer({}) as client:
+            peers = client.chunks()
+            plan = [Upload(agent.address, tuple(needed))]
+            return await upload_chunks(source, plan, held=peers.held, put=peers.put, report=report)
+
+    assert asyncio.run(main()) == list(needed)
+    assert "not enough room" in outcomes[0].reason
+
+
+def test_large_batches_travel_whole(tmp_path: Path) -> None:
+    """A batch at its limit, whose chunks do not compress, fits into one reply."""
+    source, needed = filled(tmp_path / "source", count=4, size_bytes=4 << 20)
+    target = Store(tmp_path / "target")
+
+    async def main() -> Outcome:
+        async with Peer(ChunkServer(source).handlers()) as agent, Peer({}) as receiver:
+            batch = Batch(agent.address, tuple(needed))
+            return await transfer._fetch_batch(target, batch, receiver.chunks().get)
+
+    assert set(asyncio.run(main()).received) == set(needed)
+
+
+def test_more_than_a_message_is_refused(tmp_path: Path) -> None:
+    source, needed = filled(tmp_path / "source", count=3, size_bytes=12 << 20)
+
+    async def main() -> None:
+        async with Peer(ChunkServer(source).handlers()) as agent, Peer({}) as receiver:
+            with pytest.raises(TransferError, match="in one message"):
+                await receiver.chunks().get(agent.address, list(needed))
+            with pytest.raises(TransferError, match="at most"):
+                await receiver.chunks().get(agent.address, [Digest(f"{n:064x}") for n in range(5000)])
+
+    asyncio.run(main())
