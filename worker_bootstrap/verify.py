@@ -11,11 +11,11 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from worker_bootstrap.blueprint import Blueprint, draw
-from worker_bootstrap.digest import EnvironmentId, digest_of, digest_of_file
+from worker_bootstrap.blueprint import Blueprint, Run, draw
+from worker_bootstrap.digest import Digest, EnvironmentId, digest_of, digest_of_file
 from worker_bootstrap.errors import ChunkMissing, EnvironmentMissing
 from worker_bootstrap.manifest import File, Listing, Manifest
-from worker_bootstrap.relocate import restore
+from worker_bootstrap.relocate import relocate
 from worker_bootstrap.store import Store
 
 BYTE_CODE_FOLDER = "__pycache__"
@@ -47,7 +47,7 @@ def damaged_files(store: Store, environment_id: EnvironmentId) -> Iterator[str]:
     EnvironmentMissing
         If it is not built here.
     ChunkMissing
-        If a listing is not in the store.
+        If a listing, or a chunk of files that name their prefix, is not in the store.
     """
     prefix = store.built(environment_id)
     if prefix is None:
@@ -56,26 +56,37 @@ def damaged_files(store: Store, environment_id: EnvironmentId) -> Iterator[str]:
     listings = [Listing.from_bytes(store.read_chunk(package.listing.digest)) for package in manifest.packages]
     blueprint = draw(manifest, listings, str(prefix))
     for run in blueprint.runs:
-        for file in run.files:
-            problem = _compare_file(prefix / file.path, file, str(prefix))
+        for file, expected in _expected(store, run, str(prefix)):
+            problem = _compare_file(prefix / file.path, file, expected)
             if problem:
                 yield f"{file.path} {problem}"
     yield from _compare_names(prefix, blueprint)
     yield from _added(prefix, blueprint)
 
 
-def _compare_file(path: Path, file: File, prefix: str) -> str:
+def _expected(store: Store, run: Run, prefix: str) -> Iterator[tuple[File, Digest]]:
+    """Each file of a run with the digest that it should have at *prefix*."""
+    content = b""
+    if any(file.relocation for file in run.files):
+        content = b"".join(store.read_chunk(chunk.digest) for chunk in run.chunks)
+    position = 0
+    for file in run.files:
+        if file.relocation is None:
+            yield file, file.digest
+        else:
+            yield file, digest_of(relocate(content[position : position + file.size_bytes], file.relocation, prefix))
+        position += file.size_bytes
+
+
+def _compare_file(path: Path, file: File, expected: Digest) -> str:
     try:
         found = path.lstat()
         if not stat.S_ISREG(found.st_mode):
             return "is no regular file"
-        if file.relocation is None:
-            actual = digest_of_file(path)
-        else:
-            actual = digest_of(restore(path.read_bytes(), file.relocation, prefix))
+        actual = digest_of_file(path)
     except OSError as error:
         return f"cannot be read: {error.strerror}"
-    if actual != file.digest:
+    if actual != expected:
         return "has other content"
     if bool(found.st_mode & stat.S_IXUSR) != file.executable:
         return "has become executable" if not file.executable else "is not executable any more"
@@ -98,7 +109,8 @@ def _compare_names(prefix: Path, blueprint: Blueprint) -> Iterator[str]:
 
 def _added(prefix: Path, blueprint: Blueprint) -> Iterator[str]:
     known = {file.path for run in blueprint.runs for file in run.files}
-    known.update(entry.path for entry in (*blueprint.links, *blueprint.hard_links))
+    known.update(link.path for link in blueprint.links)
+    known.update(link.path for link in blueprint.hard_links)
     for folder, folders, names in os.walk(prefix):
         links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
         for name in (*names, *links):
