@@ -1,0 +1,235 @@
+"""The methods that `import envship` adds to `distributed.Client`.
+
+Packs here, uploads what the cluster lacks, asks the coordinator for the swap and follows it, also across the
+scheduler's replacement. What happens on the cluster is decided in `worker_bootstrap.coordinator`.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import Any
+
+import dask
+import distributed
+from dask.utils import parse_timedelta
+from distributed import Client
+
+from envship import config
+from envship.environment import Environment
+from envship.journey import Journey
+from envship.progress import open_display
+from envship.result import EnvironmentStatus, StagedResult, SwapResult
+from envship.status import status_of
+from worker_bootstrap.digest import EnvironmentId
+from worker_bootstrap.errors import IncompatibleEnvironment
+
+Source = Any
+"""None (the environment of this process), a conda environment's name, a prefix, a bundle, an id, an `Environment`."""
+
+
+def use_environment(
+    client: Client,
+    source: Source = None,
+    *,
+    scheduler: bool | None = None,
+    ignore_versions: bool = False,
+    ignore_missing: bool = False,
+    timeout: str | float | None = None,
+    progress: bool | None = None,
+) -> SwapResult:
+    """Move the cluster into an environment.
+
+    Parameters
+    ----------
+    source
+        None for the environment that this process runs in; a conda environment's name; a prefix; a bundle
+        (``.envship``); an environment id that the cluster or the local store holds; an `envship.Environment`.
+    scheduler
+        Whether the scheduler moves as well. None: it does if it is a process of its own. Futures do not survive that.
+    ignore_versions
+        Go on although Python, dask or distributed differ from this client's.
+    ignore_missing
+        Go on although files of packages are missing from the source, or were overwritten.
+    timeout
+        For the commit: how long the workers may take to come back (default: ``envship.timeouts.commit``).
+    progress
+        Show what happens. None: in notebooks and on terminals.
+
+    Returns
+    -------
+    SwapResult
+
+    Raises
+    ------
+    PackError
+        The source does not exist, or cannot be packed.
+    IncompatibleEnvironment
+        Versions or platform do not fit.
+    NotSwappable
+        Something in the cluster cannot be moved. Nothing was touched.
+    PrepareFailed
+        A host could not get ready. Nothing was touched; tasks went on.
+    CommitFailed
+        Workers did not come up in the environment. The cluster was moved back.
+
+    Notes
+    -----
+    Idempotent: a cluster that runs there already is left alone, and no byte moves. Swaps of several clients take turns.
+    """
+    result: SwapResult = _sync(client, _use, source, scheduler, ignore_versions, ignore_missing, timeout, progress)
+    return result
+
+
+def stage_environment(
+    client: Client,
+    source: Source = None,
+    *,
+    ignore_missing: bool = False,
+    progress: bool | None = None,
+) -> StagedResult:
+    """Bring an environment to every host of the cluster and build it there, without moving anybody.
+
+    Parameters and errors as for `use_environment`.
+    """
+    result: StagedResult = _sync(client, _stage, source, ignore_missing, progress)
+    return result
+
+
+def environment_status(client: Client) -> EnvironmentStatus:
+    """Who runs in which environment, and which host holds what."""
+    result: EnvironmentStatus = _sync(client, _status)
+    return result
+
+
+def reset_environment(
+    client: Client, *, timeout: str | float | None = None, progress: bool | None = None
+) -> SwapResult:
+    """Move the cluster back into the base environment, the one it was started in. Raises as `use_environment`."""
+    result: SwapResult = _sync(client, _reset, timeout, progress)
+    return result
+
+
+def install() -> None:
+    """Add the methods to `distributed.Client`. Idempotent."""
+    for method in (use_environment, stage_environment, environment_status, reset_environment):
+        setattr(Client, method.__name__, method)
+
+
+def _sync(client: Client, work: Any, *arguments: Any) -> Any:
+    """Run *work* on the client's loop: a value for synchronous clients, an awaitable for asynchronous ones."""
+    return client.sync(work, client, *arguments)
+
+
+async def _use(
+    client: Client,
+    source: Source,
+    scheduler: bool | None,
+    ignore_versions: bool,
+    ignore_missing: bool,
+    timeout: str | float | None,
+    show: bool | None,
+) -> SwapResult:
+    with open_display(show) as display:
+        journey = Journey(client, display)
+        environment_id, environment = await journey.find(source, ignore_missing)
+        if environment is not None and not ignore_versions:
+            _check_fit(environment)
+        await journey.connect()
+        await journey.bring(environment_id, environment)
+        return await _move(journey, environment_id, scheduler, timeout)
+
+
+async def _reset(client: Client, timeout: str | float | None, show: bool | None) -> SwapResult:
+    with open_display(show) as display:
+        journey = Journey(client, display)
+        await journey.connect()
+        journey.lap("check")
+        return await _move(journey, None, None, timeout)
+
+
+async def _stage(client: Client, source: Source, ignore_missing: bool, show: bool | None) -> StagedResult:
+    with open_display(show) as display:
+        journey = Journey(client, display)
+        environment_id, environment = await journey.find(source, ignore_missing)
+        await journey.connect()
+        await journey.bring(environment_id, environment)
+        options = _options(None, None)
+        swap_id = await journey.ask("envship_stage", environment_id=environment_id, options=options)
+        status = await journey.follow(swap_id)
+        return StagedResult(
+            environment_id=environment_id,
+            hosts=len(status["hosts"]),
+            uploaded_bytes=journey.uploaded_bytes,
+            uploaded_chunks=journey.uploaded_chunks,
+            seconds=journey.seconds,
+            total_s=journey.total_s,
+        )
+
+
+async def _move(
+    journey: Journey,
+    environment_id: EnvironmentId | None,
+    scheduler: bool | None,
+    timeout: str | float | None,
+) -> SwapResult:
+    futures = len(journey.client.futures)
+    options = _options(scheduler, timeout)
+    swap_id = await journey.ask("envship_use", environment_id=environment_id, options=options)
+    status = await journey.follow(swap_id)
+    return SwapResult(
+        environment_id=status["environment_id"],
+        previous_id=status["previous_id"],
+        scheduler_swapped=status["scheduler_moves"],
+        hosts=len(status["hosts"]),
+        workers=status["workers"],
+        uploaded_bytes=journey.uploaded_bytes,
+        uploaded_chunks=journey.uploaded_chunks,
+        seconds=journey.seconds,
+        total_s=journey.total_s,
+        downtime_s=status["downtime_s"],
+        changed=bool(status["hosts"]),
+        lost_futures=futures if status["scheduler_moves"] else 0,
+    )
+
+
+async def _status(client: Client) -> EnvironmentStatus:
+    with open_display(False) as display:
+        journey = Journey(client, display)
+        await journey.connect()
+        return status_of(await journey.ask("envship_status"))
+
+
+def _options(scheduler: bool | None, timeout: str | float | None) -> dict[str, Any]:
+    commit = config.timeout_s("commit") if timeout is None else parse_timedelta(timeout)
+    return {
+        "scheduler": scheduler,
+        "client_pid": os.getpid(),
+        "prepare_timeout_s": config.timeout_s("prepare"),
+        "start_timeout_s": config.timeout_s("start"),
+        "commit_timeout_s": commit,
+        "keep_warm": config.keep_warm(),
+        "link_mode": config.link_mode(),
+    }
+
+
+def _check_fit(environment: Environment) -> None:
+    """Refuse what would break later: functions pickled by another Python kill workers, and Dask retries that."""
+    mine = {
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        "dask": dask.__version__,
+        "distributed": distributed.__version__,
+    }
+    mismatches = []
+    for name, expected in mine.items():
+        actual = environment.versions.get(name)
+        if name == "python" and actual is not None:
+            actual = ".".join(actual.split(".")[:2])
+        if actual != expected:
+            mismatches.append((name, expected, actual or "not installed"))
+    if mismatches:
+        raise IncompatibleEnvironment(
+            environment.id,
+            mismatches,
+            "Install the client's versions there, run the client from it, or pass ignore_versions=True.",
+        )

@@ -1,0 +1,167 @@
+"""One call of the client: what it asks the coordinator for, what it uploads, how it follows a swap.
+
+A journey is made for each call of `envship.client` and thrown away after it. It survives the scheduler's replacement.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from distributed import Client
+
+from envship import config
+from envship.environment import Environment, resolve
+from envship.progress import Display, HostProgress
+from worker_bootstrap.coordinator import Coordinator
+from worker_bootstrap.digest import Digest, EnvironmentId, is_digest
+from worker_bootstrap.errors import (
+    CommitFailed,
+    EnvironmentMissing,
+    EnvshipError,
+    NotSwappable,
+    PrepareFailed,
+    SourceNotFound,
+    TransferError,
+)
+from worker_bootstrap.tracker import Upload
+from worker_bootstrap.transfer import EncodedChunk, Outcome, PeerChunks, upload_chunks
+
+UPLOAD_ATTEMPTS = 3
+DISPLAYED = {"prepare": "prepare", "commit": "move", "back": "move back", "check": "check", "done": "done"}
+
+
+class Journey:
+    """One call: its clock, its display, what it sent."""
+
+    def __init__(self, client: Client, display: Display) -> None:
+        self.client = client
+        self.display = display
+        self.seconds: dict[str, float] = {}
+        self.uploaded_bytes = 0
+        self.uploaded_chunks = 0
+        self._started = time.perf_counter()
+        self._mark = self._started
+
+    @property
+    def total_s(self) -> float:
+        return time.perf_counter() - self._started
+
+    def lap(self, phase: str) -> None:
+        """Everything since the last lap was *phase*."""
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._mark
+        self._mark = now
+
+    def show(self, phase: str, done_bytes: int, total_bytes: int, state: str = "fetching") -> None:
+        self.display.update(phase, {"here": HostProgress("this machine", state, done_bytes, total_bytes, "")})
+
+    async def ask(self, operation: str, **arguments: Any) -> Any:
+        """The coordinator's answer.
+
+        Raises
+        ------
+        EnvshipError
+            What it answers if it cannot.
+        """
+        answer: dict[str, Any] = await getattr(self.client.scheduler, operation)(**arguments)
+        if "error" in answer:
+            raise EnvshipError(f"the coordinator on {self.client.scheduler.address}: {answer['error']}")
+        return answer["ok"]
+
+    async def find(self, source: Any, ignore_missing: bool) -> tuple[EnvironmentId, Environment | None]:
+        """The environment that *source* names; None if only the cluster can hold it."""
+
+        def report(stage: str, done_bytes: int, total_bytes: int) -> None:
+            self.show(stage, done_bytes, total_bytes, "building")
+
+        try:
+            environment = await asyncio.to_thread(resolve, source, ignore_missing=ignore_missing, report=report)
+        except (EnvironmentMissing, SourceNotFound):
+            if not is_digest(source):
+                raise
+            self.lap("pack")
+            return EnvironmentId(source), None
+        self.lap("pack")
+        return environment.id, environment
+
+    async def connect(self) -> None:
+        """Make sure that the scheduler has a coordinator."""
+        plugin = Coordinator()
+        try:
+            await self.client._register_scheduler_plugin(plugin, plugin.name, idempotent=True)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise NotSwappable(
+                f"the cluster of {self.client.scheduler.address}",
+                f"its scheduler does not accept plugins ({error})",
+                "Ask whoever runs it to allow them (distributed.scheduler.blocked-handlers).",
+            ) from error
+
+    async def bring(self, environment_id: EnvironmentId, environment: Environment | None) -> None:
+        """Upload each chunk that the cluster lacks, once."""
+        manifest = None if environment is None else environment.manifest.to_bytes()
+        for _ in range(UPLOAD_ATTEMPTS):
+            offer = await self.ask("envship_offer", environment_id=environment_id, manifest=manifest)
+            self.lap("check")
+            plan = [Upload(address, tuple(digests)) for address, digests in offer["uploads"]]
+            if plan and environment is None:
+                raise EnvironmentMissing(environment_id, "the store here, and not in full on the cluster")
+            rest = await self._upload(environment, plan) if environment is not None and plan else []
+            self.lap("upload")
+            if not rest:
+                return
+        raise TransferError(f"the cluster of {self.client.scheduler.address}", f"{len(rest)} chunks were not taken")
+
+    async def _upload(self, environment: Environment, plan: list[Upload]) -> list[Digest]:
+        sources = PeerChunks(self.client.rpc, config.timeout_s("upload"))
+        sizes = environment.manifest.chunks
+        total = sum(sizes[digest] for upload in plan for digest in upload.digests)
+        done = 0
+
+        async def put(address: str, chunks: Sequence[EncodedChunk]) -> list[Digest]:
+            kept = await sources.put(address, chunks)
+            self.uploaded_bytes += sum(len(chunk.payload) for chunk in chunks)
+            self.uploaded_chunks += len(chunks)
+            return kept
+
+        async def report(outcome: Outcome) -> None:
+            nonlocal done
+            done += sum(sizes[digest] for digest in outcome.received)
+            self.show("upload", done, total)
+            await self.ask("envship_uploaded", address=outcome.source, digests=list(outcome.received))
+
+        return await upload_chunks(environment.store, plan, held=sources.held, put=put, report=report)
+
+    async def follow(self, swap_id: str) -> Mapping[str, Any]:
+        """Wait for the end of a swap, showing how it goes; returns its last status."""
+        version = -1
+        while True:
+            try:
+                status: Mapping[str, Any] = await self.ask("envship_wait", swap_id=swap_id, version=version)
+            except OSError:
+                await until_listening(self.client.scheduler.address)
+                continue
+            version = status["version"]
+            hosts = {name: HostProgress(**host) for name, host in status["hosts"].items()}
+            self.display.update(DISPLAYED.get(status["phase"], status["phase"]), hosts)
+            if status["phase"] in ("done", "failed"):
+                break
+        await reconnect(self.client)
+        _raise_for(status, self.client.scheduler.address)
+        for phase, seconds in status["seconds"].items():
+            if phase != "prepare":
+                self.seconds[phase] = seconds
+        return status
+
+
+def _raise_for(status: Mapping[str, Any], address: str) -> None:
+    causes = dict(status["causes"])
+    if status["error"] == "NotSwappable":
+        reasons = "; ".join(f"{where}: {cause}" for where, cause in causes.items())
+        raise NotSwappable(f"the cluster of {address}", reasons, "Nothing was changed.")
+    if status["error"] == "CommitFailed":
+        raise CommitFailed(status["environment_id"], causes, status["outcome"])
+    if status["error"] is not None:
+        raise PrepareFailed(status["environment_id"], causes)

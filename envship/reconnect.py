@@ -1,0 +1,63 @@
+"""Bringing a client back to a scheduler that was re-executed, at once.
+
+`distributed.Client` reconnects by itself, but sleeps in a random back-off of up to a second between two attempts; a
+scheduler is back in a third of that. So the port is watched here, and Dask's attempt started anew when it answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import suppress
+
+from distributed import Client
+
+from worker_bootstrap.errors import EnvshipError
+from worker_bootstrap.reexec import dialled
+
+INTERVAL_S = 0.01
+TIMEOUT_S = 60.0
+
+_LISTENING_TASKS = ("_handle_report_task", "_handle_scheduler_coroutine")
+"""Names, newest first, of the attribute in which a client keeps the task that listens and reconnects."""
+
+
+async def until_listening(address: str) -> None:
+    """Wait until something listens at *address* again.
+
+    Raises
+    ------
+    EnvshipError
+        If nothing does within a minute.
+    """
+    host, port = dialled(address)
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline:
+        with suppress(OSError):
+            _, writer = await asyncio.open_connection(host, port)
+            writer.close()
+            return
+        await asyncio.sleep(INTERVAL_S)
+    raise EnvshipError(f"the scheduler {address} did not come back within {TIMEOUT_S:.0f} s; see its log")
+
+
+async def reconnect(client: Client) -> None:
+    """Connect *client* again, if it lost its scheduler; it is usable when this returns.
+
+    Raises
+    ------
+    EnvshipError
+        If it is not connected within a minute.
+    """
+    name = next((name for name in _LISTENING_TASKS if getattr(client, name, None) is not None), None)
+    if client.status == "connecting" and name is not None:
+        listening = getattr(client, name)
+        listening.cancel()
+        await asyncio.wait([listening])
+        await client._ensure_connected(timeout=TIMEOUT_S)
+        setattr(client, name, asyncio.ensure_future(client._handle_report()))
+    deadline = time.monotonic() + TIMEOUT_S
+    while client.status == "connecting":
+        if time.monotonic() > deadline:
+            raise EnvshipError(f"this client did not get back to {client.scheduler.address}; make a new one")
+        await asyncio.sleep(INTERVAL_S)

@@ -1,0 +1,326 @@
+"""The agent: what acts for its host inside a Dask server.
+
+A nanny, a worker without nanny, or a scheduler of its own gets one. This class holds what all of them do: say what the
+host has, fetch and build an environment, prove that its interpreter starts. How each kind moves is in
+`worker_bootstrap.nanny_agent` and `worker_bootstrap.exec_agent`; who tells it to, in `worker_bootstrap.coordinator`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import os
+import platform
+import socket
+import sys
+import time
+from collections.abc import Awaitable, Mapping
+from typing import Any, Callable
+
+from worker_bootstrap import activation, carry, codec
+from worker_bootstrap.build import build
+from worker_bootstrap.digest import EnvironmentId
+from worker_bootstrap.errors import ChunkInvalid, ChunkMissing, EnvironmentMissing, EnvshipError, TransferError
+from worker_bootstrap.hosted import Standby, StartRequest
+from worker_bootstrap.interpreter import Interpreter, base_interpreter, own_environment_id, python_of
+from worker_bootstrap.manifest import Manifest
+from worker_bootstrap.store import Store
+from worker_bootstrap.tracker import Batch, Offer
+from worker_bootstrap.transfer import ChunkServer, Outcome, PeerChunks, fetch_chunks
+
+logger = logging.getLogger("envship.agent")
+
+Call = Callable[..., Awaitable[Any]]
+"""Calls an operation of the coordinator by name, with keyword arguments."""
+
+PROVIDE_ATTEMPTS = 3
+"""A chunk that turns out damaged while it is unpacked is dropped and fetched again this often."""
+REPORT_INTERVAL_S = 0.2
+
+_LEAVING: set[asyncio.Task[Any]] = set()
+
+
+def answering(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[dict[str, Any]]]:
+    """Turn errors into answers: ``{"ok": value}`` or ``{"error": text, "type": name}``, never a pickled exception."""
+
+    @functools.wraps(method)
+    async def answer(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        try:
+            return {"ok": await method(*args, **kwargs)}
+        except asyncio.CancelledError:
+            raise
+        except (EnvshipError, OSError) as error:
+            return {"error": str(error) or repr(error), "type": type(error).__name__}
+        except Exception as error:
+            logger.exception("%s failed", method.__name__)
+            return {"error": f"{type(error).__name__}: {error}", "type": type(error).__name__}
+
+    return answer
+
+
+class Agent:
+    """What acts for its host in *server*.
+
+    Parameters
+    ----------
+    server
+        The nanny, worker or scheduler.
+    store
+        The writable store of this host.
+    call
+        Calls the coordinator.
+    """
+
+    role = "agent"
+
+    def __init__(self, server: Any, store: Store, call: Call) -> None:
+        self.server = server
+        self.store = store
+        self.call = call
+        self.code = str(carry.publish(store.layout))
+        self.base = base_interpreter()
+        self.tasks: set[asyncio.Task[Any]] = set()
+        self._reported_at = 0.0
+
+    def handlers(self) -> dict[str, Callable[..., Any]]:
+        """The operations that this agent adds to its server."""
+        own: dict[str, Callable[..., Awaitable[Any]]] = {
+            "envship_identify": self.identify,
+            "envship_survey": self.survey,
+            "envship_provide": self.provide,
+            "envship_prepare": self.prepare,
+            "envship_discard": self.discard,
+            "envship_commit": self.commit,
+            "envship_park": self.park,
+            "envship_built": self.built,
+            "envship_manifest": self.manifest,
+            "envship_rejoin": self.rejoin,
+        }
+        return {**{name: answering(method) for name, method in own.items()}, **ChunkServer(self.store).handlers()}
+
+    # -- what the coordinator asks for
+
+    async def identify(self) -> dict[str, Any]:
+        """Who this agent is, and what its host has; only numbers, texts and lists."""
+        room = os.statvfs(self.store.layout.root)
+        return {
+            "address": self.server.address,
+            "role": self.role,
+            "host_id": self.store.host_id,
+            "hostname": socket.gethostname(),
+            "pid": os.getpid(),
+            "environment_id": self.environment_id,
+            "prefix": sys.prefix,
+            "python": platform.python_version(),
+            "store": str(self.store.layout.root),
+            "free_bytes": room.f_bavail * room.f_frsize,
+            "codecs": list(codec.available()),
+            "warm": [],
+            "warm_bytes": 0,
+            "obstacle": self.obstacle(),
+        }
+
+    async def survey(self, environment_id: str, manifest: bytes | None = None) -> dict[str, Any]:
+        """What is missing here for an environment: ``built``, ``known`` (the manifest is here), ``missing`` digests."""
+        wanted = EnvironmentId(environment_id)
+
+        def look() -> dict[str, Any]:
+            if manifest is not None:
+                self.store.write_manifest(Manifest.from_bytes(manifest, wanted))
+            prefix = self.store.built(wanted)
+            try:
+                found = self.store.read_manifest(wanted)
+            except EnvironmentMissing:
+                return {"built": prefix is not None, "known": False, "missing": []}
+            if manifest is None and prefix is not None:
+                return {"built": True, "known": True, "missing": []}
+            return {"built": prefix is not None, "known": True, "missing": self.store.missing(found.chunks)}
+
+        return await asyncio.to_thread(look)
+
+    async def provide(
+        self, environment_id: str, manifest: bytes | None = None, link_mode: str = "auto"
+    ) -> dict[str, Any]:
+        """Fetch what is missing and build; returns the seconds that each took."""
+        wanted = EnvironmentId(environment_id)
+        seconds = {"fetch": 0.0, "build": 0.0}
+        if manifest is not None:
+            await asyncio.to_thread(self.store.write_manifest, Manifest.from_bytes(manifest, wanted))
+        for attempt in range(1, PROVIDE_ATTEMPTS + 1):
+            try:
+                built = await asyncio.to_thread(self.store.built, wanted)
+                if built is not None and os.access(python_of(built), os.X_OK):
+                    return {"prefix": str(built), "seconds": seconds}
+                started = time.perf_counter()
+                await self._fetch(wanted)
+                fetched = time.perf_counter()
+                seconds["fetch"] += fetched - started
+                await self._report("building", 0, 0)
+                prefix = await build(
+                    self.store, wanted, self.code, link_mode, lambda done, total: self._tell("building", done, total)
+                )
+                seconds["build"] += time.perf_counter() - fetched
+                await self._report("ready", 0, 0)
+                return {"prefix": prefix, "seconds": seconds}
+            except (ChunkMissing, ChunkInvalid) as error:
+                if attempt == PROVIDE_ATTEMPTS:
+                    raise
+                logger.warning("environment %s: %s; fetching it again", environment_id[:16], error)
+        raise AssertionError("unreachable")
+
+    async def prepare(self, environment_id: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Prove that the environment's interpreter starts; returns the standby's description."""
+        raise NotImplementedError
+
+    async def commit(self, environment_id: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Move there. The environment was prepared."""
+        raise NotImplementedError
+
+    async def park(self, environment_id: str | None, keep: int, prepare: Mapping[str, Any]) -> None:
+        """Keep a standby of an environment left a moment ago; at most *keep* of them."""
+
+    async def discard(self, environment_id: str | None) -> None:
+        """Forget what `prepare` made: the swap was given up."""
+
+    async def built(self) -> list[str]:
+        """Ids of the environments that are built here."""
+
+        def look() -> list[str]:
+            return [name for name in self.store.environments() if self.store.built(name) is not None]
+
+        return await asyncio.to_thread(look)
+
+    async def manifest(self, environment_id: str) -> bytes:
+        """The canonical bytes of a manifest that this host holds."""
+        found = await asyncio.to_thread(self.store.read_manifest, EnvironmentId(environment_id))
+        return found.to_bytes()
+
+    async def join(self) -> None:
+        """Announce this agent to the coordinator, and bring its process where that wants it."""
+        answer = await self.call("envship_join", identity=await self.identify())
+        if "target" in answer and answer["target"] != self.environment_id:
+            self.hold()
+            self.in_background(self.conform(answer["target"], answer["manifest"], answer["options"]))
+
+    async def rejoin(self) -> None:
+        """The coordinator found this process outside the target environment: join again."""
+        await self.join()
+
+    def hold(self) -> None:
+        """Make sure, before anything else happens, that the process behind this agent runs no task."""
+        raise NotImplementedError
+
+    async def conform(self, target: EnvironmentId | None, manifest: bytes | None, options: Mapping[str, Any]) -> None:
+        """Bring a process that came late into the environment *target*, or let it leave, saying why."""
+        raise NotImplementedError
+
+    # -- what the kinds of agents build on
+
+    @property
+    def environment_id(self) -> EnvironmentId | None:
+        """The environment that the process behind this agent should be running in now."""
+        return own_environment_id()
+
+    def obstacle(self) -> str | None:
+        """Why the process behind this agent cannot be moved, or None."""
+        return None
+
+    async def interpreter(self, environment_id: str | None) -> Interpreter:
+        """The activated interpreter of an environment that is built here."""
+        if environment_id is None:
+            return self.base
+        wanted = EnvironmentId(environment_id)
+
+        def activate() -> Interpreter:
+            prefix = self.store.built(wanted)
+            if prefix is None:
+                raise EnvironmentMissing(wanted, f"{self.store.layout.root} (it is not built)")
+            manifest = self.store.read_manifest(wanted)
+            base_prefixes = [self.base.prefix, sys.base_prefix]
+            environ = activation.activated(
+                self.base.environ, str(prefix), manifest.environ, base_prefixes=base_prefixes
+            )
+            marks = {"ENVSHIP_ENVIRONMENT": wanted, "ENVSHIP_PREFIX": str(prefix)}
+            return Interpreter(wanted, str(prefix), python_of(prefix), {**environ, **marks})
+
+        return await asyncio.to_thread(activate)
+
+    async def probe(self, interpreter: Interpreter, request: StartRequest, timeout_s: float) -> dict[str, Any]:
+        """Start *interpreter*, see it get ready, end it; returns its description."""
+        standby = await Standby.start(interpreter, request, timeout_s)
+        await standby.discard()
+        return dict(standby.description)
+
+    def start_request(self, interpreter: Interpreter, **more: Any) -> StartRequest:
+        """What every interpreter that this agent starts is given; *more* are fields of `StartRequest`."""
+        lease = None
+        if interpreter.environment_id is not None:
+            lease = str(self.store.layout.lease(interpreter.environment_id))
+        return StartRequest(code=self.code, lease=lease, **more)
+
+    def in_background(self, work: Any) -> asyncio.Task[Any]:
+        """Run a coroutine that nobody waits for; its failure is logged."""
+        task: asyncio.Task[Any] = asyncio.ensure_future(work)
+        self.tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def leave(self, reason: str, **how: Any) -> None:
+        """Close the server behind this agent. Not in a task of ours: closing the server ends those."""
+        closing = asyncio.ensure_future(self.server.close(reason=reason, **how))
+        _LEAVING.add(closing)
+        closing.add_done_callback(_LEAVING.discard)
+
+    async def close(self) -> None:
+        """End what this agent started."""
+        for task in list(self.tasks):
+            task.cancel()
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self.tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("work in the background failed", exc_info=task.exception())
+
+    async def _fetch(self, environment_id: EnvironmentId) -> None:
+        found = await asyncio.to_thread(self.store.read_manifest, environment_id)
+        missing = await asyncio.to_thread(self.store.missing, found.chunks)
+        if not missing:
+            return
+        await self.call(
+            "envship_want",
+            host_id=self.store.host_id,
+            address=self.server.address,
+            environment_id=environment_id,
+            missing=missing,
+        )
+        await fetch_chunks(
+            self.store, next_batch=self._next_batch, get=PeerChunks(self.server.rpc).get, report=self._fetched
+        )
+
+    async def _next_batch(self) -> Offer:
+        answer = await self.call("envship_next_batch", host_id=self.store.host_id)
+        if answer["lost"]:
+            raise TransferError("the cluster", f"{answer['lost']} chunks are on no host any more; pack and try again")
+        batch = Batch(answer["source"], tuple(answer["digests"])) if answer["digests"] else None
+        return Offer(batch, answer["outstanding"])
+
+    async def _fetched(self, outcome: Outcome) -> None:
+        await self.call("envship_fetched", host_id=self.store.host_id, **outcome._asdict())
+
+    def _tell(self, state: str, done_bytes: int, total_bytes: int) -> None:
+        if time.monotonic() - self._reported_at > REPORT_INTERVAL_S:
+            self.in_background(self._report(state, done_bytes, total_bytes))
+
+    async def _report(self, state: str, done_bytes: int, total_bytes: int) -> None:
+        self._reported_at = time.monotonic()
+        try:
+            await self.call(
+                "envship_report",
+                host_id=self.store.host_id,
+                state=state,
+                done_bytes=done_bytes,
+                total_bytes=total_bytes,
+            )
+        except OSError as error:
+            logger.debug("progress not reported: %s", error)

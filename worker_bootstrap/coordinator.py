@@ -1,0 +1,440 @@
+"""The coordinator: the scheduler plugin that knows the target environment and who has what.
+
+It hears agents that join, answers the client, hands out chunks (`worker_bootstrap.tracker`), and runs one
+`worker_bootstrap.swap.Swap` at a time. It holds manifests only in passing and chunks never.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+from distributed.core import Status
+from distributed.diagnostics.plugin import SchedulerPlugin
+from distributed.protocol.pickle import dumps
+
+from worker_bootstrap.agent import answering
+from worker_bootstrap.carry import Carried, package_digest
+from worker_bootstrap.digest import Digest, EnvironmentId
+from worker_bootstrap.errors import EnvironmentMissing
+from worker_bootstrap.exec_agent import SchedulerAgent
+from worker_bootstrap.location import open_store
+from worker_bootstrap.manifest import Manifest
+from worker_bootstrap.plugins import NannyAgentPlugin, WorkerAgentPlugin
+from worker_bootstrap.scheduler_state import COORDINATOR
+from worker_bootstrap.swap import Gone, Refused, Swap
+from worker_bootstrap.tracker import Tracker
+
+logger = logging.getLogger("envship.coordinator")
+
+RELEASE_TIMEOUT_S = 2.0
+"""A worker that was told to close and has not said so by then hangs; the scheduler lets go of it anyway."""
+POLL_INTERVAL_S = 0.005
+KEPT_SWAPS = 20
+DEFAULT_OPTIONS = {"link_mode": "auto", "start_timeout_s": 60.0}
+
+
+class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distributed is not typed
+    """Scheduler plugin: target environment, membership, chunks, swaps."""
+
+    name = COORDINATOR
+    idempotent = True
+
+    def __init__(self) -> None:
+        self.scheduler: Any = None
+        self.agent: SchedulerAgent
+        self.target: EnvironmentId | None = None
+        self.members: dict[str, dict[str, Any]] = {}
+        self.reports: dict[str, dict[str, Any]] = {}
+        self.swaps: dict[str, Swap] = {}
+        self.tracker = Tracker(clock=time.monotonic)
+        self.options: dict[str, Any] = dict(DEFAULT_OPTIONS)
+        self._turn = asyncio.Lock()
+        self._reported = asyncio.Event()
+        self._known: set[EnvironmentId] = set()
+        self._wanted: dict[str, dict[Digest, int]] = {}
+        self.leaving = False
+        self._resumed: tuple[Swap, dict[str, dict[str, Any]]] | None = None
+
+    # -- life
+
+    async def start(self, scheduler: Any) -> None:
+        """Install the operations, then bring the agents to every nanny and worker."""
+        self._install(scheduler)
+        if NannyAgentPlugin.name not in scheduler.nanny_plugins:
+            plugin = NannyAgentPlugin()
+            await scheduler.register_nanny_plugin(comm=None, plugin=dumps(plugin), name=plugin.name, idempotent=True)
+        if WorkerAgentPlugin.name not in scheduler.worker_plugins:
+            gate = WorkerAgentPlugin()
+            await scheduler.register_worker_plugin(comm=None, plugin=dumps(gate), name=gate.name, idempotent=True)
+        if self._resumed is not None:
+            swap, agents = self._resumed
+            self.agent.in_background(swap.resume(self, agents))
+
+    def take_over(self, scheduler: Any, state: Mapping[str, Any]) -> None:
+        """Continue what the predecessor of *scheduler* wrote down; before anybody can connect."""
+        self.target = state["target"]
+        self.options = state["options"]
+        swap = Swap.from_dict(state["swap"])
+        self.swaps[swap.id] = swap
+        self._resumed = (swap, state["agents"])
+        self._install(scheduler)
+        self.agent.proven.update(state["proven"])
+
+    def remove_worker(self, scheduler: Any, worker: str, **kwargs: Any) -> None:
+        """SchedulerPlugin hook: a worker is gone."""
+        self.reports.pop(worker, None)
+        self._reported.set()
+
+    async def close(self) -> None:
+        """SchedulerPlugin hook: the scheduler closes."""
+        await self.agent.close()
+
+    def _install(self, scheduler: Any) -> None:
+        if self.scheduler is not None:
+            return
+        self.scheduler = scheduler
+        operations = {
+            "envship_join": self.join,
+            "envship_hello": self.hello,
+            "envship_target": self.told_target,
+            "envship_release": self.release,
+            "envship_want": self.want,
+            "envship_next_batch": self.next_batch,
+            "envship_fetched": self.fetched,
+            "envship_report": self.report,
+        }
+        answered: dict[str, Callable[..., Awaitable[Any]]] = {
+            "envship_offer": self.offer,
+            "envship_uploaded": self.uploaded,
+            "envship_use": self.use,
+            "envship_stage": self.stage,
+            "envship_wait": self.wait,
+            "envship_status": self.status,
+        }
+        self.agent = SchedulerAgent(scheduler, open_store(), self._call_self)
+        scheduler.handlers.update(self.agent.handlers())
+        scheduler.handlers.update(operations)
+        scheduler.handlers.update({name: answering(method) for name, method in answered.items()})
+
+    async def _call_self(self, operation: str, **arguments: Any) -> Any:
+        return await self.scheduler.handlers[operation](**arguments)
+
+    # -- what agents and workers ask
+
+    async def join(self, identity: dict[str, Any]) -> dict[str, Any]:
+        """An agent announces itself, and learns where its process should run."""
+        if self.leaving:
+            return {"wait": True}
+        self.members[identity["address"]] = identity
+        manifest = None
+        if self.target is not None and identity["environment_id"] != self.target:
+            store = self.agent.store
+            manifest = (await asyncio.to_thread(store.read_manifest, self.target)).to_bytes()
+        return {"target": self.target, "manifest": manifest, "options": self.options}
+
+    async def hello(self, report: dict[str, Any]) -> dict[str, Any]:
+        """A worker says where it runs, before its first task; ``welcome`` tells whether it may stay."""
+        self.reports[report["address"]] = report
+        self._reported.set()
+        return {"welcome": report["environment_id"] == self.target, "target": self.target}
+
+    async def told_target(self) -> EnvironmentId | None:
+        """Where processes of this cluster should run."""
+        return self.target
+
+    async def release(self, address: str) -> None:
+        """Let go of a worker that was told to close, so that its successor may use its name at once."""
+        deadline = time.monotonic() + RELEASE_TIMEOUT_S
+        while time.monotonic() < deadline:
+            worker = self.scheduler.workers.get(address)
+            if worker is None:
+                return
+            if worker.status in (Status.closing, Status.closed):
+                break
+            await asyncio.sleep(POLL_INTERVAL_S)
+        await _remove_worker(self.scheduler, address)
+
+    async def want(self, host_id: str, address: str, environment_id: str, missing: list[Digest]) -> None:
+        """A host is about to fetch the *missing* chunks of an environment."""
+        wanted = EnvironmentId(environment_id)
+        chunks = (await asyncio.to_thread(self.agent.store.read_manifest, wanted)).chunks
+        absent_here = set(missing)
+        self.tracker.add_host(host_id, address, [digest for digest in chunks if digest not in absent_here])
+        if wanted not in self._known:
+            await self._survey(wanted, except_for=host_id)
+        self._wanted[host_id] = {digest: chunks[digest] for digest in missing}
+        self.tracker.want(host_id, self._wanted[host_id])
+
+    async def next_batch(self, host_id: str) -> dict[str, Any]:
+        """What a host shall fetch now; ``lost`` counts chunks that it needs and nobody can give."""
+        batch, outstanding = self.tracker.offer(host_id)
+        lost = 0
+        if batch is None and outstanding:
+            lost = len(self.tracker.absent(self._wanted[host_id]))
+        return {
+            "source": batch.source if batch else "",
+            "digests": list(batch.digests) if batch else [],
+            "outstanding": outstanding,
+            "lost": lost,
+        }
+
+    async def fetched(
+        self,
+        host_id: str,
+        source: str,
+        received: Sequence[Digest],
+        failed: Sequence[Digest],
+        size_bytes: int,
+        blame: bool,
+        reason: str,
+    ) -> None:
+        """A host reports what became of a batch."""
+        self.tracker.received(host_id, received)
+        if failed:
+            logger.log(logging.WARNING if blame else logging.INFO, "%s: %s", source, reason)
+            self.tracker.failed(host_id, source, failed, blame=blame)
+        done, total = self.tracker.progress(host_id)
+        await self.report(host_id, "fetching", done, total)
+
+    async def report(self, host_id: str, state: str, done_bytes: int, total_bytes: int) -> None:
+        """A host tells how far it is."""
+        for swap in self.swaps.values():
+            if not swap.finished and host_id in swap.labels:
+                swap.note(host_id, state, done_bytes, total_bytes)
+
+    # -- what the client asks
+
+    async def offer(self, environment_id: str, manifest: bytes | None = None) -> dict[str, Any]:
+        """Which chunks no host has (``uploads``: address and digests, in order), and what the cluster runs now."""
+        wanted = EnvironmentId(environment_id)
+        if manifest is not None:
+            await asyncio.to_thread(self.agent.store.write_manifest, Manifest.from_bytes(manifest, wanted))
+        else:
+            await self._find_manifest(wanted)
+        lacking = await self._survey(wanted)
+        uploads = []
+        if lacking:
+            chunks = (await asyncio.to_thread(self.agent.store.read_manifest, wanted)).chunks
+            absent = self.tracker.absent(chunks)
+            uploads = [[address, list(digests)] for address, digests in self.tracker.plan_uploads(absent)]
+        return {"uploads": uploads, "target": self.target, "code": package_digest()}
+
+    async def uploaded(self, address: str, digests: list[Digest]) -> None:
+        """The client has brought these chunks to the agent at *address*."""
+        host_id = self.members[address]["host_id"] if address in self.members else self.agent.store.host_id
+        self.tracker.received(host_id, digests)
+
+    async def use(self, environment_id: str | None, options: dict[str, Any]) -> str:
+        """Begin a swap; returns its id. Swaps of several clients take turns."""
+        wanted = None if environment_id is None else EnvironmentId(environment_id)
+        swap = Swap(wanted, self.target, options)
+        self.swaps[swap.id] = swap
+        for old in list(self.swaps)[:-KEPT_SWAPS]:
+            if self.swaps[old].finished:
+                del self.swaps[old]
+        self.agent.in_background(self._take_turn(swap))
+        return swap.id
+
+    async def stage(self, environment_id: str, options: dict[str, Any]) -> str:
+        """Bring an environment to every host and build it there, without moving anybody."""
+        swap = Swap(EnvironmentId(environment_id), self.target, {**options, "stage_only": True})
+        self.swaps[swap.id] = swap
+        self.agent.in_background(self._take_turn(swap))
+        return swap.id
+
+    async def wait(self, swap_id: str, version: int) -> dict[str, Any]:
+        """The status of a swap, as soon as it is newer than *version*."""
+        return await self.swaps[swap_id].changed(version, timeout_s=5.0)
+
+    async def status(self) -> dict[str, Any]:
+        """Who runs what, who holds what."""
+        agents = await self.agents()
+        store = self.agent.store
+        built: dict[str, list[str]] = {}
+        for address, identity in agents.items():
+            if identity["host_id"] not in built:
+                built[identity["host_id"]] = list(await self._ask_quietly(address, "envship_built") or [])
+        return {
+            "target": self.target,
+            "agents": agents,
+            "built": built,
+            "workers": {
+                address: {**self.reports.get(address, {}), "name": str(worker.name)}
+                for address, worker in self.scheduler.workers.items()
+            },
+            "environments": await asyncio.to_thread(_describe_all, store),
+            "scheduler_address": self.scheduler.address,
+        }
+
+    # -- what a swap needs (worker_bootstrap.swap.Cluster)
+
+    async def agents(self) -> dict[str, dict[str, Any]]:
+        """Every agent that answers, asked anew; others are forgotten."""
+        addresses = list(self.members)
+        answers = await asyncio.gather(
+            *(self.ask(address, "envship_identify") for address in addresses), return_exceptions=True
+        )
+        for address, answer in zip(addresses, answers):
+            if isinstance(answer, Gone):
+                self.members.pop(address, None)
+                self.tracker.remove_address(address)
+            elif not isinstance(answer, BaseException):
+                self.members[address] = answer
+        own = await self.agent.identify()
+        return {**self.members, own["address"]: own}
+
+    def strangers(self, agents: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        return [w.address for w in self.scheduler.workers.values() if (w.nanny or w.address) not in agents]
+
+    async def ask(self, address: str, operation: str, **arguments: Any) -> Any:
+        try:
+            if address == self.scheduler.address:
+                answer = await self.scheduler.handlers[operation](**arguments)
+            else:
+                answer = await getattr(self.scheduler.rpc(address), operation)(**arguments)
+        except OSError as error:
+            raise Gone(f"{address} does not answer: {error}") from error
+        if "error" in answer:
+            raise Refused(answer["error"], answer["type"])
+        return answer["ok"]
+
+    async def workers_in_target(self, count: int, timeout_s: float) -> dict[str, str]:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            self._reported.clear()
+            running = {a: self.reports.get(a, {}).get("environment_id") for a in self.scheduler.workers}
+            astray = [address for address, environment_id in running.items() if environment_id != self.target]
+            if not astray and len(running) >= count:
+                return {}
+            left = deadline - time.monotonic()
+            try:
+                await asyncio.wait_for(self._reported.wait(), max(0.0, left))
+            except asyncio.TimeoutError:
+                break
+        causes = {address: f"runs in {running[address] or 'the base environment'}" for address in astray}
+        if len(running) < count:
+            causes["cluster"] = f"{count - len(running)} of {count} workers did not come back within {timeout_s:.0f} s"
+        return causes
+
+    async def replace_scheduler(self, environment_id: EnvironmentId | None, swap: Swap) -> None:
+        agents = {a: identity for a, identity in self.members.items() if identity["role"] != "scheduler"}
+        state = {
+            "target": self.target,
+            "options": self.options,
+            "swap": swap.to_dict(),
+            "agents": agents,
+            "proven": list(self.agent.proven),
+        }
+        await self.agent.succeed(environment_id, state)
+
+    def conform_late(self, known: Sequence[str]) -> None:
+        for address, identity in self.members.items():
+            if address not in known and identity["environment_id"] != self.target:
+                self.agent.in_background(self._ask_quietly(address, "envship_rejoin"))
+
+    # -- own
+
+    async def _take_turn(self, swap: Swap) -> None:
+        async with self._turn:
+            swap.previous_id = self.target
+            if swap.environment_id is not None:
+                manifest = await asyncio.to_thread(self.agent.store.read_manifest, swap.environment_id)
+                swap.options["manifest"] = manifest.to_bytes()
+            else:
+                swap.options["manifest"] = None
+            self.options = {name: swap.options[name] for name in ("link_mode", "start_timeout_s")}
+            await swap.run(self)
+            swap.options["manifest"] = None
+        if swap.phase == "done" and swap.previous_id != swap.environment_id:
+            await self._park(swap)
+
+    async def _park(self, swap: Swap) -> None:
+        """A way back that takes no time: every nanny keeps a standby of the environment just left."""
+        options = {"start_timeout_s": swap.options["start_timeout_s"]}
+        await asyncio.gather(
+            *(
+                self._ask_quietly(
+                    address,
+                    "envship_park",
+                    environment_id=swap.previous_id,
+                    keep=swap.options["keep_warm"],
+                    prepare=options,
+                )
+                for address in list(self.members)
+            )
+        )
+
+    async def _ask_quietly(self, address: str, operation: str, **arguments: Any) -> Any:
+        try:
+            return await self.ask(address, operation, **arguments)
+        except (Gone, Refused) as error:
+            logger.info("%s at %s: %s", operation, address, error)
+            return None
+
+    async def _survey(self, wanted: EnvironmentId, except_for: str = "") -> list[str]:
+        """Tell the tracker what every host has of an environment; returns the hosts where it is not built."""
+        hosts = {identity["host_id"]: address for address, identity in (await self.agents()).items()}
+        data: bytes | None = None
+        lacking = []
+        for host_id, address in hosts.items():
+            if host_id == except_for:
+                continue
+            found = await self._ask_quietly(address, "envship_survey", environment_id=wanted)
+            if found is None:
+                continue
+            if not found["built"]:
+                lacking.append(host_id)
+            if found["built"] and not found["known"]:
+                continue
+            if not found["known"]:
+                data = data or (await asyncio.to_thread(self.agent.store.read_manifest, wanted)).to_bytes()
+                found = await self._ask_quietly(address, "envship_survey", environment_id=wanted, manifest=data)
+            if found is not None:
+                await self._record(host_id, address, wanted, set(found["missing"]))
+        self._known.add(wanted)
+        return lacking
+
+    async def _record(self, host_id: str, address: str, wanted: EnvironmentId, missing: set[Digest]) -> None:
+        chunks = (await asyncio.to_thread(self.agent.store.read_manifest, wanted)).chunks
+        self.tracker.add_host(host_id, address, [digest for digest in chunks if digest not in missing])
+
+    async def _find_manifest(self, wanted: EnvironmentId) -> None:
+        """Make sure that the scheduler's store holds the manifest, from whichever host has it."""
+        store = self.agent.store
+        try:
+            await asyncio.to_thread(store.read_manifest, wanted)
+            return
+        except EnvironmentMissing:
+            pass
+        for address in await self.agents():
+            data = await self._ask_quietly(address, "envship_manifest", environment_id=wanted)
+            if data is not None:
+                await asyncio.to_thread(store.write_manifest, Manifest.from_bytes(data, wanted))
+                return
+        raise EnvironmentMissing(wanted, "the cluster: no host holds it")
+
+
+async def _remove_worker(scheduler: Any, address: str) -> None:
+    """`Scheduler.remove_worker` of a worker that closes by itself; the flag's name changed in 2024.10."""
+    parameters = _parameters_of(type(scheduler).remove_worker)
+    flag = "expected" if "expected" in parameters else "safe"
+    await scheduler.remove_worker(address, stimulus_id=f"envship-swap-{time.time()}", close=False, **{flag: True})
+
+
+@functools.cache
+def _parameters_of(function: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
+def _describe_all(store: Any) -> dict[str, dict[str, Any]]:
+    found = {}
+    for environment_id in store.environments():
+        manifest = store.read_manifest(environment_id)
+        found[environment_id] = {"packages": len(manifest.packages), "size_bytes": manifest.size_bytes}
+    return found

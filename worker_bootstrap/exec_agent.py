@@ -1,0 +1,133 @@
+"""The agents of processes that are re-executed: a worker without nanny, a scheduler of its own.
+
+Both can prove the environment beforehand but keep no standby: `execve` replaces the very process that would hold it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from distributed.core import Status
+
+from worker_bootstrap import launch, reexec, scheduler_state
+from worker_bootstrap.agent import Agent, Call
+from worker_bootstrap.digest import EnvironmentId
+from worker_bootstrap.interpreter import Interpreter
+from worker_bootstrap.store import Store
+
+logger = logging.getLogger("envship.exec")
+
+CLOSE_TIMEOUT_S = 5.0
+
+
+class ExecAgent(Agent):
+    """What both kinds share: the way back, and the reasons why there may be none."""
+
+    kind = ""
+
+    def obstacle(self) -> str | None:
+        own = launch.own()
+        if own is None or own.kind != self.kind:
+            return (
+                f"this {self.kind} was not started by `dask {self.kind}`, so it cannot be re-executed "
+                "(start workers with a nanny, and the scheduler by `dask scheduler`)"
+            )
+        return None
+
+    def _orders(self, interpreter: Interpreter, **more: Any) -> reexec.Orders:
+        fallback = (self._current.python, dict(self._current.environ))
+        lease = self.start_request(interpreter).lease
+        return reexec.Orders(code=self.code, lease=lease, fallback=fallback, **more)
+
+    @property
+    def _current(self) -> Interpreter:
+        return Interpreter(self.environment_id, sys.prefix, sys.executable, dict(os.environ))
+
+
+class WorkerAgent(ExecAgent):
+    """Acts for its host in a worker that has no nanny."""
+
+    role = kind = "worker"
+
+    async def prepare(self, environment_id: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+        interpreter = await self.interpreter(environment_id)
+        request = self.start_request(interpreter, modules=["distributed.cli.dask_worker"])
+        return await self.probe(interpreter, request, float(options["start_timeout_s"]))
+
+    async def commit(self, environment_id: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+        interpreter = await self.interpreter(environment_id)
+        # The answer must have left before the process is replaced, or the coordinator sees a broken connection.
+        self.in_background(self._leave(interpreter, options["scheduler_moves"]))
+        return {}
+
+    async def conform(self, target: EnvironmentId | None, manifest: bytes | None, options: Mapping[str, Any]) -> None:
+        """Bring a worker that came late, and was told to `hold`, into the environment *target*."""
+        try:
+            if target is not None:
+                await self.provide(target, manifest, options["link_mode"])
+            await self.prepare(target, options)
+            await self._leave(await self.interpreter(target), scheduler_moves=False)
+        except Exception as error:
+            logger.error(
+                "worker %s leaves: it must run in environment %s and cannot: %s", self.server.address, target, error
+            )
+            self.leave("envship-environment-unavailable", nanny=False)
+
+    def hold(self) -> None:
+        """Pause the worker, in a way that its memory monitor does not undo."""
+        self.server.status = Status.closing_gracefully
+
+    async def _leave(self, interpreter: Interpreter, scheduler_moves: bool) -> None:
+        await asyncio.sleep(0.01)
+        scheduler = self.server.scheduler.address
+        await self.server.close(nanny=False, executor_wait=False, timeout=CLOSE_TIMEOUT_S, reason="envship-swap")
+        wait_for = reexec.dialled(scheduler) if scheduler_moves else None
+        own = launch.own()
+        assert own is not None
+        reexec.execute(interpreter, self.base, own, self._orders(interpreter, wait_for=wait_for), self.store.layout.tmp)
+
+
+class SchedulerAgent(ExecAgent):
+    """Acts for its host in a scheduler that is a process of its own."""
+
+    role = kind = "scheduler"
+
+    def __init__(self, server: Any, store: Store, call: Call) -> None:
+        super().__init__(server, store, call)
+        self.proven: set[str | None] = {None, self.environment_id}
+        """Environments that have shown here that a scheduler starts in them; the content of one never changes."""
+
+    async def prepare(self, environment_id: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+        interpreter = await self.interpreter(environment_id)
+        plugins = scheduler_state.dump_plugins(self.server)
+        if plugins or environment_id not in self.proven:
+            modules = ["distributed.cli.dask_scheduler", "cloudpickle"]
+            request = self.start_request(interpreter, modules=modules, plugins=plugins)
+            await self.probe(interpreter, request, float(options["start_timeout_s"]))
+            self.proven.add(environment_id)
+        return {}
+
+    async def succeed(self, environment_id: str | None, coordinator: dict[str, Any]) -> None:
+        """Replace the scheduler by a successor in that environment, which `coordinator` describes the swap to."""
+        interpreter = await self.interpreter(environment_id)
+        own = launch.own()
+        assert own is not None
+        path = scheduler_state.save(self.server, coordinator, self.store.layout.tmp)
+        services = getattr(self.server, "services", {})
+        dashboard = services.get("dashboard") or getattr(self.server, "http_server", None)
+        extra = [
+            *reexec.pinned(own, self.server.port, getattr(dashboard, "port", None)),
+            "--preload",
+            "worker_bootstrap.scheduler_state",
+        ]
+        os.environ[scheduler_state.STATE_VARIABLE] = str(path)
+        try:
+            reexec.execute(interpreter, self.base, own, self._orders(interpreter, extra=extra), self.store.layout.tmp)
+        finally:
+            del os.environ[scheduler_state.STATE_VARIABLE]
+            path.unlink()

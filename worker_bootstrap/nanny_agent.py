@@ -1,0 +1,244 @@
+"""The agent of a nanny: moves its worker by giving the nanny another process to start.
+
+The nanny itself, its PID and its place in the job stay. The old worker and the new one overlap for a moment: the new
+one registers as soon as the scheduler has let go of the old one, which may still be closing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import dask
+import psutil
+from dask.utils import parse_timedelta
+from distributed.core import Status
+
+from worker_bootstrap.agent import Agent, Call
+from worker_bootstrap.digest import EnvironmentId
+from worker_bootstrap.errors import NotSwappable
+from worker_bootstrap.hosted import HostedProcess, PendingProcess, RefusedProcess, Standby, WorkerOptions
+from worker_bootstrap.reexec import dialled
+from worker_bootstrap.store import Store
+
+logger = logging.getLogger("envship.nanny")
+
+STOP_TIMEOUT_S = 5.0
+"""A worker that has not closed by then is killed; the scheduler has let go of it long before."""
+MEMORY_PRESSURE_PERCENT = 90.0
+"""Parked standbys are given up when this much of the machine's memory is used."""
+MEMORY_CHECK_INTERVAL_S = 5.0
+RETRY_INTERVAL_S = 0.02
+
+
+class NannyAgent(Agent):
+    """Acts for its host in a nanny, and moves the nanny's worker."""
+
+    role = "nanny"
+
+    def __init__(self, server: Any, store: Store, call: Call) -> None:
+        super().__init__(server, store, call)
+        self.parked: OrderedDict[EnvironmentId | None, Standby] = OrderedDict()
+        self._prepared: dict[EnvironmentId | None, Standby] = {}
+        self._start_timeout_s = 60.0
+        self._held: Any = None
+        self._moving = asyncio.Lock()
+
+    @property
+    def environment_id(self) -> EnvironmentId | None:
+        interpreter = getattr(self.server.process, "interpreter", None)
+        return None if interpreter is None else interpreter.environment_id
+
+    def obstacle(self) -> str | None:
+        try:
+            WorkerOptions.of_nanny(self.server).pickled()
+        except NotSwappable as error:
+            return str(error)
+        return None
+
+    async def identify(self) -> dict[str, Any]:
+        standbys = {name: standby for name, standby in self.parked.items() if standby.alive}
+        return {
+            **await super().identify(),
+            "worker": self.server.worker_address,
+            "warm": [name or "base" for name in standbys],
+            "warm_bytes": sum(_resident_bytes(standby.pid) for standby in standbys.values()),
+        }
+
+    async def prepare(self, environment_id: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+        name = None if environment_id is None else EnvironmentId(environment_id)
+        self._start_timeout_s = float(options["start_timeout_s"])
+        standby = self.parked.pop(name, None) or self._prepared.pop(name, None)
+        if standby is None or not standby.alive:
+            standby = await self._start_standby(name)
+        self._prepared[name] = standby
+        return dict(standby.description)
+
+    async def discard(self, environment_id: str | None) -> None:
+        standby = self._prepared.pop(None if environment_id is None else EnvironmentId(environment_id), None)
+        if standby is not None:
+            await standby.discard()
+
+    async def commit(self, environment_id: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+        name = None if environment_id is None else EnvironmentId(environment_id)
+        async with self._moving:
+            new = await self._process_for(name)
+            old = self._take_process()
+            if options["scheduler_moves"]:
+                await old.kill(timeout=STOP_TIMEOUT_S, executor_wait=False, reason="envship-swap")
+                self.in_background(self._start_when_scheduler_is_back(new, options["commit_timeout_s"]))
+                return {}
+            closing = self.in_background(old.kill(timeout=STOP_TIMEOUT_S, executor_wait=False, reason="envship-swap"))
+            await self.call("envship_release", address=old.worker_address)
+            if self._has_fixed_ports():
+                await closing
+            await self._start(new)
+        return {}
+
+    async def park(self, environment_id: str | None, keep: int, prepare: Mapping[str, Any]) -> None:
+        name = None if environment_id is None else EnvironmentId(environment_id)
+        self._start_timeout_s = float(prepare["start_timeout_s"])
+        if keep > 0 and name not in self.parked and name != self.environment_id and not _memory_is_short():
+            self.parked[name] = await self._start_standby(name)
+            self.in_background(self._watch_memory())
+        while len(self.parked) > keep:
+            _, standby = self.parked.popitem(last=False)
+            await standby.discard()
+
+    async def conform(self, target: EnvironmentId | None, manifest: bytes | None, options: Mapping[str, Any]) -> None:
+        """Bring a nanny that came late, and was told to `hold`, into the environment *target*."""
+        try:
+            if self._held is not None:
+                held, self._held = self._held, None
+                await held.kill(timeout=STOP_TIMEOUT_S, executor_wait=False, reason="envship-late")
+            if target is not None:
+                await self.provide(target, manifest, options["link_mode"])
+            self._start_timeout_s = float(options["start_timeout_s"])
+            async with self._moving:
+                await self._start(await self._process_for(target))
+            logger.info("worker %s runs in environment %s", self.server.worker_address, target)
+        except Exception as error:
+            logger.error(
+                "nanny %s leaves: its worker must run in environment %s and cannot: %s",
+                self.server.address,
+                target,
+                error,
+            )
+            self.server.process = RefusedProcess(error)
+            self.leave("envship-environment-unavailable")
+
+    def hold(self) -> None:
+        """Give the nanny a pending process: neither its start nor anybody's ``register_plugin`` waits for us."""
+        old = self._take_process()
+        self._held = None if isinstance(old, PendingProcess) else old
+
+    async def close(self) -> None:
+        await super().close()
+        for standby in [*self.parked.values(), *self._prepared.values()]:
+            await standby.discard()
+
+    def _take_process(self) -> Any:
+        """Take the worker's process away from the nanny; its end no longer concerns the nanny."""
+        old = self.server.process
+        self.server.process = PendingProcess()
+        if old is None:
+            return self.server.process
+        old.on_exit = None
+        return old
+
+    async def _process_for(self, name: EnvironmentId | None) -> HostedProcess:
+        interpreter = await self.interpreter(name)
+        return HostedProcess(
+            interpreter,
+            start_standby=functools.partial(self._start_standby, name),
+            on_exit=self.server._on_worker_exit_sync,
+            standby=self._prepared.pop(name, None),
+            override=self._remaining_lifetime(),
+        )
+
+    async def _start_standby(self, name: EnvironmentId | None) -> Standby:
+        interpreter = await self.interpreter(name)
+        options = WorkerOptions.of_nanny(self.server)
+        interpreter = interpreter._replace(environ={**interpreter.environ, **options.env})
+        request = self.start_request(interpreter, worker=options.pickled())
+        return await Standby.start(interpreter, request, self._start_timeout_s)
+
+    async def _start(self, new: HostedProcess) -> None:
+        self.server.process = new
+        await new.start()
+        if self.server.status in (Status.closing, Status.closed):
+            await new.kill()
+
+    async def _start_when_scheduler_is_back(self, new: HostedProcess, timeout_s: float) -> None:
+        """The scheduler is about to be re-executed: start the worker as soon as its successor knows us."""
+        host, port = dialled(self.server.scheduler.address)
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            await asyncio.sleep(RETRY_INTERVAL_S)
+            if await _listens(host, port) and await self._is_expected():
+                async with self._moving:
+                    await self._start(new)
+                return
+        logger.error("the scheduler did not come back within %.0f s: nanny %s leaves", timeout_s, self.server.address)
+        self.leave("envship-scheduler-gone")
+
+    async def _is_expected(self) -> bool:
+        """Whether a scheduler answers that has taken over, and wants our worker."""
+        try:
+            answer = await self.call("envship_join", identity=await self.identify())
+        except OSError:
+            return False
+        return isinstance(answer, dict) and "target" in answer
+
+    def _remaining_lifetime(self) -> dict[str, Any]:
+        """``--lifetime`` counts from the worker's start; a swap must not extend it."""
+        given = self.server.worker_kwargs.get("lifetime")
+        lifetime = parse_timedelta(given or dask.config.get("distributed.worker.lifetime.duration"))
+        pid = getattr(self.server.process, "pid", None)
+        if not lifetime or pid is None:
+            return {}
+        try:
+            age = time.time() - psutil.Process(pid).create_time()
+        except psutil.Error:
+            return {}
+        return {"lifetime": f"{max(1.0, lifetime - age)} s"}
+
+    def _has_fixed_ports(self) -> bool:
+        """Whether the new worker needs a port that the old one still listens on."""
+        kwargs = self.server.worker_kwargs
+        fixed = kwargs.get("port") not in (None, 0, "0")
+        return fixed or self.server.contact_address is not None or bool(kwargs.get("dashboard_address"))
+
+    async def _watch_memory(self) -> None:
+        while self.parked:
+            await asyncio.sleep(MEMORY_CHECK_INTERVAL_S)
+            if self.parked and _memory_is_short():
+                name, standby = self.parked.popitem(last=False)
+                logger.info("memory is short: the parked standby of environment %s is given up", name or "base")
+                await standby.discard()
+
+
+async def _listens(host: str, port: int) -> bool:
+    """Whether something accepts connections there; asked directly, because Dask's own back-off overshoots."""
+    try:
+        _, writer = await asyncio.wait_for(asyncio.open_connection(host, port), 1)
+    except (OSError, asyncio.TimeoutError):
+        return False
+    writer.close()
+    return True
+
+
+def _memory_is_short() -> bool:
+    return bool(psutil.virtual_memory().percent > MEMORY_PRESSURE_PERCENT)
+
+
+def _resident_bytes(pid: int) -> int:
+    try:
+        return int(psutil.Process(pid).memory_info().rss)
+    except psutil.Error:
+        return 0

@@ -1,0 +1,118 @@
+"""What a scheduler hands to its successor when it is re-executed.
+
+Plugins of users (scheduler's, workers', nannies') are carried over, and the coordinator with the swap that it is in
+the middle of. Tasks, futures, datasets, variables, events and queues are not: they belong to the process that ends.
+The state lies in a private file for the moment between two processes of the same user; it never travels.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import pickle
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+
+from worker_bootstrap.errors import NotSwappable
+
+logger = logging.getLogger("envship.scheduler")
+
+STATE_VARIABLE = "ENVSHIP_SCHEDULER_STATE"
+COORDINATOR = "envship-coordinator"
+
+
+def dump_plugins(scheduler: Any) -> list[tuple[str, bytes]]:
+    """The users' plugins on *scheduler*, pickled as they are now; a reference to the scheduler stays one.
+
+    Raises
+    ------
+    NotSwappable
+        Naming every plugin that cannot be pickled.
+    """
+    dumped, problems = [], []
+    for name, plugin in scheduler.plugins.items():
+        if name == COORDINATOR or type(plugin).__module__.split(".")[0] in ("distributed", "dask"):
+            continue
+        try:
+            dumped.append((name, _dump(plugin, scheduler)))
+        except Exception as error:
+            problems.append(f"{name} ({error})")
+    if problems:
+        raise NotSwappable(
+            f"the scheduler {scheduler.address}",
+            f"these plugins cannot be carried over: {', '.join(problems)}",
+            "Unregister them, or make them picklable.",
+        )
+    return dumped
+
+
+def load_plugin(data: bytes, scheduler: Any) -> Any:
+    """A plugin from `dump_plugins`, now referring to *scheduler*."""
+    unpickler = _Unpickler(io.BytesIO(data))
+    unpickler.scheduler = scheduler
+    return unpickler.load()
+
+
+def save(scheduler: Any, coordinator: dict[str, Any], folder: Path) -> Path:
+    """Write what the successor of *scheduler* needs to a private file in *folder*."""
+    state = {
+        "coordinator": coordinator,
+        "scheduler_plugins": dump_plugins(scheduler),
+        "worker_plugins": dict(scheduler.worker_plugins),
+        "nanny_plugins": dict(scheduler.nanny_plugins),
+    }
+    handle, path = tempfile.mkstemp(dir=folder, suffix=".scheduler")
+    with os.fdopen(handle, "wb") as file:
+        pickle.dump(state, file, protocol=4)
+    return Path(path)
+
+
+async def dask_setup(scheduler: Any) -> None:
+    """Preload hook of the successor: takes over before the first worker or client has been heard."""
+    from worker_bootstrap.coordinator import Coordinator
+
+    state = _take_state()
+    scheduler.worker_plugins.update(state["worker_plugins"])
+    scheduler.nanny_plugins.update(state["nanny_plugins"])
+    coordinator = Coordinator()
+    coordinator.take_over(scheduler, state["coordinator"])
+    await scheduler.register_scheduler_plugin(coordinator, name=COORDINATOR, idempotent=False)
+    for name, data in state["scheduler_plugins"]:
+        try:
+            plugin = load_plugin(data, scheduler)
+            await scheduler.register_scheduler_plugin(plugin, name=name, idempotent=False)
+        except Exception:
+            logger.exception("the scheduler plugin %r could not be carried over", name)
+
+
+def _take_state() -> dict[str, Any]:
+    path = Path(os.environ.pop(STATE_VARIABLE))
+    state: dict[str, Any] = pickle.loads(path.read_bytes())
+    path.unlink()
+    return state
+
+
+def _dump(plugin: Any, scheduler: Any) -> bytes:
+    buffer = io.BytesIO()
+    pickler = _Pickler(buffer, protocol=4)
+    pickler.scheduler = scheduler
+    pickler.dump(plugin)
+    return buffer.getvalue()
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is not typed
+    scheduler: Any = None
+
+    def persistent_id(self, value: Any) -> str | None:
+        return "scheduler" if value is self.scheduler else None
+
+
+class _Unpickler(pickle.Unpickler):
+    scheduler: Any = None
+
+    def persistent_load(self, name: Any) -> Any:
+        return self.scheduler

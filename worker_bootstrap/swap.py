@@ -1,0 +1,380 @@
+"""One swap: the cluster moves from one environment to another, in two phases.
+
+*Prepare* touches nothing that runs; only when every host is ready does *commit* begin, and only when every worker
+reports from the new environment is the swap over. Otherwise the cluster goes back. A scheduler that moves as well is
+replaced in the middle of the commit: its successor picks the swap up with `Swap.resume`.
+
+Knows the cluster only through the `Cluster` protocol, so that the order of things can be tested without one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from worker_bootstrap.digest import EnvironmentId
+
+logger = logging.getLogger("envship.swap")
+
+KEPT_PHASES = ("done", "failed")
+
+
+class Gone(Exception):
+    """The agent that was asked is not there any more; its workers are not, either."""
+
+
+class Refused(Exception):
+    """An agent answered with an error."""
+
+    def __init__(self, text: str, kind: str) -> None:
+        super().__init__(text)
+        self.kind = kind
+
+
+class Cluster(Protocol):
+    """What a swap needs of the coordinator. Agents are identified by their address."""
+
+    target: EnvironmentId | None
+    leaving: bool
+    """The scheduler is about to be replaced: agents that ask shall wait for its successor."""
+
+    async def agents(self) -> Mapping[str, Mapping[str, Any]]:
+        """Every agent's identity, asked anew."""
+
+    def strangers(self, agents: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
+        """Workers that none of *agents* answers for."""
+
+    async def ask(self, address: str, operation: str, **arguments: Any) -> Any:
+        """The answer of an agent; raises `Gone` or `Refused`."""
+
+    async def workers_in_target(self, count: int, timeout_s: float) -> Mapping[str, str]:
+        """Wait until *count* workers report from the target and none from elsewhere; returns who does not."""
+
+    async def replace_scheduler(self, environment_id: EnvironmentId | None, swap: Swap) -> None:
+        """Re-execute the scheduler; returns only by raising, or not at all."""
+
+    def conform_late(self, known: Sequence[str]) -> None:
+        """See to agents that joined meanwhile, all but the *known* ones."""
+
+
+class Swap:
+    """A swap, its progress and its outcome.
+
+    Parameters
+    ----------
+    environment_id, previous_id
+        Where to, and from where; None is the base environment.
+    options
+        ``prepare_timeout_s``, ``start_timeout_s``, ``commit_timeout_s``, ``keep_warm``, ``link_mode``, ``scheduler``
+        (move it: True, False, or None for "if it can and need be"), ``manifest``.
+    """
+
+    def __init__(
+        self,
+        environment_id: EnvironmentId | None,
+        previous_id: EnvironmentId | None,
+        options: Mapping[str, Any],
+    ) -> None:
+        self.id = uuid.uuid4().hex
+        self.environment_id = environment_id
+        self.previous_id = previous_id
+        self.options = dict(options)
+        self.phase = "check"
+        self.hosts: dict[str, dict[str, Any]] = {}
+        self.labels: dict[str, str] = {}
+        self.seconds: dict[str, float] = {}
+        self.causes: dict[str, str] = {}
+        self.error: str | None = None
+        self.outcome = ""
+        self.scheduler_moves = False
+        self.expected = 0
+        self.committed_at = 0.0
+        self.downtime_s = 0.0
+        self.version = 0
+        self._changed = asyncio.Event()
+
+    @property
+    def finished(self) -> bool:
+        return self.phase in KEPT_PHASES
+
+    def status(self) -> dict[str, Any]:
+        """What the client shows: only numbers, texts, lists and mappings."""
+        return {
+            "id": self.id,
+            "version": self.version,
+            "environment_id": self.environment_id,
+            "previous_id": self.previous_id,
+            "phase": self.phase,
+            "hosts": self.hosts,
+            "seconds": self.seconds,
+            "causes": self.causes,
+            "error": self.error,
+            "outcome": self.outcome,
+            "scheduler_moves": self.scheduler_moves,
+            "workers": self.expected,
+            "downtime_s": self.downtime_s,
+        }
+
+    async def changed(self, version: int, timeout_s: float) -> dict[str, Any]:
+        """The status, as soon as it is newer than *version*, at the latest after *timeout_s*."""
+        if self.version <= version and not self.finished:
+            self._changed.clear()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), timeout_s)
+        return self.status()
+
+    def note(self, host_id: str, state: str, done_bytes: int = 0, total_bytes: int = 0, detail: str = "") -> None:
+        """Record how far a host is."""
+        self.hosts[host_id] = {
+            "label": self.labels.get(host_id, host_id[:8]),
+            "state": state,
+            "done_bytes": done_bytes,
+            "total_bytes": total_bytes,
+            "detail": detail,
+        }
+        self._touch()
+
+    # -- the phases
+
+    async def run(self, cluster: Cluster) -> None:
+        """Prepare, then commit. Never raises: the outcome is in `status`."""
+        try:
+            agents = await self.prepare(cluster)
+            if agents is not None and self.options.get("stage_only"):
+                self._set_phase("done")
+            elif agents is not None:
+                await self.commit(cluster, agents)
+        except Exception as error:
+            logger.exception("swap %s failed", self.id)
+            self._fail("PrepareFailed", {"scheduler": f"{type(error).__name__}: {error}"})
+
+    async def prepare(self, cluster: Cluster) -> Mapping[str, Mapping[str, Any]] | None:
+        """Get every host ready; returns the agents, or None after a failure that touched nothing."""
+        started = time.perf_counter()
+        agents = await cluster.agents()
+        moving = self._who_moves(agents)
+        obstacles = {_label(agents[a]): agents[a]["obstacle"] for a in moving if agents[a]["obstacle"]}
+        obstacles.update(
+            (address, "nothing of ours answers for this worker; its log says why the plugin did not start")
+            for address in cluster.strangers(agents)
+        )
+        if obstacles:
+            self._fail("NotSwappable", obstacles)
+            return None
+        hosts: dict[str, list[str]] = {}
+        for address in moving:
+            hosts.setdefault(agents[address]["host_id"], []).append(address)
+        self.labels = {host_id: agents[first[0]]["hostname"] for host_id, first in hosts.items()}
+        if not moving:
+            self._set_phase("done")
+            return None
+        self.expected = sum(identity["role"] != "scheduler" for identity in agents.values())
+        self._set_phase("prepare")
+        causes: dict[str, str] = {}
+        results = await asyncio.gather(
+            *(self._prepare_host(cluster, host_id, addresses) for host_id, addresses in hosts.items()),
+            return_exceptions=True,
+        )
+        for (host_id, addresses), result in zip(hosts.items(), results):
+            if isinstance(result, BaseException):
+                causes[_label(agents[addresses[0]])] = str(result) or repr(result)
+                self.note(host_id, "failed", detail=str(result))
+        self.seconds["prepare"] = time.perf_counter() - started
+        if causes:
+            await self._discard(cluster, moving)
+            self._fail("PrepareFailed", causes)
+            return None
+        return {address: agents[address] for address in moving}
+
+    async def commit(self, cluster: Cluster, agents: Mapping[str, Mapping[str, Any]]) -> None:
+        """Move everybody; back again if that does not work out."""
+        self.committed_at = time.time()
+        self._set_phase("commit")
+        cluster.target = self.environment_id
+        cluster.leaving = self.scheduler_moves
+        causes = await self._commit_all(cluster, agents)
+        if self.scheduler_moves and not causes:
+            try:
+                await cluster.replace_scheduler(self.environment_id, self)
+            except Exception as error:
+                logger.exception("the scheduler could not be re-executed")
+                causes = {"scheduler": str(error)}
+        if cluster.leaving:
+            cluster.leaving = self.scheduler_moves = False
+        await self._settle(cluster, agents, causes)
+
+    async def resume(self, cluster: Cluster, agents: Mapping[str, Mapping[str, Any]]) -> None:
+        """Finish, in the scheduler's successor, what its predecessor began."""
+        try:
+            await self._settle(cluster, agents, {})
+        except Exception as error:
+            logger.exception("swap %s failed after the scheduler was re-executed", self.id)
+            self._fail("CommitFailed", {"scheduler": f"{type(error).__name__}: {error}"})
+
+    async def _prepare_host(self, cluster: Cluster, host_id: str, addresses: Sequence[str]) -> None:
+        self.note(host_id, "waiting")
+        work = self._provide_and_start(cluster, host_id, addresses)
+        try:
+            await asyncio.wait_for(work, self.options["prepare_timeout_s"])
+        except asyncio.TimeoutError:
+            raise Refused(f"not ready after {self.options['prepare_timeout_s']:.0f} s", "TimeoutError") from None
+        self.note(host_id, "ready")
+
+    async def _provide_and_start(self, cluster: Cluster, host_id: str, addresses: Sequence[str]) -> None:
+        if self.environment_id is not None:
+            provided = await _first_that_is_there(
+                cluster,
+                addresses,
+                "envship_provide",
+                environment_id=self.environment_id,
+                manifest=self.options["manifest"],
+                link_mode=self.options["link_mode"],
+            )
+            for name, value in (provided or {}).get("seconds", {}).items():
+                self.seconds[name] = max(self.seconds.get(name, 0.0), value)
+        if self.options.get("stage_only"):
+            return
+        self.note(host_id, "starting")
+        started = time.perf_counter()
+        await asyncio.gather(*(self._prove(cluster, address) for address in addresses))
+        self.seconds["start"] = max(self.seconds.get("start", 0.0), time.perf_counter() - started)
+
+    async def _prove(self, cluster: Cluster, address: str) -> None:
+        try:
+            await cluster.ask(
+                address, "envship_prepare", environment_id=self.environment_id, options=self._plain_options()
+            )
+        except Gone:
+            logger.info("agent %s left while the swap was prepared", address)
+
+    async def _commit_all(self, cluster: Cluster, agents: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+        options = {**self._plain_options(), "scheduler_moves": self.scheduler_moves}
+        movers = [address for address, identity in agents.items() if identity["role"] != "scheduler"]
+        results = await asyncio.gather(
+            *(
+                cluster.ask(address, "envship_commit", environment_id=cluster.target, options=options)
+                for address in movers
+            ),
+            return_exceptions=True,
+        )
+        causes = {}
+        for address, result in zip(movers, results):
+            if isinstance(result, Gone):
+                self.expected -= 1
+            elif isinstance(result, BaseException):
+                causes[_label(agents[address])] = str(result) or repr(result)
+        return causes
+
+    async def _settle(
+        self, cluster: Cluster, agents: Mapping[str, Mapping[str, Any]], causes: Mapping[str, str]
+    ) -> None:
+        """Wait for every worker's report; go back if one is missing."""
+        failed = dict(causes)
+        if not failed:
+            missing = await cluster.workers_in_target(self.expected, self.options["commit_timeout_s"])
+            failed.update(missing)
+        if self.error is not None:  # this was the way back
+            self._set_phase("failed")
+        elif failed:
+            await self._go_back(cluster, agents, failed)
+        else:
+            self.downtime_s = time.time() - self.committed_at
+            self.seconds["commit"] = self.downtime_s
+            self._set_phase("done")
+        cluster.conform_late(list(agents))
+
+    async def _go_back(
+        self, cluster: Cluster, agents: Mapping[str, Mapping[str, Any]], causes: Mapping[str, str]
+    ) -> None:
+        logger.error("swap to %s is taken back: %s", self.environment_id, causes)
+        self.causes = dict(causes)
+        self.error = "CommitFailed"
+        self.outcome = f"the cluster was moved back to {_name(self.previous_id)}"
+        cluster.target = self.previous_id
+        self._set_phase("back")
+        cluster.leaving = self.scheduler_moves
+        problems = await self._commit_all(cluster, agents)
+        if self.scheduler_moves:
+            await cluster.replace_scheduler(self.previous_id, self)
+        problems.update(await cluster.workers_in_target(self.expected, self.options["commit_timeout_s"]))
+        if problems:
+            self.outcome = f"some workers are lost; all others were moved back to {_name(self.previous_id)}"
+            self.causes.update(problems)
+        self._set_phase("failed")
+
+    async def _discard(self, cluster: Cluster, addresses: Sequence[str]) -> None:
+        await asyncio.gather(
+            *(cluster.ask(a, "envship_discard", environment_id=self.environment_id) for a in addresses),
+            return_exceptions=True,
+        )
+
+    def _who_moves(self, agents: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        """Addresses of the agents whose process is to move; decides whether the scheduler does.
+
+        A worker does not outlive its scheduler, so all workers are started again when the scheduler moves.
+        """
+        elsewhere = [a for a, identity in agents.items() if identity["environment_id"] != self.environment_id]
+        schedulers = [a for a in elsewhere if agents[a]["role"] == "scheduler"]
+        if self.options["scheduler"] is None:
+            # A scheduler in the client's own process is in the client's environment by definition.
+            schedulers = [a for a in schedulers if agents[a]["pid"] != self.options["client_pid"]]
+        elif self.options["scheduler"] is False:
+            schedulers = []
+        self.scheduler_moves = bool(schedulers)
+        workers = agents if self.scheduler_moves else elsewhere
+        return [a for a in workers if agents[a]["role"] != "scheduler"] + schedulers
+
+    def _plain_options(self) -> dict[str, Any]:
+        return {name: value for name, value in self.options.items() if name != "manifest"}
+
+    def _fail(self, error: str, causes: Mapping[str, str]) -> None:
+        self.error, self.causes = error, dict(causes)
+        self._set_phase("failed")
+
+    def _set_phase(self, phase: str) -> None:
+        self.phase = phase
+        self._touch()
+
+    def _touch(self) -> None:
+        self.version += 1
+        self._changed.set()
+
+    # -- across the scheduler's replacement
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything that the scheduler's successor needs to `resume`."""
+        state = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return {**state, "options": {**self.options, "manifest": None}}
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> Swap:
+        """The inverse of `to_dict`."""
+        swap = cls(state["environment_id"], state["previous_id"], state["options"])
+        vars(swap).update(state)
+        return swap
+
+
+async def _first_that_is_there(
+    cluster: Cluster, addresses: Sequence[str], operation: str, **arguments: Any
+) -> dict[str, Any] | None:
+    """Ask one agent of a host after the other, until one is there to answer."""
+    for address in addresses:
+        try:
+            answer: dict[str, Any] = await cluster.ask(address, operation, **arguments)
+            return answer
+        except Gone:
+            continue
+    return None
+
+
+def _label(identity: Mapping[str, Any]) -> str:
+    return f"{identity['hostname']} ({identity['role']} {identity['address']})"
+
+
+def _name(environment_id: EnvironmentId | None) -> str:
+    return "the base environment" if environment_id is None else f"environment {environment_id[:16]}"
