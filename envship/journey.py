@@ -15,6 +15,7 @@ from distributed import Client
 from envship import config
 from envship.environment import Environment, resolve
 from envship.progress import Display, HostProgress
+from envship.reconnect import reconnect, until_listening
 from worker_bootstrap.coordinator import Coordinator
 from worker_bootstrap.digest import Digest, EnvironmentId, is_digest
 from worker_bootstrap.errors import (
