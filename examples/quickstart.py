@@ -2,14 +2,14 @@
 
     python examples/quickstart.py [SCHEDULER_ADDRESS]
 
-Without an address, on a LocalCluster with two workers.
+Without an address, on a cluster of two workers on this machine.
 """
 
 from __future__ import annotations
 
 import sys
 
-from distributed import Client, LocalCluster
+from distributed import Client
 
 import envship  # noqa: F401  adds use_environment and others to the client
 
@@ -20,21 +20,17 @@ def where() -> str:
 
 
 def main() -> None:
-    address = (
-        sys.argv[1] if len(sys.argv) > 1 else LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None)
-    )
-    with Client(address) as client:
+    # Without an address, the client starts a cluster of its own, and stops it when it closes.
+    where_from = {"address": sys.argv[1]} if len(sys.argv) > 1 else {"n_workers": 2, "threads_per_worker": 1}
+    with Client(**where_from) as client:
         print("tasks run in", client.submit(where, pure=False).result())
 
-        result = client.use_environment()  # the environment of this script; or a name, a path, a bundle, an id
-        print(result)
+        print(client.use_environment())  # the environment of this script; or give a name, a path, a bundle, an id
         print("tasks run in", client.submit(where, pure=False).result())
         print(client.environment_status())
 
         print(client.reset_environment())
         print("tasks run in", client.submit(where, pure=False).result())
-        if isinstance(address, LocalCluster):
-            address.close()
 
 
 if __name__ == "__main__":
