@@ -188,7 +188,7 @@ async def _move(
         seconds=journey.seconds,
         total_s=journey.total_s,
         downtime_s=status["downtime_s"],
-        changed=bool(status["hosts"]),
+        changed=status["moves"],
         lost_futures=futures if status["scheduler_moves"] else 0,
     )
 

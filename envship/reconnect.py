@@ -7,6 +7,7 @@ scheduler is back in a third of that. So the port is watched here, and Dask's at
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from contextlib import suppress
 
@@ -51,9 +52,7 @@ async def reconnect(client: Client) -> None:
     """
     name = next((name for name in _LISTENING_TASKS if getattr(client, name, None) is not None), None)
     if client.status == "connecting" and name is not None:
-        listening = getattr(client, name)
-        listening.cancel()
-        await asyncio.wait([listening])
+        await _end(getattr(client, name))
         await client._ensure_connected(timeout=TIMEOUT_S)
         setattr(client, name, asyncio.ensure_future(client._handle_report()))
     deadline = time.monotonic() + TIMEOUT_S
@@ -61,3 +60,18 @@ async def reconnect(client: Client) -> None:
         if time.monotonic() > deadline:
             raise EnvshipError(f"this client did not get back to {client.scheduler.address}; make a new one")
         await asyncio.sleep(INTERVAL_S)
+
+
+async def _end(listening: asyncio.Task[None]) -> None:
+    """Cancel the task in which the client waits; Dask would log that as an error."""
+    logger = logging.getLogger("distributed.client")
+    logger.addFilter(_is_no_cancellation)
+    try:
+        listening.cancel()
+        await asyncio.wait([listening])
+    finally:
+        logger.removeFilter(_is_no_cancellation)
+
+
+def _is_no_cancellation(record: logging.LogRecord) -> bool:
+    return record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError)

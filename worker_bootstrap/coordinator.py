@@ -73,8 +73,7 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
             gate = WorkerAgentPlugin()
             await scheduler.register_worker_plugin(comm=None, plugin=dumps(gate), name=gate.name, idempotent=True)
         if self._resumed is not None:
-            swap, agents = self._resumed
-            self.agent.in_background(swap.resume(self, agents))
+            self.agent.in_background(self._resume(*self._resumed))
 
     def take_over(self, scheduler: Any, state: Mapping[str, Any]) -> None:
         """Continue what the predecessor of *scheduler* wrote down; before anybody can connect."""
@@ -351,6 +350,14 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
             self.options = {name: swap.options[name] for name in ("link_mode", "start_timeout_s")}
             await swap.run(self)
             swap.options["manifest"] = None
+        await self._after(swap)
+
+    async def _resume(self, swap: Swap, agents: Mapping[str, Mapping[str, Any]]) -> None:
+        async with self._turn:
+            await swap.resume(self, agents)
+        await self._after(swap)
+
+    async def _after(self, swap: Swap) -> None:
         if swap.phase == "done" and swap.previous_id != swap.environment_id:
             await self._park(swap)
 

@@ -91,6 +91,7 @@ class Swap:
         self.causes: dict[str, str] = {}
         self.error: str | None = None
         self.outcome = ""
+        self.moves = False
         self.scheduler_moves = False
         self.expected = 0
         self.committed_at = 0.0
@@ -115,6 +116,7 @@ class Swap:
             "causes": self.causes,
             "error": self.error,
             "outcome": self.outcome,
+            "moves": self.moves,
             "scheduler_moves": self.scheduler_moves,
             "workers": self.expected,
             "downtime_s": self.downtime_s,
@@ -167,13 +169,16 @@ class Swap:
             self._fail("NotSwappable", obstacles)
             return None
         hosts: dict[str, list[str]] = {}
-        for address in moving:
+        for address in moving or agents:
             hosts.setdefault(agents[address]["host_id"], []).append(address)
         self.labels = {host_id: agents[first[0]]["hostname"] for host_id, first in hosts.items()}
+        self.expected = sum(identity["role"] != "scheduler" for identity in agents.values())
         if not moving:
+            for host_id in hosts:
+                self.note(host_id, "ready")
             self._set_phase("done")
             return None
-        self.expected = sum(identity["role"] != "scheduler" for identity in agents.values())
+        self.moves = True
         self._set_phase("prepare")
         causes: dict[str, str] = {}
         results = await asyncio.gather(
