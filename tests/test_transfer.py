@@ -250,6 +250,24 @@ def test_a_wrong_chunk_is_never_kept_and_comes_from_another_peer(tmp_path: Path)
     assert [digest_of(target.read_chunk(digest)) for digest in needed] == list(needed)
 
 
+def test_a_peer_drops_what_it_sent_damaged(tmp_path: Path) -> None:
+    source, needed = filled(tmp_path / "source", count=3)
+    bad = next(iter(needed))
+    damage(source, bad)
+    target = Store(tmp_path / "target")
+
+    async def main() -> Outcome:
+        async with Peer(ChunkServer(source).handlers()) as agent, Peer({}) as receiver:
+            peers = receiver.chunks()
+            batch = Batch(agent.address, tuple(needed))
+            return await transfer._fetch_batch(target, batch, peers.get, peers.complain)
+
+    outcome = asyncio.run(main())
+    assert outcome.failed == (bad,)
+    assert outcome.blame
+    assert source.missing(needed) == [bad], "so that it counts as missing the next time somebody asks"
+
+
 def test_a_chunk_evicted_meanwhile_is_a_miss_without_blame(tmp_path: Path) -> None:
     source, needed = filled(tmp_path / "source", count=3)
     evicted = next(iter(needed))

@@ -8,6 +8,7 @@ from whom is decided by `worker_bootstrap.tracker`; how a message travels is `wo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -63,6 +64,7 @@ class Held(NamedTuple):
 
 GetChunks = Callable[[str, Sequence[Digest]], Awaitable[Sequence[EncodedChunk]]]
 PutChunks = Callable[[str, Sequence[EncodedChunk]], Awaitable[Sequence[Digest]]]
+Complain = Callable[[str, Sequence[Digest]], Awaitable[None]]
 AskHeld = Callable[[str, Sequence[Digest]], Awaitable[Held]]
 Report = Callable[[Outcome], Awaitable[None]]
 
@@ -93,6 +95,7 @@ class ChunkServer:
             "envship_get_chunks": self.get_chunks,
             "envship_put_chunks": self.put_chunks,
             "envship_has_chunks": self.has_chunks,
+            "envship_check_chunks": self.check_chunks,
         }
 
     async def get_chunks(self, digests: Any = (), accept: Any = ()) -> dict[str, Any]:
@@ -124,6 +127,14 @@ class ChunkServer:
             return _refusal(error)
         held = [digest for digest in asked if digest not in missing]
         return {"status": "OK", "held": held, "accept": codec.available()}
+
+    async def check_chunks(self, digests: Any = ()) -> dict[str, Any]:
+        """A peer found these wrong: read them, which drops copies that are damaged here. Answers what is left."""
+        try:
+            asked = _checked(digests)
+            return {"status": "OK", "held": await asyncio.to_thread(_intact, self._store, asked)}
+        except (ValueError, OSError) as error:
+            return _refusal(error)
 
 
 class PeerChunks:
@@ -163,6 +174,13 @@ class PeerChunks:
             address, lambda: Held(tuple(_checked(reply["held"], limit=None)), _codec_names(reply["accept"]))
         )
 
+    async def complain(self, address: str, digests: Sequence[Digest]) -> None:
+        """Tell the peer that it sent these wrong, so that it drops what is damaged. Failing that does not matter."""
+        try:
+            await self._call(address, "envship_check_chunks", {"digests": list(digests)})
+        except TransferError as error:
+            logger.info("%s", error)
+
     async def _call(self, address: str, op: str, message: dict[str, Any]) -> dict[str, Any]:
         return await call(self._pool, address, op, message, timeout_s=self._timeout_s)
 
@@ -180,6 +198,7 @@ async def fetch_chunks(
     next_batch: Callable[[], Awaitable[Offer]],
     get: GetChunks,
     report: Report,
+    complain: Complain | None = None,
     parallel: int = PARALLEL,
     pause_s: float = 0.05,
 ) -> None:
@@ -194,6 +213,8 @@ async def fetch_chunks(
         Fetches chunks from a peer (`PeerChunks.get`).
     report
         Tells the coordinator what became of a batch.
+    complain
+        Tells a peer that chunks were wrong (`PeerChunks.complain`), before they are reported.
     parallel
         Batches in flight; up to 16 MiB of memory each, twice that while one is decompressed.
     pause_s
@@ -215,7 +236,7 @@ async def fetch_chunks(
         while True:
             batch, outstanding = await next_batch()
             if batch is not None:
-                await report(await _fetch_batch(store, Batch(*batch), get))
+                await report(await _fetch_batch(store, Batch(*batch), get, complain))
                 wait_s = pause_s
             elif not outstanding:
                 return
@@ -226,7 +247,7 @@ async def fetch_chunks(
     await _all_or_none([work() for _ in range(parallel)])
 
 
-async def _fetch_batch(store: Store, batch: Batch, get: GetChunks) -> Outcome:
+async def _fetch_batch(store: Store, batch: Batch, get: GetChunks, complain: Complain | None = None) -> Outcome:
     try:
         chunks = await get(batch.source, batch.digests)
     except TransferError as error:
@@ -238,6 +259,8 @@ async def _fetch_batch(store: Store, batch: Batch, get: GetChunks) -> Outcome:
     if invalid:
         lie = TransferError(batch.source, "; ".join(invalid.values()))
         logger.warning("%s", lie)
+        if complain is not None:
+            await complain(batch.source, list(invalid))
         return Outcome(batch.source, tuple(kept), failed, size_bytes, True, str(lie))
     return Outcome(batch.source, tuple(kept), failed, size_bytes, False, "it does not hold them" if failed else "")
 
@@ -343,10 +366,10 @@ def _read(store: Store, digests: Iterable[Digest], accept: Collection[str]) -> l
     return found
 
 
-def _write(store: Store, chunks: Iterable[EncodedChunk], where: str) -> tuple[list[Digest], dict[str, str]]:
+def _write(store: Store, chunks: Iterable[EncodedChunk], where: str) -> tuple[list[Digest], dict[Digest, str]]:
     """Keep *chunks*; return the digests kept, and those that were not what they are called, with the reasons."""
     kept: list[Digest] = []
-    invalid: dict[str, str] = {}
+    invalid: dict[Digest, str] = {}
     for digest, codec_name, payload in chunks:
         try:
             store.write_encoded(digest, codec_name, payload, where)
@@ -355,6 +378,15 @@ def _write(store: Store, chunks: Iterable[EncodedChunk], where: str) -> tuple[li
         else:
             kept.append(digest)
     return kept, invalid
+
+
+def _intact(store: Store, digests: Iterable[Digest]) -> list[Digest]:
+    found = []
+    for digest in digests:
+        with contextlib.suppress(ChunkMissing):
+            store.read_chunk(digest)
+            found.append(digest)
+    return found
 
 
 def _chunk_of(row: Any) -> EncodedChunk:
