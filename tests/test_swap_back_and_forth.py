@@ -1,0 +1,151 @@
+"""What a notebook does all day: there, back, elsewhere, back again; idle and under load; other Pythons."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import pytest
+from distributed import Client
+
+import envship  # noqa: F401  adds the methods to the client
+from worker_bootstrap.digest import EnvironmentId
+from worker_bootstrap.errors import IncompatibleEnvironment
+from worker_bootstrap.store import Store
+
+from .cluster import DASK_VERSIONS, ONLYHERE, Cluster, places, variant
+
+if TYPE_CHECKING:
+    from envship.environment import Environment
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def cluster(base_venv: Path, lab: Path, warm_stores: Path) -> Iterator[Cluster]:
+    """A scheduler that allows no failure of a task, and two workers on two hosts."""
+    strict = {"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "0"}
+    with Cluster(base_venv, lab / "back-and-forth", stores=warm_stores, environ=strict) as cluster:
+        cluster.start_scheduler()
+        cluster.start_worker("w1", host="a")
+        cluster.start_worker("w2", host="b")
+        yield cluster
+
+
+@pytest.fixture
+def client(cluster: Cluster, onlyhere: ModuleType) -> Iterator[Client]:
+    """A client of a cluster in its base environment."""
+    with cluster.client(workers=2) as client:
+        yield client
+        client.reset_environment()
+        cluster.wait_for_workers(client, 2)
+
+
+@pytest.fixture(scope="module")
+def other(packed: Environment, client_store: Store) -> EnvironmentId:
+    """The packed environment with one module more."""
+    return variant(client_store, packed.manifest, {"{site}/another.py": b"VALUE = 7\n"})
+
+
+def test_there_and_back_many_times(
+    client: Client, base_venv: Path, packed: Environment, other: EnvironmentId, onlyhere: ModuleType
+) -> None:
+    """A → B → A → base, twice, with the scheduler; the second time no byte is uploaded."""
+
+    def value() -> int:
+        import another
+
+        return int(another.VALUE)
+
+    for turn in range(2):
+        for target in (packed.id, other, packed.id, None):
+            result = client.reset_environment() if target is None else client.use_environment(target)
+            assert result.environment_id == target
+            ends = str(base_venv) if target is None else target[:16]
+            assert all(place.prefix.endswith(ends) for place in places(client).values())
+            if target is not None:
+                assert client.submit(onlyhere.f, 1, pure=False).result(timeout=30) == 42
+            if target == other:
+                assert client.submit(value, pure=False).result(timeout=30) == 7
+            assert turn == 0 or result.uploaded_bytes == 0
+
+
+def test_a_small_change_uploads_about_what_changed(client: Client, packed: Environment, client_store: Store) -> None:
+    client.stage_environment(packed)
+    changed = variant(client_store, packed.manifest, {"{site}/fresh.py": os.urandom(1000).hex().encode()})
+    result = client.stage_environment(changed)
+    assert result.uploaded_chunks == 2, "the file and its listing"
+    assert result.uploaded_bytes < 5000
+
+
+def test_tasks_survive_swaps_under_load(
+    client: Client, packed: Environment, other: EnvironmentId, cluster: Cluster
+) -> None:
+    """Even where Dask allows no task to lose its worker: a swap is not a task's fault."""
+
+    def work(number: int) -> tuple[int, str]:
+        import sys
+        import time
+
+        time.sleep(0.05)
+        return number, sys.prefix
+
+    futures = client.map(work, range(150), pure=False)
+    for target in (packed.id, other, packed.id):
+        client.use_environment(target, scheduler=False)
+    results = client.gather(futures)
+    assert [number for number, _ in results] == list(range(150))
+
+
+def test_environments_left_behind_stay_warm(client: Client, packed: Environment, other: EnvironmentId) -> None:
+    client.use_environment(packed, scheduler=False)
+    client.use_environment(other, scheduler=False)
+    warm = {name for host in client.environment_status().hosts.values() for name in host.warm}
+    before = {place.pid for place in places(client).values()}
+    assert warm in ({packed.id}, set()), "one at most, the one used last (it may still be on its way)"
+    client.use_environment(packed, scheduler=False)
+    assert before.isdisjoint(place.pid for place in places(client).values())
+
+
+def _other_python() -> str | None:
+    """An interpreter of another minor version, where this machine has one on its PATH or names one."""
+    mine = f"{sys.version_info.major}.{sys.version_info.minor}"
+    candidates = [os.environ.get("ENVSHIP_TEST_PYTHON"), *(shutil.which(f"python3.{n}") for n in (10, 11, 12, 13))]
+    for candidate in candidates:
+        if candidate:
+            asked = [candidate, "-c", "import sys, venv, ensurepip; print('%d.%d' % sys.version_info[:2])"]
+            answer = subprocess.run(asked, capture_output=True, text=True, check=False)
+            if answer.returncode == 0 and answer.stdout.strip() not in ("", mine):
+                return candidate
+    return None
+
+
+@pytest.mark.heavy
+def test_between_python_versions(
+    client: Client, cluster: Cluster, client_store: Store, tmp_path: Path, onlyhere: ModuleType
+) -> None:
+    """Refused, because functions pickled by another Python kill workers; possible for who says so."""
+    from envship.pack import pack
+
+    python = _other_python()
+    if python is None:
+        pytest.skip("no other Python here")
+    prefix = tmp_path / "other"
+    subprocess.run([python, "-m", "venv", str(prefix)], check=True)
+    subprocess.run([str(prefix / "bin" / "pip"), "install", "-q", *DASK_VERSIONS], check=True)
+    [site] = prefix.glob("lib/python*/site-packages")
+    (site / "onlyhere.py").write_text(ONLYHERE)
+    environment = pack(prefix, store=client_store)
+    with pytest.raises(IncompatibleEnvironment, match="python"):
+        client.use_environment(environment)
+    client.use_environment(environment, ignore_versions=True)
+    assert client.submit(onlyhere.where, pure=False).result(timeout=60).endswith(environment.id[:16])
+    minor = ".".join(environment.python.split(".")[:2])
+    versions = {process.python.rsplit(".", 1)[0] for process in client.environment_status().workers.values()}
+    assert versions == {minor}

@@ -1,0 +1,243 @@
+"""What can be wrong with an environment, a host or a cluster: a clear error, and the cluster as it was."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import dask
+import pytest
+from distributed import Client
+
+import envship  # noqa: F401  adds the methods to the client
+from worker_bootstrap.digest import Digest
+from worker_bootstrap.errors import (
+    CommitFailed,
+    EnvshipError,
+    IncompatibleEnvironment,
+    NotAnEnvironment,
+    NotSwappable,
+    PrepareFailed,
+    SourceNotFound,
+)
+from worker_bootstrap.store import Store
+
+from .cluster import Cluster, places, variant
+
+if TYPE_CHECKING:
+    from envship.environment import Environment
+
+pytestmark = pytest.mark.timeout(300)
+
+NO_DISTRIBUTED = b"import sys\nsys.modules['distributed'] = None\n"
+HANGS = b"import time\ntime.sleep(3600)\n"
+ONLY_ON_B = b"import os, sys\nif os.environ['ENVSHIP_STORE'].endswith('/b'): sys.modules['distributed'] = None\n"
+CRASHES_LATER = b"""
+import sys, threading, time
+
+def arm():
+    while not hasattr(sys.modules.get("distributed.worker"), "Worker"):
+        time.sleep(0.001)
+
+    async def start_unsafe(self):
+        raise RuntimeError("no worker ever starts in here")
+
+    sys.modules["distributed.worker"].Worker.start_unsafe = start_unsafe
+
+threading.Thread(target=arm, daemon=True).start()
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(base_venv: Path, lab: Path, warm_stores: Path) -> Iterator[Cluster]:
+    """A scheduler, a nanny and a worker without one, on two hosts."""
+    with Cluster(base_venv, lab / "failures", stores=warm_stores) as cluster:
+        cluster.start_scheduler()
+        cluster.start_worker("w1", host="a")
+        cluster.start_worker("w2", "--no-nanny", host="b")
+        yield cluster
+
+
+@pytest.fixture
+def client(cluster: Cluster, onlyhere: ModuleType) -> Iterator[Client]:
+    """A client of a cluster whose processes are the same, with their data, when the test is over."""
+    with cluster.client(workers=2) as client:
+        kept = client.submit(os.urandom, 16, pure=False)
+        value = kept.result(timeout=30)
+        before = processes(client)
+        yield client
+        assert processes(client) == before
+        assert client.gather(kept) == value, "data was lost"
+
+
+def processes(client: Client) -> dict[str, int]:
+    return {address: place.pid for address, place in places(client).items()}
+
+
+def test_no_such_environment(client: Client, tmp_path: Path) -> None:
+    for source in ("no-environment-of-this-name", tmp_path / "nothing", "f" * 64):
+        with pytest.raises(EnvshipError) as caught:
+            client.use_environment(source)
+        assert str(source) in str(caught.value)
+    with pytest.raises(SourceNotFound):
+        client.use_environment(tmp_path / "nothing")
+
+
+def test_not_an_environment(client: Client, tmp_path: Path) -> None:
+    with pytest.raises(NotAnEnvironment, match=str(tmp_path)):
+        client.use_environment(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"without": "distributed"}, "distributed"),
+        ({"without": "dask"}, "dask"),
+        ({"platform": "osx-arm64"}, "osx-arm64"),
+        ({"python": "3.8.1"}, "3.8.1"),
+        ({"versions": {"distributed": "2000.1.0"}}, "2000.1.0"),
+        ({"versions": {"dask": "2000.1.0"}}, "2000.1.0"),
+    ],
+    ids=["no distributed", "no dask", "platform", "python", "distributed", "dask"],
+)
+def test_an_environment_that_does_not_fit(
+    client: Client, packed: Environment, client_store: Store, change: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(IncompatibleEnvironment, match=named):
+        client.use_environment(variant(client_store, packed.manifest, **change))
+
+
+def test_versions_can_be_overridden_but_not_what_is_missing(
+    client: Client, packed: Environment, client_store: Store
+) -> None:
+    with pytest.raises(EnvshipError, match="distributed"):
+        client.use_environment(variant(client_store, packed.manifest, without="distributed"), ignore_versions=True)
+    with pytest.raises(EnvshipError, match="osx-arm64"):
+        client.use_environment(variant(client_store, packed.manifest, platform="osx-arm64"), ignore_versions=True)
+
+
+def test_an_environment_that_cannot_import_distributed(
+    client: Client, packed: Environment, client_store: Store
+) -> None:
+    broken = variant(client_store, packed.manifest, {"{site}/sitecustomize.py": NO_DISTRIBUTED})
+    with pytest.raises(PrepareFailed, match="distributed") as caught:
+        client.use_environment(broken)
+    assert len(caught.value.causes) >= 1
+    assert "as it was" in str(caught.value)
+
+
+def test_an_environment_that_fails_on_one_host_only(
+    client: Client, cluster: Cluster, packed: Environment, client_store: Store
+) -> None:
+    broken = variant(client_store, packed.manifest, {"{site}/sitecustomize.py": ONLY_ON_B})
+    with pytest.raises(PrepareFailed) as caught:
+        client.use_environment(broken)
+    assert str(cluster.store("b")) in str(caught.value)
+    assert str(cluster.store("a")) not in str(caught.value)
+
+
+def test_an_environment_that_hangs_while_it_starts(client: Client, packed: Environment, client_store: Store) -> None:
+    hanging = variant(client_store, packed.manifest, {"{site}/sitecustomize.py": HANGS})
+    with dask.config.set({"envship.timeouts.start": "3s"}), pytest.raises(PrepareFailed):
+        client.use_environment(hanging)
+
+
+def test_a_chunk_that_is_damaged_on_the_users_machine(client: Client, packed: Environment, client_store: Store) -> None:
+    content = os.urandom(200_000)
+    made = variant(client_store, packed.manifest, {"{site}/data.bin": content})
+    manifest = client_store.read_manifest(made)
+    [chunk] = [
+        chunk for chunk in manifest.chunks if chunk not in packed.manifest.chunks and _is(client_store, chunk, content)
+    ]
+    _damage(client_store, chunk)
+    with pytest.raises(EnvshipError, match=chunk):
+        client.use_environment(made)
+    # Packing it again would bring the chunk back; here, this does.
+    assert client_store.write_chunk(content) == chunk
+    client.stage_environment(made)
+
+
+def test_a_scheduler_that_refuses_pickles(
+    base_venv: Path, tmp_path: Path, packed: Environment, onlyhere: ModuleType
+) -> None:
+    with Cluster(base_venv, tmp_path / "c", environ={"DASK_DISTRIBUTED__SCHEDULER__PICKLE": "False"}) as cluster:
+        cluster.start_scheduler()
+        with cluster.client() as client, pytest.raises(NotSwappable, match="plugin"):
+            client.use_environment(packed)
+
+
+def test_workers_that_crash_after_the_swap_began_bring_the_old_environment_back(
+    base_venv: Path, tmp_path: Path, warm_stores: Path, packed: Environment, client_store: Store, onlyhere: ModuleType
+) -> None:
+    """From the base environment, and from another one; the cluster works afterwards."""
+    crashing = variant(client_store, packed.manifest, {"{site}/sitecustomize.py": CRASHES_LATER})
+    with Cluster(base_venv, tmp_path / "c", stores=warm_stores) as cluster:
+        cluster.start_scheduler()
+        cluster.start_worker("w1")
+        with cluster.client(workers=1) as client:
+            for previous in (str(base_venv), packed.id[:16]):
+                with pytest.raises(CommitFailed, match="back"):
+                    client.use_environment(crashing, scheduler=False, timeout="10s")
+                cluster.wait_for_workers(client, 1)
+                assert all(place.prefix.endswith(previous) for place in places(client).values())
+                assert client.submit(int, "4", pure=False).result(timeout=30) == 4
+                client.use_environment(packed, scheduler=False)
+
+
+def test_a_chunk_damaged_on_a_host_is_never_used(
+    base_venv: Path, tmp_path: Path, packed: Environment, client_store: Store, onlyhere: ModuleType
+) -> None:
+    """A second host fetches from the first, finds the damage, and gets the chunk from elsewhere, in the end."""
+    content = os.urandom(200_000)
+    made = variant(client_store, packed.manifest, {"{site}/data.bin": content})
+
+    def read() -> bytes:
+        import pathlib
+
+        [path] = pathlib.Path(sys.prefix).glob("lib/python*/site-packages/data.bin")
+        return path.read_bytes()
+
+    with Cluster(base_venv, tmp_path / "c") as cluster:
+        cluster.start_scheduler(host="a")
+        cluster.start_worker("w1", host="a")
+        with cluster.client(workers=1) as client:
+            client.stage_environment(made)
+            first = Store(cluster.store("a"))
+            [chunk] = [chunk for chunk in client_store.read_manifest(made).chunks if _is(first, chunk, content)]
+            _damage(first, chunk)
+            cluster.start_worker("w2", host="b")
+            cluster.wait_for_workers(client, 2)
+            try:
+                client.use_environment(made, scheduler=False)
+            except PrepareFailed as error:
+                assert "chunk" in str(error)
+                client.use_environment(made, scheduler=False)
+            assert set(client.run(read).values()) == {content}
+
+
+def test_errors_reach_asynchronous_clients_and_pickle(client: Client, tmp_path: Path) -> None:
+    import asyncio
+    import pickle
+
+    async def main() -> None:
+        async with Client(client.scheduler.address, asynchronous=True, set_as_default=False) as own:
+            with pytest.raises(NotAnEnvironment) as caught:
+                await own.use_environment(tmp_path)
+            assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+    asyncio.run(main())
+
+
+def _is(store: Store, digest: Digest, content: bytes) -> bool:
+    return store.read_chunk(digest) == content
+
+
+def _damage(store: Store, digest: Digest) -> None:
+    [path] = store.layout.chunks.glob(f"*/{digest}.*")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)

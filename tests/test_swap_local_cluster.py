@@ -1,0 +1,82 @@
+"""`LocalCluster`: nannies and scheduler live in the user's process, which is left alone."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import dask
+import psutil
+import pytest
+from distributed import Client, LocalCluster
+
+import envship  # noqa: F401  adds the methods to the client
+from worker_bootstrap.errors import NotSwappable
+
+from .cluster import eventually, places
+
+if TYPE_CHECKING:
+    from envship.environment import Environment
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture
+def local(tmp_path: Path, onlyhere: ModuleType) -> Iterator[Client]:
+    """A local cluster of two workers; afterwards no child of this process is left."""
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    scratch = str(tmp_path)
+    with (
+        dask.config.set({"temporary-directory": scratch}),
+        LocalCluster(
+            n_workers=2, threads_per_worker=1, dashboard_address=None, local_directory=scratch, host="127.0.0.1"
+        ) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
+
+    def left() -> set[int]:
+        children = psutil.Process().children(recursive=True)
+        return {c.pid for c in children if c.pid not in before and "resource_tracker" not in " ".join(c.cmdline())}
+
+    eventually(lambda: not left(), "every child has ended", timeout_s=20)
+
+
+def test_workers_move_and_the_users_process_does_not(local: Client, packed: Environment, onlyhere: ModuleType) -> None:
+    me = (os.getpid(), sys.prefix, sys.executable)
+    result = local.use_environment(packed)
+    assert not result.scheduler_swapped
+    assert result.workers == 2
+    assert (os.getpid(), sys.prefix, sys.executable) == me
+    assert local.run_on_scheduler(os.getpid) == os.getpid()
+    assert all(place.prefix.endswith(packed.id[:16]) for place in places(local).values())
+    assert local.submit(onlyhere.f, 1).result(timeout=30) == 42
+
+
+def test_restart_and_reset(local: Client, packed: Environment) -> None:
+    local.use_environment(packed)
+    local.restart()
+    assert all(place.prefix.endswith(packed.id[:16]) for place in places(local).values())
+    local.reset_environment()
+    assert {place.prefix for place in places(local).values()} == {sys.prefix}
+
+
+def test_workers_that_are_added_later_are_in_the_environment(local: Client, packed: Environment) -> None:
+    local.use_environment(packed)
+    local.cluster.scale(3)
+    eventually(lambda: len(local.scheduler_info(n_workers=-1)["workers"]) == 3, "the third worker")
+    assert all(place.prefix.endswith(packed.id[:16]) for place in places(local).values())
+
+
+def test_threads_of_the_users_process_cannot_move(packed: Environment, onlyhere: ModuleType) -> None:
+    with (
+        LocalCluster(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        with pytest.raises(NotSwappable, match="process"):
+            client.use_environment(packed)
+        assert client.submit(int, "3").result(timeout=10) == 3

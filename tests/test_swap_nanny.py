@@ -1,0 +1,230 @@
+"""Workers under a nanny: the worker moves, the nanny stays, and everything it was told stays, too."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from distributed import Client, wait
+
+import envship  # noqa: F401  adds the methods to the client
+
+from .cluster import Cluster, eventually, places
+
+if TYPE_CHECKING:
+    from envship.environment import Environment
+
+pytestmark = pytest.mark.timeout(300)
+
+PRELOAD = """
+import pathlib, sys
+
+def dask_setup(worker):
+    pathlib.Path(worker.local_directory).parent.joinpath("preloaded").write_text(sys.prefix)
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(base_venv: Path, lab: Path, warm_stores: Path) -> Iterator[Cluster]:
+    """A scheduler that stays, and two workers on two hosts."""
+    with Cluster(base_venv, lab / "nanny", stores=warm_stores) as cluster:
+        cluster.start_scheduler()
+        cluster.start_worker("w1", host="a")
+        cluster.start_worker("w2", host="b", environ={"MY_VARIABLE": "mine"})
+        yield cluster
+
+
+@pytest.fixture
+def client(cluster: Cluster, onlyhere: ModuleType) -> Iterator[Client]:
+    """A client of a cluster in its base environment."""
+    with cluster.client(workers=2) as client:
+        yield client
+        client.reset_environment()
+        cluster.wait_for_workers(client, 2)
+
+
+def moved(client: Client, environment: Environment) -> None:
+    """Check that every worker runs in *environment*, by what it says itself and by what the status says."""
+    for address, place in places(client).items():
+        assert place.prefix.endswith(environment.id[:16]), address
+    for process in client.environment_status().workers.values():
+        assert process.environment_id == environment.id
+
+
+def test_the_workers_move_and_their_nannies_stay(client: Client, cluster: Cluster, packed: Environment) -> None:
+    before = places(client)
+    result = client.use_environment(packed, scheduler=False)
+    after = places(client)
+    moved(client, packed)
+    assert result.environment_id == packed.id
+    assert result.previous_id is None
+    assert result.workers == 2
+    assert result.hosts == 2
+    assert not result.scheduler_swapped
+    assert {place.pid for place in after.values()}.isdisjoint(place.pid for place in before.values())
+    assert all(member.alive for member in cluster.members.values())
+    for name, host in (("w1", "a"), ("w2", "b")):
+        [prefix] = [p.prefix for p in after.values() if p.environ["ENVSHIP_STORE"] == str(cluster.store(host))]
+        assert Path(prefix).is_relative_to(cluster.store(host)), name
+
+
+def test_the_second_time_nothing_moves(client: Client, packed: Environment) -> None:
+    client.use_environment(packed, scheduler=False)
+    before = places(client)
+    result = client.use_environment(packed, scheduler=False)
+    assert not result.changed
+    assert result.uploaded_bytes == 0
+    assert {address: place.pid for address, place in places(client).items()} == {
+        address: place.pid for address, place in before.items()
+    }
+
+
+def test_an_environment_can_be_named_by_its_id(client: Client, packed: Environment) -> None:
+    client.use_environment(packed.id, scheduler=False)
+    moved(client, packed)
+
+
+def test_a_restart_by_the_client_stays_in_the_environment(client: Client, packed: Environment) -> None:
+    client.use_environment(packed, scheduler=False)
+    before = {place.pid for place in places(client).values()}
+    client.restart()
+    moved(client, packed)
+    assert before.isdisjoint(place.pid for place in places(client).values())
+
+
+def test_a_worker_that_is_killed_comes_back_in_the_environment(
+    client: Client, cluster: Cluster, packed: Environment
+) -> None:
+    client.use_environment(packed, scheduler=False)
+    victim = min(place.pid for place in places(client).values())
+    os.kill(victim, signal.SIGKILL)
+    eventually(lambda: victim not in {p.pid for p in places(client).values()}, "the killed worker leaves")
+    cluster.wait_for_workers(client, 2)
+    moved(client, packed)
+
+
+def test_tasks_go_on_while_an_environment_is_staged(client: Client, packed: Environment) -> None:
+    def slow() -> int:
+        import os
+        import time
+
+        time.sleep(1)
+        return os.getpid()
+
+    before = {place.pid for place in places(client).values()}
+    future = client.submit(slow, pure=False)
+    staged = client.stage_environment(packed)
+    assert staged.environment_id == packed.id
+    assert future.result() in before
+    assert {place.pid for place in places(client).values()} == before
+
+
+def test_variables_are_those_of_the_environment_and_of_the_user(
+    client: Client, base_venv: Path, packed: Environment
+) -> None:
+    client.use_environment(packed, scheduler=False)
+    for place in places(client).values():
+        folders = place.environ["PATH"].split(":")
+        assert folders[0] == f"{place.prefix}/bin"
+        assert str(base_venv / "bin") not in folders
+    assert [p.environ["MY_VARIABLE"] for p in places(client).values() if "MY_VARIABLE" in p.environ] == ["mine"]
+
+
+def test_the_status_says_who_runs_what(client: Client, cluster: Cluster, packed: Environment) -> None:
+    client.use_environment(packed, scheduler=False)
+    status = client.environment_status()
+    assert status.target_id == packed.id
+    assert {process.pid for process in status.workers.values()} == {p.pid for p in places(client).values()}
+    assert status.scheduler.environment_id is None
+    assert status.scheduler.pid == cluster.members["scheduler"].pid
+    assert {Path(host.store) for host in status.hosts.values()} == {cluster.store("a"), cluster.store("b")}
+
+
+def test_a_reset_brings_the_base_environment_back(client: Client, base_venv: Path, packed: Environment) -> None:
+    client.use_environment(packed, scheduler=False)
+    result = client.reset_environment()
+    assert result.environment_id is None
+    assert {place.prefix for place in places(client).values()} == {str(base_venv)}
+
+
+def test_what_a_worker_was_told_is_carried_on(
+    base_venv: Path, tmp_path: Path, warm_stores: Path, packed: Environment, onlyhere: ModuleType
+) -> None:
+    """Names, threads, resources, memory limit, local directory, preload, --nworkers, and a late variable."""
+    preload = tmp_path / "preload.py"
+    preload.write_text(PRELOAD)
+    with Cluster(base_venv, tmp_path / "c", stores=warm_stores) as cluster:
+        cluster.start_scheduler()
+        one = cluster.start_worker(
+            "told", "--nthreads", "3", "--resources", "GPU=2,MEM=5", "--memory-limit", "512MiB",
+            "--preload", str(preload),
+        )  # fmt: skip
+        several = cluster.start_worker("several", "--nworkers", "2", "--nthreads", "1", "--lifetime", "1 hour")
+        with cluster.client(workers=3) as client:
+            before = _told(client)
+            result = client.use_environment(packed, scheduler=False)
+            assert result.workers == 3
+            assert result.hosts == 1
+            moved(client, packed)
+            after = _told(client)
+            assert after == before
+            assert after["told"]["nthreads"] == 3
+            assert after["told"]["resources"] == {"GPU": 2, "MEM": 5}
+            assert after["told"]["memory_limit"] == 512 << 20
+            assert after["told"]["scratch"] == str(cluster.scratch("told"))
+            written = [path.read_text() for path in cluster.scratch("told").rglob("preloaded")]
+            assert written == [next(p.prefix for p in places(client).values())]
+        assert one.alive
+        assert several.alive
+
+
+def _told(client: Client) -> dict[Any, dict[str, Any]]:
+    """What the scheduler knows of its workers, by name, without what must differ."""
+    return {
+        info["name"]: {
+            "nthreads": info["nthreads"],
+            "resources": info["resources"],
+            "memory_limit": info["memory_limit"],
+            "scratch": info["local_directory"].split("/dask-scratch-space")[0],
+        }
+        for info in client.scheduler_info(n_workers=-1)["workers"].values()
+    }
+
+
+def test_results_in_memory_are_computed_again(client: Client, packed: Environment, onlyhere: ModuleType) -> None:
+    """A future that was done on an old worker is not lost: its task runs again in the environment."""
+
+    def prefix() -> str:
+        import sys
+
+        return sys.prefix
+
+    future = client.submit(prefix, pure=False)
+    wait(future)
+    client.use_environment(packed, scheduler=False)
+    assert future.result(timeout=30).endswith(packed.id[:16])
+
+
+def test_a_task_that_runs_is_started_again(client: Client, packed: Environment) -> None:
+    """And its worker does not make the swap wait for it."""
+
+    def slow(seconds: float) -> str:
+        import sys
+        import time
+
+        if "envs" not in sys.prefix:
+            time.sleep(seconds)
+        return sys.prefix
+
+    futures = [client.submit(slow, 60, pure=False) for _ in range(2)]
+    eventually(lambda: all(client.processing().values()), "both workers are busy")
+    started = time.monotonic()
+    client.use_environment(packed, scheduler=False)
+    assert time.monotonic() - started < 30
+    assert all(prefix.endswith(packed.id[:16]) for prefix in client.gather(futures))

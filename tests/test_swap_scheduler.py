@@ -1,0 +1,174 @@
+"""A scheduler that is a process of its own moves as well: in place, at its address, with what users gave it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import dask
+import dask.array
+import pytest
+from distributed import Client, SchedulerPlugin, WorkerPlugin
+
+import envship  # noqa: F401  adds the methods to the client
+
+from .cluster import Cluster, eventually, places
+
+if TYPE_CHECKING:
+    from envship.environment import Environment
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def cluster(base_venv: Path, lab: Path, warm_stores: Path) -> Iterator[Cluster]:
+    """A scheduler, a worker with a nanny and one without, on two hosts."""
+    with Cluster(base_venv, lab / "scheduler", stores=warm_stores) as cluster:
+        cluster.start_scheduler()
+        cluster.start_worker("nanny", host="a")
+        cluster.start_worker("bare", "--no-nanny", host="b")
+        yield cluster
+
+
+@pytest.fixture
+def client(cluster: Cluster, onlyhere: ModuleType) -> Iterator[Client]:
+    """A client of a cluster in its base environment."""
+    with cluster.client(workers=2) as client:
+        yield client
+        client.reset_environment()
+        cluster.wait_for_workers(client, 2)
+
+
+def scheduler_place(client: Client) -> tuple[str, int]:
+    def look() -> tuple[str, int]:
+        import os
+        import sys
+
+        return sys.prefix, os.getpid()
+
+    prefix, pid = client.run_on_scheduler(look)
+    return str(prefix), int(pid)
+
+
+def test_packages_fail_before_and_work_afterwards(
+    client: Client, cluster: Cluster, packed: Environment, onlyhere: ModuleType
+) -> None:
+    """`submit`, `delayed` and arrays, with a package that only the environment has: the scheduler unpickles graphs."""
+    with pytest.raises(Exception, match=r"onlyhere|deserialize|numpy"):
+        client.submit(onlyhere.f, 1).result(timeout=30)
+
+    result = client.use_environment(packed)
+
+    assert result.scheduler_swapped
+    assert client.submit(onlyhere.f, 1).result(timeout=30) == 42
+    assert client.compute(dask.delayed(onlyhere.f)(2)).result(timeout=30) == 43
+    total = dask.array.ones((100, 100), chunks=(50, 50)).sum()
+    assert client.compute(total).result(timeout=30) == 10_000
+    prefixes = client.gather([client.submit(onlyhere.where, workers=[w], pure=False) for w in places(client)])
+    assert all(prefix.endswith(packed.id[:16]) for prefix in prefixes)
+
+
+def test_pid_and_address_stay(client: Client, cluster: Cluster, packed: Environment) -> None:
+    address, pids = client.scheduler.address, {name: member.pid for name, member in cluster.members.items()}
+    client.use_environment(packed)
+    assert client.scheduler.address == address
+    prefix, pid = scheduler_place(client)
+    assert pid == pids["scheduler"]
+    assert prefix.endswith(packed.id[:16])
+    assert all(member.alive for member in cluster.members.values())
+    assert client.environment_status().scheduler.environment_id == packed.id
+    names = {info["name"] for info in client.scheduler_info(n_workers=-1)["workers"].values()}
+    assert names == {"nanny", "bare"}
+
+
+def test_the_client_is_usable_when_the_call_returns(client: Client, packed: Environment, onlyhere: ModuleType) -> None:
+    client.use_environment(packed)
+    assert client.status == "running"
+    assert client.submit(onlyhere.f, 0, pure=False).result(timeout=10) == 41
+    client.reset_environment()
+    assert client.status == "running"
+    assert client.submit(int, "7", pure=False).result(timeout=10) == 7
+
+
+def test_plugins_of_users_are_still_there(client: Client, packed: Environment) -> None:
+    scheduler_plugin, worker_plugin = _plugins()
+    client.register_plugin(scheduler_plugin, name="users-scheduler-plugin")
+    client.register_plugin(worker_plugin, name="users-worker-plugin")
+
+    def there(dask_scheduler: object) -> tuple[bool, bool]:
+        plugin = dask_scheduler.plugins.get("users-scheduler-plugin")  # type: ignore[attr-defined]
+        return plugin is not None and plugin.kept == 17, "users-worker-plugin" in dask_scheduler.worker_plugins  # type: ignore[attr-defined]
+
+    def marked(dask_worker: object) -> bool:
+        return getattr(dask_worker, "users_mark", None) == 23
+
+    client.use_environment(packed)
+    assert tuple(client.run_on_scheduler(there)) == (True, True)
+    assert all(client.run(marked).values())
+    client.unregister_worker_plugin("users-worker-plugin")
+    client.unregister_scheduler_plugin("users-scheduler-plugin")
+
+
+def _plugins() -> tuple[SchedulerPlugin, WorkerPlugin]:
+    # Made in here so that they are pickled by value, as those of a notebook are.
+    class UsersSchedulerPlugin(SchedulerPlugin):
+        def __init__(self) -> None:
+            self.kept = 17
+
+    class UsersWorkerPlugin(WorkerPlugin):
+        def setup(self, worker: object) -> None:
+            worker.users_mark = 23  # type: ignore[attr-defined]
+
+    return UsersSchedulerPlugin(), UsersWorkerPlugin()
+
+
+def test_datasets_and_variables_without_futures_survive(client: Client, packed: Environment) -> None:
+    client.set_metadata("users", {"answer": 42})
+    client.use_environment(packed)
+    assert client.get_metadata("users") == {"answer": 42}
+
+
+def test_another_client_reconnects(client: Client, cluster: Cluster, packed: Environment) -> None:
+    with cluster.client() as other:
+        client.use_environment(packed)
+        eventually(lambda: other.status == "running", "the other client is back")
+        assert other.submit(int, "5", pure=False).result(timeout=60) == 5
+
+
+def test_the_scheduler_can_be_told_to_stay(client: Client, packed: Environment) -> None:
+    before = scheduler_place(client)
+    result = client.use_environment(packed, scheduler=False)
+    assert not result.scheduler_swapped
+    assert scheduler_place(client) == before
+    assert all(place.prefix.endswith(packed.id[:16]) for place in places(client).values())
+
+
+def test_an_asynchronous_client(client: Client, cluster: Cluster, packed: Environment, onlyhere: ModuleType) -> None:
+    async def main() -> None:
+        async with Client(cluster.address, asynchronous=True, set_as_default=False) as own:
+            result = await own.use_environment(packed)
+            assert result.scheduler_swapped
+            assert await own.submit(onlyhere.f, 1, pure=False) == 42
+            status = await own.environment_status()
+            assert status.target_id == packed.id
+
+    asyncio.run(main())
+
+
+def test_an_encrypted_cluster(
+    base_venv: Path, tmp_path: Path, warm_stores: Path, packed: Environment, onlyhere: ModuleType
+) -> None:
+    """TLS from end to end: the chunks, the scheduler's return, and the workers' return."""
+    with Cluster(base_venv, tmp_path / "c", stores=tmp_path / "s", tls=True) as cluster:
+        cluster.start_scheduler(host="a")
+        cluster.start_worker("w1", host="a")
+        cluster.start_worker("w2", host="b")
+        with cluster.client(workers=2) as client:
+            assert client.scheduler.address.startswith("tls://")
+            result = client.use_environment(packed)
+            assert result.uploaded_chunks == len(packed.manifest.chunks)
+            assert client.submit(onlyhere.f, 1).result(timeout=30) == 42
+            assert scheduler_place(client)[1] == cluster.members["scheduler"].pid
