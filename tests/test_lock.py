@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from worker_bootstrap.errors import StoreBusy
+from worker_bootstrap.lock import Lease, Lock
+
+HOLD_LOCK = "import sys; from pathlib import Path; from worker_bootstrap.lock import Lock; "
+HOLD_LOCK += "Lock(Path(sys.argv[1])).acquire(); print('held', flush=True); sys.stdin.read()"
+HOLD_LEASE = "import sys, os; from pathlib import Path; from worker_bootstrap.lock import Lease; "
+HOLD_LEASE += "Lease(Path(sys.argv[1])).hold(); "
+WAIT = "print('held', flush=True); sys.stdin.read()"
+
+
+class Holder:
+    """A process that runs *program*, once it has said so."""
+
+    def __init__(self, program: str, *arguments: Path) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", program, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == b"held\n"
+
+    def __enter__(self) -> Holder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.communicate()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+# -- locks
+
+
+def test_another_process_is_kept_out_and_named(tmp_path: Path) -> None:
+    path = tmp_path / "locks" / "x.lock"
+    with Holder(HOLD_LOCK, path) as holder, pytest.raises(StoreBusy) as caught:
+        Lock(path, timeout_s=0.1).acquire()
+    assert caught.value.holder == f"process {holder.process.pid}"
+
+
+def test_a_killed_holder_holds_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "x.lock"
+    with Holder(HOLD_LOCK, path) as holder:
+        holder.kill()
+        with Lock(path, timeout_s=0):
+            pass
+
+
+def test_threads_exclude_each_other(tmp_path: Path) -> None:
+    inside: list[int] = []
+    most = 0
+
+    def work() -> None:
+        nonlocal most
+        with Lock(tmp_path / "x.lock"):
+            inside.append(1)
+            time.sleep(0.002)  # room for a second one, were it let in
+            most = max(most, len(inside))
+            inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+
+
+def test_a_lock_can_be_taken_again_after_release(tmp_path: Path) -> None:
+    lock = Lock(tmp_path / "x.lock", timeout_s=0)
+    for _ in range(2):
+        with lock, pytest.raises(StoreBusy):
+            Lock(tmp_path / "x.lock", timeout_s=0).acquire()
+    lock.release()
+
+
+def test_a_child_does_not_inherit_a_lock(tmp_path: Path) -> None:
+    path = tmp_path / "x.lock"
+    with Lock(path):
+        child = subprocess.Popen(["sleep", "60"], close_fds=False)
+    try:
+        with Lock(path, timeout_s=0):
+            pass
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_a_symbolic_link_is_not_followed(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.write_text("precious")
+    (tmp_path / "x.lock").symlink_to(target)
+    with pytest.raises(OSError):
+        Lock(tmp_path / "x.lock").acquire()
+    assert target.read_text() == "precious"
+
+
+def test_a_failed_attempt_leaves_no_descriptor_open(tmp_path: Path) -> None:
+    with Lock(tmp_path / "x.lock"):
+        before = len(os.listdir("/dev/fd"))
+        for _ in range(5):
+            with pytest.raises(StoreBusy):
+                Lock(tmp_path / "x.lock", timeout_s=0).acquire()
+        assert len(os.listdir("/dev/fd")) == before
+
+
+# -- leases
+
+
+def test_several_hold_one_lease(tmp_path: Path) -> None:
+    path = tmp_path / "lease"
+    assert Lease(path).is_free()
+    with Holder(HOLD_LEASE + WAIT, path) as one:
+        with Holder(HOLD_LEASE + WAIT, path):
+            one.kill()
+            assert not Lease(path).is_free()
+        assert Lease(path).is_free()
+
+
+def test_a_lease_survives_exec(tmp_path: Path) -> None:
+    path = tmp_path / "lease"
+    program = HOLD_LEASE + "sys.stdout.flush(); os.execv('/bin/sh', ['sh', '-c', 'echo held; cat'])"
+    with Holder(program, path):
+        assert not Lease(path).is_free()
+    assert Lease(path).is_free()
+
+
+def test_the_lease_of_the_environment_left_ends_when_the_next_is_held(tmp_path: Path) -> None:
+    """Else a process that goes from A to B would keep A from being evicted for as long as it lives."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    then = f"{HOLD_LEASE}{WAIT}"
+    program = HOLD_LEASE + f"os.execv(sys.executable, [sys.executable, '-c', {then!r}, sys.argv[2]])"
+    with Holder(program, old, new):
+        assert Lease(old).is_free()
+        assert not Lease(new).is_free()
+
+
+def test_a_process_may_hold_several_that_it_took_itself(tmp_path: Path) -> None:
+    one, two = Lease(tmp_path / "one"), Lease(tmp_path / "two")
+    one.hold()
+    one.hold()
+    two.hold()
+    assert not one.is_free() and not two.is_free()
+    one.release()
+    assert one.is_free() and not two.is_free()
+    two.release()
+    two.release()
+    assert two.is_free()
+
+
+def test_an_ordinary_child_does_not_hold_the_lease(tmp_path: Path) -> None:
+    lease = Lease(tmp_path / "lease")
+    lease.hold()
+    child = subprocess.Popen(["sleep", "60"])
+    try:
+        lease.release()
+        wait_until(lease.is_free)
+    finally:
+        child.kill()
+        child.wait()
