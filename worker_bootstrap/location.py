@@ -91,7 +91,9 @@ def trusted(path: Path) -> Path:
             return Path(step, *reversed(waiting))  # what is not there yet is made by us
         if stat.S_ISLNK(found.st_mode):
             links += 1
-            if found.st_uid not in (0, os.getuid()) or links > LINK_LIMIT:
+            if links > LINK_LIMIT:
+                raise StoreUntrusted(str(path), f"too many symbolic links, the last one is {step}")
+            if found.st_uid not in (0, os.getuid()):
                 raise StoreUntrusted(str(path), f"the symbolic link {step} belongs to {_user(found.st_uid)}")
             target = Path(os.readlink(step))
             here = "/" if target.is_absolute() else here

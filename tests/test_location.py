@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import dask
+import pytest
+
+from worker_bootstrap import location
+from worker_bootstrap.errors import SettingInvalid, StoreUntrusted
+from worker_bootstrap.location import default_root, file_system_of, open_store, trusted
+
+as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+STRANGER = 12345
+
+
+@pytest.fixture(autouse=True)
+def nothing_configured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("ENVSHIP_STORE", raising=False)
+    with dask.config.set({"envship.store": None, "envship.stores": []}):
+        yield
+
+
+# -- where
+
+
+def test_the_variable_comes_before_the_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with dask.config.set({"envship.store": str(tmp_path / "setting")}):
+        assert default_root() == tmp_path / "setting"
+        monkeypatch.setenv("ENVSHIP_STORE", str(tmp_path / "variable"))
+        assert default_root() == tmp_path / "variable"
+
+
+def test_a_relative_path_and_a_home_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("ENVSHIP_STORE", "here")
+    assert default_root() == tmp_path / "here"
+    monkeypatch.setenv("ENVSHIP_STORE", "~/there")
+    assert default_root() == tmp_path / "home/there"
+
+
+def test_the_cache_folder_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert default_root() == tmp_path / ".cache/envship"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert default_root() == tmp_path / "cache/envship"
+
+
+def test_a_cache_folder_on_a_network_file_system_is_avoided(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(location, "file_system_of", lambda path: "nfs4")
+    assert default_root() == Path(f"/var/tmp/envship-{os.getuid()}")
+
+
+MOUNTS = """\
+22 1 254:0 / / rw,relatime - ext4 /dev/vda rw
+30 22 0:30 / /home rw - nfs4 server:/home rw
+31 30 0:31 / /home/local rw shared:1 - xfs /dev/vdb rw
+32 22 0:32 / /with\\040space rw - lustre x rw
+33 22 0:33 / /home/again rw - ext4 x rw
+34 22 0:34 / /home/again rw - nfs x rw
+broken line
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/home/me/.cache", "nfs4"),
+        ("/home", "nfs4"),
+        ("/homes/me", "ext4"),
+        ("/home/local/x", "xfs"),
+        ("/with space/x", "lustre"),
+        ("/home/again", "nfs"),
+        ("/", "ext4"),
+    ],
+)
+def test_the_file_system_is_that_of_the_innermost_mount(path: str, kind: str) -> None:
+    assert file_system_of(Path(path), MOUNTS) == kind
+
+
+def test_the_file_system_of_this_machine_is_known_or_nothing(tmp_path: Path) -> None:
+    assert isinstance(file_system_of(tmp_path), str)
+
+
+# -- opening
+
+
+def test_open_store_makes_it_and_takes_the_settings(tmp_path: Path) -> None:
+    with dask.config.set({"envship.store": str(tmp_path / "own"), "envship.stores": [str(tmp_path / "staged")]}):
+        store = open_store()
+    assert [layout.root for layout in store.layouts] == [tmp_path / "staged", tmp_path / "own"]
+    assert store.layout.host_id.exists()
+    assert not (tmp_path / "staged").exists()
+    assert len(open_store(tmp_path / "own", read_only=[]).layouts) == 1
+
+
+@pytest.mark.parametrize("value", [3, "one", [1], {"a": "b"}])
+def test_stores_that_are_no_list_of_paths(tmp_path: Path, value: object) -> None:
+    with dask.config.set({"envship.stores": value}), pytest.raises(SettingInvalid):
+        open_store(tmp_path / "own")
+
+
+def test_a_store_that_is_no_path(tmp_path: Path) -> None:
+    with dask.config.set({"envship.store": 3}), pytest.raises(SettingInvalid):
+        open_store()
+
+
+# -- whether it can be trusted
+
+
+def test_symbolic_links_of_our_own_are_resolved(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "chain").symlink_to(tmp_path / "link")
+    assert trusted(tmp_path / "chain" / "store") == tmp_path.resolve() / "real/store"
+    assert trusted(tmp_path / "real" / ".." / "link") == tmp_path.resolve() / "real"
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o757])
+def test_a_store_that_everybody_can_write_to(tmp_path: Path, mode: int) -> None:
+    store = tmp_path / "store"
+    store.mkdir()
+    store.chmod(mode)
+    with pytest.raises(StoreUntrusted, match="everybody can write"):
+        open_store(store)
+
+
+def test_a_folder_above_that_everybody_can_write_to(tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    with pytest.raises(StoreUntrusted, match="open"):
+        open_store(tmp_path / "open" / "store")
+    (tmp_path / "open").chmod(0o1777)
+    open_store(tmp_path / "open" / "store")
+
+
+def test_what_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreUntrusted, match="not a folder"):
+        open_store(tmp_path / "file")
+    with pytest.raises(StoreUntrusted, match="not a folder"):
+        open_store(tmp_path / "file" / "store")
+
+
+def test_links_that_go_in_a_circle(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(StoreUntrusted):
+        trusted(tmp_path / "a")
+
+
+@as_root
+def test_a_store_of_somebody_else(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    store.mkdir()
+    os.chown(store, STRANGER, 0)
+    for stores in ({"root": store}, {"root": tmp_path / "own", "read_only": [store]}):
+        with pytest.raises(StoreUntrusted, match=f"belongs to user {STRANGER}"):
+            open_store(**stores)  # type: ignore[arg-type]
+
+
+@as_root
+def test_a_store_below_a_folder_of_somebody_else(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    os.chown(tmp_path / "theirs", STRANGER, STRANGER)
+    with pytest.raises(StoreUntrusted, match="theirs"):
+        open_store(tmp_path / "theirs" / "store")
+
+
+@as_root
+def test_a_symbolic_link_of_somebody_else(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    os.chown(tmp_path / "link", STRANGER, STRANGER, follow_symlinks=False)
+    with pytest.raises(StoreUntrusted, match="symbolic link"):
+        open_store(tmp_path / "link" / "store")
+
+
+@as_root
+def test_a_group_of_others_may_not_write(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    store.mkdir()
+    os.chown(store, -1, STRANGER)
+    store.chmod(0o775)
+    with pytest.raises(StoreUntrusted, match=f"group {STRANGER}"):
+        open_store(store)
+
+
+def test_the_users_own_group_may_write(tmp_path: Path) -> None:
+    """Where the umask is 002, as with many distributions, every folder of a user is like that."""
+    if not location._is_private(os.getgid()):
+        pytest.skip("this user's group has other members")
+    store = tmp_path / "store"
+    store.mkdir()
+    store.chmod(0o775)
+    open_store(store)
