@@ -1,0 +1,160 @@
+"""One file holding a manifest and all its chunks: what one copies, archives, or hands to an admin.
+
+``docs/format.md`` gives the format byte for byte. Written and read as a stream. Nothing in it is believed: every
+chunk is checked against its name, and the file must hold exactly what its manifest asks for.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+from worker_bootstrap import codec
+from worker_bootstrap.digest import Digest, digest_of
+from worker_bootstrap.errors import BundleInvalid, ChunkInvalid, ManifestInvalid
+from worker_bootstrap.manifest import CHUNK_LIMIT_BYTES, Manifest
+from worker_bootstrap.store import Store, full_error, sync_folder
+
+SUFFIX = ".envship"
+MAGIC = b"ENVSHIP\x01"
+END = b"ENVSHIP\xff"
+MANIFEST_LIMIT_BYTES = 256 << 20
+PAYLOAD_LIMIT_BYTES = CHUNK_LIMIT_BYTES + (64 << 10)
+"""A chunk that does not compress takes a little more room than its bytes."""
+
+_CODECS = ("raw", "zlib", "zstd")
+_LENGTH = struct.Struct(">Q")
+_CHUNK = struct.Struct(">32sBI")
+_WINDOW = 8
+"""Chunks checked at once, and held in memory."""
+
+
+def write_bundle(manifest: Manifest, store: Store, path: Path) -> None:
+    """Write *manifest* and its chunks, from *store*, to *path*. All or nothing: an older file is replaced at the end.
+
+    Raises
+    ------
+    ChunkMissing
+        If the store lacks a chunk, or holds it damaged.
+    StoreFull
+        If there is no room for the bundle.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            _write(file, manifest, store)
+            file.flush()
+            os.fchmod(file.fileno(), 0o644)
+            os.fsync(file.fileno())
+        os.replace(name, path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            full = full_error(error, path.parent)
+            if full is not None:
+                raise full from error
+        raise
+
+
+def read_bundle(path: Path, store: Store) -> Manifest:
+    """Bring the bundle at *path* into *store*, checking every chunk; return its manifest.
+
+    Raises
+    ------
+    BundleInvalid
+        If the file is no bundle, is damaged, cut short, or holds anything that its manifest does not ask for. Chunks
+        before the fault stay in the store; the environment does not.
+    StoreFull
+        If there is no room.
+    """
+    try:
+        with open(path, "rb") as file:
+            manifest = _read_manifest(file, path)
+            with ThreadPoolExecutor(max_workers=2) as pool:
+                _in_order(pool, _read_chunks(file, path, manifest, store))
+            if file.read(len(END) + 1) != END:
+                raise BundleInvalid(str(path), "it does not end where it should")
+    except (ManifestInvalid, ChunkInvalid) as error:
+        raise BundleInvalid(str(path), str(error)) from error
+    store.write_manifest(manifest)
+    return manifest
+
+
+def _write(file: BinaryIO, manifest: Manifest, store: Store) -> None:
+    data = manifest.to_bytes()
+    file.write(MAGIC + _LENGTH.pack(len(data)) + data)
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        window: deque[Future[tuple[Digest, str, bytes]]] = deque()
+        for digest in manifest.chunks:
+            window.append(pool.submit(_sound, store, digest))
+            if len(window) == _WINDOW:
+                _write_chunk(file, *window.popleft().result())
+        for future in window:
+            _write_chunk(file, *future.result())
+    file.write(END)
+
+
+def _sound(store: Store, digest: Digest) -> tuple[Digest, str, bytes]:
+    """A chunk as it lies in the store, if it is sound."""
+    codec_name, payload = store.read_encoded(digest, _CODECS)
+    try:
+        is_sound = digest_of(codec.decode(payload, codec_name, CHUNK_LIMIT_BYTES)) == digest
+    except codec.CodecError:
+        is_sound = False
+    if not is_sound:
+        # Reading drops the damaged copy, and finds another one or raises.
+        codec_name, payload = "raw", store.read_chunk(digest)
+    return digest, codec_name, payload
+
+
+def _write_chunk(file: BinaryIO, digest: Digest, codec_name: str, payload: bytes) -> None:
+    file.write(_CHUNK.pack(bytes.fromhex(digest), _CODECS.index(codec_name), len(payload)))
+    file.write(payload)
+
+
+def _read_manifest(file: BinaryIO, path: Path) -> Manifest:
+    if file.read(len(MAGIC)) != MAGIC:
+        raise BundleInvalid(str(path), "it does not begin as a bundle of this format does")
+    (size_bytes,) = _LENGTH.unpack(_exactly(file, _LENGTH.size, path))
+    if size_bytes > MANIFEST_LIMIT_BYTES:
+        raise BundleInvalid(str(path), f"its manifest claims {size_bytes} bytes")
+    return Manifest.from_bytes(_exactly(file, size_bytes, path))
+
+
+def _read_chunks(file: BinaryIO, path: Path, manifest: Manifest, store: Store) -> Iterator[Callable[[], None]]:
+    """Read the chunks, in the order of the manifest; yield what checks and keeps each."""
+    for expected in manifest.chunks:
+        raw_digest, codec_number, size_bytes = _CHUNK.unpack(_exactly(file, _CHUNK.size, path))
+        digest = Digest(raw_digest.hex())
+        if digest != expected:
+            raise BundleInvalid(str(path), f"chunk {digest} where the manifest asks for {expected}")
+        if codec_number >= len(_CODECS) or size_bytes > PAYLOAD_LIMIT_BYTES:
+            raise BundleInvalid(str(path), f"chunk {digest} claims codec {codec_number} and {size_bytes} bytes")
+        payload = _exactly(file, size_bytes, path)
+        yield partial(store.write_encoded, digest, _CODECS[codec_number], payload, str(path))
+
+
+def _in_order(pool: ThreadPoolExecutor, tasks: Iterator[Callable[[], None]]) -> None:
+    """Run *tasks* in *pool*, a bounded number at a time; raise the first error."""
+    window: deque[Future[None]] = deque()
+    for task in tasks:
+        window.append(pool.submit(task))
+        if len(window) == _WINDOW:
+            window.popleft().result()
+    for future in window:
+        future.result()
+
+
+def _exactly(file: BinaryIO, size_bytes: int, path: Path) -> bytes:
+    data = file.read(size_bytes)
+    if len(data) != size_bytes:
+        raise BundleInvalid(str(path), "it is cut short")
+    return data

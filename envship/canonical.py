@@ -1,0 +1,180 @@
+"""How the bytes of an installed file become content that depends on no prefix, user, time or machine. Pure.
+
+Each treatment is a function from the bytes on disk to `Content`; its ``key`` names what it does, so that a scan index
+knows when an unchanged file would be treated differently. `worker_bootstrap.relocate` is the way back.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from envship import elf
+from worker_bootstrap.digest import Digest, digest_of
+from worker_bootstrap.manifest import Relocation
+from worker_bootstrap.relocate import RelocationError, relocate, restore
+
+PLACEHOLDER = "/envship-prefix-" + "placeholder"
+"""Stands for the prefix in text files whose installer recorded none. In two parts, lest this file contain it."""
+
+SYSTEM_PREFIXES = frozenset(("/", "/usr", "/usr/local"))
+"""Prefixes that many paths begin with which have nothing to do with an environment."""
+
+_POLYGLOT = b"#!/bin/sh\n'''exec' "
+
+
+class Content(NamedTuple):
+    """Canonical bytes, and how they name the prefix."""
+
+    data: bytes
+    relocation: Relocation | None
+
+
+class Treatment(Protocol):
+    """From the bytes of a file on disk to its canonical content."""
+
+    @property
+    def key(self) -> str:
+        """Equal for equal treatments."""
+
+    def __call__(self, data: bytes) -> Content: ...
+
+
+@dataclass(frozen=True)
+class Verbatim:
+    """The bytes as they are."""
+
+    key = "verbatim"
+
+    def __call__(self, data: bytes) -> Content:
+        return Content(data, None)
+
+
+@dataclass(frozen=True)
+class Own:
+    """A file that nobody recorded a prefix for: text gets one placeholder for all *prefixes*, ELF a relative RPATH.
+
+    Other binary files stay as they are: which of their bytes may be changed is known to nobody. Nor are prefixes in
+    the rest of an ELF file replaced: they are debug information nearly always, and a short one could not take a longer
+    prefix. (conda-pack leaves such files alone for the same reason.)
+    """
+
+    prefixes: tuple[str, ...]
+    path: str = ""
+
+    @property
+    def key(self) -> str:
+        return f"own {self.path} {self.prefixes}"
+
+    def __call__(self, data: bytes) -> Content:
+        if not any(os.fsencode(prefix) in data for prefix in self.prefixes):
+            return Content(data, None)
+        if elf.is_elf(data):
+            return Content(elf.with_relative_rpath(data, self.path, self.prefixes), None)
+        if b"\0" in data:
+            return Content(data, None)
+        return _canonical_text(data, self.prefixes, is_script=self.path.startswith("bin/"))
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A file whose package recorded the *digest* of the original, and how it names the prefix.
+
+    What turns back into the original is the original. What does not was changed since, and is content of its own.
+    """
+
+    digest: Digest
+    relocation: Relocation | None
+    own: Own
+
+    @property
+    def key(self) -> str:
+        return f"recorded {self.digest} {self.relocation} {self.own.key}"
+
+    def __call__(self, data: bytes) -> Content:
+        if self.relocation is None:
+            return Content(data, None) if digest_of(data) == self.digest else self.own(data)
+        for prefix in self.own.prefixes:
+            original = restore(data, self.relocation, prefix)
+            if digest_of(original) == self.digest:
+                return Content(original, self.relocation)
+        if self.relocation.mode == "binary":
+            # Signed or stripped after installing: no longer the original, but the room for a longer prefix is there.
+            for prefix in self.own.prefixes:
+                original = restore(data, self.relocation, prefix)
+                if original != data and _comes_back(original, self.relocation, prefix, data):
+                    return Content(original, self.relocation)
+        return self.own(data)
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """The result of a pure function of the bytes; *name* says which."""
+
+    name: str
+    function: Callable[[bytes], bytes]
+    own: Own | None = None
+
+    @property
+    def key(self) -> str:
+        return f"rewritten {self.name} {self.own.key if self.own else ''}"
+
+    def __call__(self, data: bytes) -> Content:
+        data = self.function(data)
+        return self.own(data) if self.own else Content(data, None)
+
+
+def names_prefix(data: bytes, prefixes: tuple[str, ...]) -> bool:
+    """Whether a module with the text *data* would be relocated."""
+    pattern = _text_pattern(prefixes)
+    return pattern is not None and pattern.search(data) is not None
+
+
+def _comes_back(original: bytes, relocation: Relocation, prefix: str, data: bytes) -> bool:
+    try:
+        return relocate(original, relocation, prefix) == data
+    except RelocationError:
+        return False
+
+
+def _canonical_text(data: bytes, prefixes: tuple[str, ...], is_script: bool) -> Content:
+    placeholder = PLACEHOLDER.encode()
+    while placeholder in data:
+        placeholder += b"-"
+    if is_script:
+        # A script's interpreter moves along even from `/usr`, where the rest of its text means the system.
+        data = _with_plain_shebang(data, prefixes)
+        data = _shebang_pattern(prefixes).sub(b"#!" + placeholder, data, count=1)
+    pattern = _text_pattern(prefixes)
+    if pattern is not None:
+        data = pattern.sub(placeholder, data)
+    return Content(data, Relocation("text", placeholder.decode()) if placeholder in data else None)
+
+
+def _with_plain_shebang(data: bytes, prefixes: tuple[str, ...]) -> bytes:
+    """Undo the form of scripts whose interpreter's path is too long for the kernel, or has a space."""
+    if not data.startswith(_POLYGLOT):
+        return data
+    plain = restore(data, Relocation("text", "/"), "/")
+    return plain if _shebang_pattern(prefixes).match(plain) else data
+
+
+@functools.lru_cache(maxsize=64)
+def _shebang_pattern(prefixes: tuple[str, ...]) -> re.Pattern[bytes]:
+    return re.compile(rb"\A#! *(?:" + _alternatives(prefixes) + rb")(?=/bin/(?:python|pypy))")
+
+
+@functools.lru_cache(maxsize=64)
+def _text_pattern(prefixes: tuple[str, ...]) -> re.Pattern[bytes] | None:
+    chosen = tuple(prefix for prefix in prefixes if prefix not in SYSTEM_PREFIXES)
+    # `/home/me/env2` and `/home/me/env.old` do not name `/home/me/env`; `/home/me/env.` at a sentence's end does.
+    return re.compile(b"(?:" + _alternatives(chosen) + rb")(?![\w\x80-\xff-]|\.\w)") if chosen else None
+
+
+def _alternatives(prefixes: tuple[str, ...]) -> bytes:
+    # The longest first: one prefix may lie inside another (a venv in its interpreter's folder).
+    return b"|".join(re.escape(os.fsencode(prefix)) for prefix in sorted(prefixes, key=len, reverse=True))

@@ -1,0 +1,106 @@
+"""From an item of a draft to its canonical bytes: reads files, asks for byte code, collects what cannot be read."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+from envship.bytecode import Compiler
+from envship.canonical import Content, Own, Recorded, names_prefix
+from envship.chunking import LIMIT_BYTES
+from envship.sources.draft import CodeItem, FileItem, Plan
+
+STREAM_OVER_BYTES = 32 << 20
+"""Larger files are not searched for prefixes, and never held in memory, unless a relocation is recorded for them."""
+
+
+class Reader:
+    """Reads the items of one plan. Safe to use from several threads; a context manager.
+
+    Attributes
+    ----------
+    problems
+        One line for every file that could not be read.
+    is_stable
+        False once a file turned out to have changed since the walk.
+    """
+
+    def __init__(self, plan: Plan, kept: Path, tmp: Path) -> None:
+        self.problems: list[str] = []
+        self.is_stable = True
+        self._plan = plan
+        self._kept = kept
+        self._tmp = tmp
+        self._compilers: dict[int, Compiler] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for compiler in self._compilers.values():
+            compiler.close()
+
+    def content(self, item: FileItem) -> Content | None:
+        """The canonical content of a file; None, and a problem, if it cannot be read."""
+        data = self._read(item)
+        return None if data is None else item.treatment(data)
+
+    def byte_code(self, item: CodeItem) -> bytes | None:
+        """The byte code of a module; None if it has none, or names the prefix."""
+        source = self._read(item)
+        if source is None or names_prefix(source, self._plan.prefixes):
+            return None
+        return self._compiler().make(item, source)
+
+    def pieces(self, item: FileItem) -> Iterator[bytes]:
+        """The bytes of a file that `is_streamed`, in pieces of `chunking.LIMIT_BYTES`.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be read.
+        """
+        with open(item.origin, "rb") as file:
+            self._compare(item, os.fstat(file.fileno()))
+            while piece := file.read(LIMIT_BYTES):
+                yield piece
+            self._compare(item, os.fstat(file.fileno()))
+
+    def _read(self, item: FileItem | CodeItem) -> bytes | None:
+        try:
+            with open(item.origin, "rb", buffering=0) as file:
+                self._compare(item, os.fstat(file.fileno()))
+                data = file.readall()
+                if len(data) != item.node.st_size:
+                    self.is_stable = False
+                return data
+        except OSError as error:
+            self.problems.append(f"{item.path} cannot be read: {error.strerror}")
+            return None
+
+    def _compare(self, item: FileItem | CodeItem, now: os.stat_result) -> None:
+        seen = item.node
+        if (now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns) != (
+            *(seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns),
+        ):
+            self.is_stable = False
+
+    def _compiler(self) -> Compiler:
+        me = threading.get_ident()
+        with self._lock:
+            if me not in self._compilers:
+                self._compilers[me] = Compiler(self._plan.interpreter, self._kept, self._tmp)
+            return self._compilers[me]
+
+
+def is_streamed(item: FileItem) -> bool:
+    """Whether a file is read piece by piece and taken as it is."""
+    treatment = item.treatment
+    as_is = isinstance(treatment, Own) or (isinstance(treatment, Recorded) and treatment.relocation is None)
+    return as_is and item.node.st_size > STREAM_OVER_BYTES

@@ -1,0 +1,97 @@
+"""The interpreter of a venv as a package: executable, standard library, libpython, and what these need.
+
+In the environment it lies as in any prefix (``bin/python3.11``, ``lib/python3.11``): started from there, Python finds
+its library beside itself (``getpath``: the landmark ``lib/pythonX.Y/os.py``), so that neither ``pyvenv.cfg`` nor the
+original interpreter is needed. Shared libraries of the system (``/lib``, ``/usr/lib``) stay where they are.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+
+from envship.sources.draft import Draft, FileItem, Item
+from envship.sources.interpreter import Interpreter
+from envship.sources.items import Collector
+from envship.sources.tree import Root, Trees
+from worker_bootstrap.manifest import Link
+
+_LEFT_OUT = (
+    *("site-packages", "dist-packages", "test", "idlelib", "turtledemo", "tkinter", "ensurepip", "lib2to3/tests"),
+    *("unittest/test", "distutils/tests", "sqlite3/test", "ctypes/test", "EXTERNALLY-MANAGED"),
+)
+"""Parts of the standard library that no cluster needs, and packages, which are packages of their own."""
+
+_SYSTEM_FOLDERS = ("/lib/", "/lib64/", "/usr/lib/", "/usr/lib64/")
+
+
+def base_roots(interpreter: Interpreter) -> list[Root]:
+    """What has to be walked for `base_draft`."""
+    executable = Root(interpreter.executable)
+    library = Root(interpreter.stdlib, _LEFT_OUT)
+    headers = Root(interpreter.include, _LEFT_OUT)
+    roots = [executable, library, headers, *(Root(path) for path in _libraries(interpreter))]
+    if interpreter.platstdlib != interpreter.stdlib:
+        roots.append(Root(interpreter.platstdlib, _LEFT_OUT))
+    return roots
+
+
+def base_draft(interpreter: Interpreter, trees: Trees, collector: Collector) -> Draft:
+    """The package ``python`` of a venv.
+
+    Parameters
+    ----------
+    interpreter
+        Asked for its libraries.
+    """
+    short = interpreter.short_version
+    items: dict[str, Item] = {}
+    binary = f"bin/python{short}"
+    items[binary] = FileItem(binary, interpreter.executable, os.stat(interpreter.executable), collector.own(binary))
+    items["bin/python"] = Link("bin/python", f"python{short}")
+    items["bin/python3"] = Link("bin/python3", f"python{short}")
+    if interpreter.platlibdir != "lib":
+        items[interpreter.platlibdir] = Link(interpreter.platlibdir, "lib")
+    for folder, place in (
+        (interpreter.platstdlib, f"lib/python{short}"),
+        (interpreter.stdlib, f"lib/python{short}"),
+        (interpreter.include, f"include/python{short}"),
+    ):
+        for item in _tree(folder, place, trees, interpreter, collector):
+            items[item.path] = item
+    for path in _libraries(interpreter):
+        place = f"lib/{os.path.basename(path)}"
+        items[place] = FileItem(place, path, os.stat(path), collector.own(place))
+    if any(path.endswith("/dist-packages") for path in interpreter.site):
+        # Debian's interpreter looks for packages in dist-packages unless it runs in a venv.
+        items[f"lib/python{short}/dist-packages"] = Link(f"lib/python{short}/dist-packages", "site-packages")
+    return Draft("python", interpreter.version, "", "python", list(items.values()))
+
+
+def _tree(folder: str, place: str, trees: Trees, interpreter: Interpreter, collector: Collector) -> Iterator[Item]:
+    for path, (origin, node) in trees.found(Root(folder, _LEFT_OUT), place).items():
+        if path.endswith((".a", ".pyc")):
+            continue
+        if stat.S_ISLNK(node.st_mode):
+            # Distributions link parts of the library elsewhere (Debian: /etc): the content counts.
+            if not os.path.isfile(origin):
+                continue
+            inside = os.path.realpath(origin).startswith(os.path.realpath(folder) + "/")
+            if not inside or os.readlink(origin).startswith("/"):
+                yield FileItem(path, origin, os.stat(origin), collector.own(path))
+                continue
+        yield from collector.item(path, origin, node)
+
+
+def _libraries(interpreter: Interpreter) -> list[str]:
+    """Shared libraries outside of the system's folders and of the standard library."""
+    inside = (interpreter.stdlib + "/", interpreter.platstdlib + "/")
+    return sorted(
+        {
+            path
+            for path in interpreter.loaded
+            if path.startswith("/") and os.path.isfile(path) and not path.startswith((*_SYSTEM_FOLDERS, *inside))
+        }
+        - {interpreter.executable}
+    )

@@ -1,0 +1,130 @@
+"""Packages that pip, uv or another installer put into site-packages: one ``dist-info`` folder each.
+
+Source: PyPA specifications "Recording installed projects" (RECORD, INSTALLER, REQUESTED) and "Recording the direct
+URL origin". See also `envship.sources.conda` for packages that conda owns.
+"""
+
+from __future__ import annotations
+
+import csv
+import email.parser
+import io
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+MACHINE_BOUND = frozenset(("REQUESTED", "uv_cache.json", "uv_build.json"))
+"""Files of a dist-info folder that say how and when it was installed here, nothing about what it is."""
+
+
+class Distribution(NamedTuple):
+    """An installed package.
+
+    *info* is the path of its ``dist-info`` folder in the prefix, *files* the paths in the prefix that its RECORD lists
+    (byte code left out); *editable* the path of a source tree that it merely links to.
+    """
+
+    name: str
+    version: str
+    info: str
+    files: tuple[str, ...]
+    editable: str | None
+
+
+def read_distributions(site_folder: str, site_path: str, files: Iterable[str]) -> list[Distribution]:
+    """The distributions in *site_folder*, which lies at *site_path* in the environment with these *files*."""
+    found = []
+    for path in files:
+        folder, _, name = path.rpartition("/")
+        if name == "METADATA" and folder.endswith(".dist-info") and os.path.dirname(folder) == site_path:
+            found.append(_read(site_folder, site_path, os.path.basename(folder)))
+    return sorted(found)
+
+
+def canonical_name(name: str) -> str:
+    """The normalised name of a package. Source: PEP 503."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def canonical_record(data: bytes) -> bytes:
+    """RECORD without what depends on prefix, machine or installer: byte code, hashes of scripts, order of lines.
+
+    pip finds byte code without RECORD when it uninstalls.
+    """
+    rows = []
+    for row in csv.reader(io.StringIO(data.decode("utf-8", "surrogateescape"), newline="")):
+        if not row or row[0].endswith(".pyc") or PurePosixPath(row[0]).name in MACHINE_BOUND:
+            continue
+        path = row[0]
+        folder, _, name = path.rpartition("/")
+        in_info = folder.endswith(".dist-info") and name in ("RECORD", "INSTALLER", "direct_url.json")
+        if in_info or path.startswith("../") or os.path.isabs(path) or path.endswith(".pth"):
+            row = [path, "", ""]
+        rows.append(row)
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(sorted(rows))
+    return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+def canonical_installer(data: bytes) -> bytes:
+    """INSTALLER, the same for every installer that keeps a RECORD: uv's packages are pip's to uninstall."""
+    return b"pip\n"
+
+
+def canonical_direct_url(data: bytes) -> bytes:
+    """``direct_url.json`` without paths of this machine: a local archive or folder keeps its digest only."""
+    try:
+        record = json.loads(data)
+        if isinstance(record, dict) and str(record.get("url", "")).startswith("file:"):
+            record["url"] = "file:///"
+    except ValueError:
+        return data
+    return json.dumps(record, sort_keys=True).encode()
+
+
+def _read(site_folder: str, site_path: str, folder: str) -> Distribution:
+    where = os.path.join(site_folder, folder)
+    with open(os.path.join(where, "METADATA"), encoding="utf-8", errors="surrogateescape") as file:
+        metadata = email.parser.HeaderParser().parse(file)
+    name, _, version = folder[: -len(".dist-info")].partition("-")
+    return Distribution(
+        canonical_name(metadata["Name"] or name),
+        metadata["Version"] or version,
+        f"{site_path}/{folder}",
+        tuple(_recorded(where, site_folder, site_path)),
+        _editable(where),
+    )
+
+
+def _recorded(where: str, site_folder: str, site_path: str) -> list[str]:
+    try:
+        with open(os.path.join(where, "RECORD"), encoding="utf-8", errors="surrogateescape", newline="") as file:
+            rows = list(csv.reader(file))
+    except FileNotFoundError:
+        return []
+    depth = len(PurePosixPath(site_path).parts)
+    prefix = os.path.normpath(os.path.join(site_folder, *[".."] * depth))
+    paths = []
+    for row in rows:
+        if not row or row[0].endswith(".pyc"):
+            continue
+        if os.path.isabs(row[0]):
+            path = os.path.relpath(row[0], prefix)
+        else:
+            path = os.path.normpath(os.path.join(site_path, row[0]))
+        if not path.startswith("../"):
+            paths.append(path)
+    return paths
+
+
+def _editable(where: str) -> str | None:
+    try:
+        with open(os.path.join(where, "direct_url.json"), encoding="utf-8") as file:
+            record = json.load(file)
+        is_editable = record.get("dir_info", {}).get("editable") is True
+        return str(record.get("url", "")) if is_editable else None
+    except (OSError, ValueError, AttributeError):
+        return None

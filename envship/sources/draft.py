@@ -1,0 +1,78 @@
+"""A package before it is read: which files it will have, where their bytes lie, and how these become canonical.
+
+A `Plan` is what a source has to say about a prefix; `envship.pack` turns it into chunks and a manifest.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Union
+
+from envship.canonical import Treatment
+from worker_bootstrap.digest import Digest
+from worker_bootstrap.manifest import Directory, Link
+
+
+class Draft(NamedTuple):
+    """One package of a plan. *items* in any order, no path twice. The rest is as in `manifest.Package`."""
+
+    name: str
+    version: str
+    build: str
+    kind: str
+    items: Sequence[Item]
+
+
+class FileItem(NamedTuple):
+    """A file to be read from *origin* (``lstat`` or ``stat``: *node*) and treated."""
+
+    path: str
+    origin: str
+    node: os.stat_result
+    treatment: Treatment
+
+
+class CodeItem(NamedTuple):
+    """Byte code to be made for the module at *origin*; left out where it does not compile or is relocated.
+
+    *cached* is where byte code may lie already. Where an installer recorded the digests of both files, byte code with
+    its recorded digest belongs to a source with its own, whatever the times say.
+    """
+
+    path: str
+    origin: str
+    node: os.stat_result
+    cached: str
+    module_path: str
+    source_digest: Digest | None = None
+    cached_digest: Digest | None = None
+
+
+class MadeItem(NamedTuple):
+    """A file whose bytes are known already."""
+
+    path: str
+    data: bytes
+
+
+Item = Union[FileItem, CodeItem, MadeItem, Link, Directory]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a pack of *prefix* will do.
+
+    *interpreter* is an executable of the environment's own Python; *prefixes* are all spellings of the paths
+    under which its files may name their own place.
+    """
+
+    prefix: str
+    prefixes: tuple[str, ...]
+    interpreter: str
+    platform: str
+    python: str
+    environ: Mapping[str, str]
+    drafts: Sequence[Draft]
+    problems: Sequence[str]

@@ -1,0 +1,118 @@
+"""What an environment's own interpreter says about itself.
+
+Asked in a subprocess, without site-packages: an environment with a broken ``.pth`` file can be packed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from typing import NamedTuple
+
+from worker_bootstrap.errors import NotAnEnvironment
+
+_TIMEOUT_S = 60
+
+_QUESTION = r"""
+import json, os, platform, sys, sysconfig, importlib
+import site
+paths = sysconfig.get_paths()
+loaded = []
+if "libraries" in sys.argv:
+    dynload = next((p for p in sys.path if p.endswith("lib-dynload")), None)
+    for name in sorted(os.listdir(dynload)) if dynload and os.path.isdir(dynload) else ():
+        if name.endswith(".so"):
+            try:
+                importlib.import_module(name.split(".")[0])
+            except Exception:
+                pass
+    try:
+        with open("/proc/self/maps") as maps:
+            loaded = sorted({line.split(None, 5)[5].strip() for line in maps if ".so" in line})
+    except OSError:
+        pass
+print("\n" + json.dumps({
+    "executable": os.path.realpath(sys.executable),
+    "version": platform.python_version(),
+    "cache_tag": sys.implementation.cache_tag,
+    "implementation": sys.implementation.name,
+    "base_prefix": sys.base_prefix,
+    "stdlib": paths["stdlib"],
+    "platstdlib": paths["platstdlib"],
+    "include": paths["include"],
+    "platlibdir": getattr(sys, "platlibdir", "lib"),
+    "site": [path for path in site.getsitepackages([sys.base_prefix]) if os.path.isdir(path)],
+    "scripts": paths["scripts"],
+    "system": platform.system(),
+    "machine": platform.machine(),
+    "loaded": loaded,
+}))
+"""
+
+
+class Interpreter(NamedTuple):
+    """A CPython: where its parts lie (absolute paths) and what it is.
+
+    *executable* has no symbolic links left. *site* are the folders of packages that are installed into the interpreter
+    itself. *loaded* are the shared libraries that it and its standard library need, if asked for.
+    """
+
+    executable: str
+    version: str
+    cache_tag: str
+    implementation: str
+    base_prefix: str
+    stdlib: str
+    platstdlib: str
+    include: str
+    platlibdir: str
+    site: list[str]
+    scripts: str
+    system: str
+    machine: str
+    loaded: list[str]
+
+    @property
+    def short_version(self) -> str:
+        """Major and minor version, as in ``lib/python3.11``."""
+        return ".".join(self.version.split(".")[:2])
+
+    @property
+    def platform(self) -> str:
+        """Conda's name of the platform."""
+        system = {"Linux": "linux", "Darwin": "osx"}.get(self.system, self.system.lower())
+        if system == "osx":
+            return "osx-arm64" if self.machine == "arm64" else "osx-64"
+        return f"{system}-{ {'x86_64': '64', 'i686': '32'}.get(self.machine, self.machine) }"
+
+
+def ask(executable: str, prefix: str, *, libraries: bool = False) -> Interpreter:
+    """What *executable*, the interpreter of *prefix*, says; with *libraries*, which shared libraries it loads.
+
+    Raises
+    ------
+    NotAnEnvironment
+        If it does not run, or is not CPython 3.
+    """
+    command = [executable, "-I", "-S", "-B", "-c", _QUESTION, *(["libraries"] if libraries else [])]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TIMEOUT_S, check=False, env=clean_environ()
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NotAnEnvironment(prefix, f"its interpreter {executable} does not run: {error}") from error
+    try:
+        answer = Interpreter(**json.loads(done.stdout.splitlines()[-1]))
+    except (ValueError, IndexError, TypeError) as error:
+        reason = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        raise NotAnEnvironment(prefix, f"its interpreter {executable} does not run: {reason[0]}") from error
+    if answer.implementation != "cpython" or re.match(r"3\.\d+", answer.version) is None:
+        raise NotAnEnvironment(prefix, f"its interpreter is {answer.implementation} {answer.version}, not CPython 3")
+    return answer
+
+
+def clean_environ() -> dict[str, str]:
+    """This process's variables without those that would make another interpreter look in the wrong place."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}

@@ -1,0 +1,85 @@
+"""From a file on disk to an item of a draft: links made relative, byte code put beside its module.
+
+Shared by all sources; see `envship.sources.draft` for what the items are.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+
+from envship.canonical import SYSTEM_PREFIXES, Own, Recorded, Treatment
+from envship.sources.draft import CodeItem, FileItem, Item
+from worker_bootstrap.errors import ManifestInvalid
+from worker_bootstrap.manifest import Directory, Link, check_link
+
+
+class Collector:
+    """Makes items of one prefix, and keeps what is wrong with it.
+
+    Parameters
+    ----------
+    prefixes
+        All spellings of the absolute paths under which the files may name their own place.
+
+    Attributes
+    ----------
+    problems
+        One line for everything that cannot be packed.
+    """
+
+    def __init__(self, prefixes: Sequence[str]) -> None:
+        self.prefixes = tuple(dict.fromkeys(prefixes))
+        self.problems: list[str] = []
+
+    def own(self, path: str) -> Own:
+        """The treatment of a file of which no installer recorded how it names its prefix."""
+        return Own(self.prefixes, path)
+
+    def item(self, path: str, origin: str, node: os.stat_result, treatment: Treatment | None = None) -> Iterator[Item]:
+        """The item of the file, link or empty folder at *origin*; none, and a problem, if there can be none."""
+        if stat.S_ISREG(node.st_mode):
+            yield FileItem(path, origin, node, treatment or self.own(path))
+        elif stat.S_ISDIR(node.st_mode):
+            yield Directory(path)
+        elif stat.S_ISLNK(node.st_mode):
+            yield from self._link(path, os.readlink(origin))
+        else:
+            self.problems.append(f"{path} is neither a file nor a link")
+
+    def _link(self, path: str, target: str) -> Iterator[Link]:
+        inside = target
+        if target.startswith("/"):
+            for prefix in self.prefixes:
+                if prefix not in SYSTEM_PREFIXES and target.startswith(prefix + "/"):
+                    inside = os.path.relpath(target[len(prefix) + 1 :], os.path.dirname(path) or ".")
+                    break
+        try:
+            yield Link(path, check_link(path, inside))
+        except ManifestInvalid:
+            self.problems.append(f"{path} is a symbolic link to {target}, outside of the environment")
+
+
+def with_byte_code(items: Iterable[Item], library: str, cache_tag: str) -> Iterator[Item]:
+    """*items* and the byte code of the modules among them that lie below *library* (``lib/python3.11``).
+
+    Modules that name the prefix get none: their text, and with it their byte code, differs from prefix to prefix.
+    """
+    for item in items:
+        yield item
+        if not isinstance(item, FileItem) or not item.path.startswith(library + "/") or not item.path.endswith(".py"):
+            continue
+        treatment = item.treatment
+        if isinstance(treatment, Recorded) and treatment.relocation is not None:
+            continue
+        folder, name = os.path.split(item.path)
+        cached = f"__pycache__/{name[:-3]}.{cache_tag}.pyc"
+        yield CodeItem(
+            path=f"{folder}/{cached}",
+            origin=item.origin,
+            node=item.node,
+            cached=os.path.join(os.path.dirname(item.origin), cached),
+            module_path=item.path,
+            source_digest=treatment.digest if isinstance(treatment, Recorded) else None,
+        )

@@ -1,0 +1,121 @@
+"""The files below a folder, with what `lstat` says about each: one walk, no content read.
+
+Byte code (``__pycache__``) is passed over: it follows from the sources, and importing a module must not look like a
+change of the environment. See also `envship.scan_index`, which compares walks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import time
+from collections.abc import Mapping
+from typing import NamedTuple
+
+FINE_TICK_NS = 50_000_000
+"""Kernels stamp files with a clock that ticks every 1-10 ms; more, to be safe."""
+COARSE_TICK_NS = 2_000_000_000
+"""The coarsest clock of a file system still in use (FAT)."""
+
+
+class Root(NamedTuple):
+    """A folder (or a single file) to walk, without the relative paths and the folder names to pass over."""
+
+    path: str
+    skip_paths: tuple[str, ...] = ()
+    skip_names: tuple[str, ...] = ()
+
+
+class Found(NamedTuple):
+    """A file, link or empty folder: its absolute path, and what `lstat` says."""
+
+    origin: str
+    node: os.stat_result
+
+
+class Trees:
+    """Walks of roots, each done once; together, what a pack has seen of the file system.
+
+    Attributes
+    ----------
+    started_ns
+        Wall clock before the first walk: whatever was changed later has a later time stamp.
+    """
+
+    def __init__(self) -> None:
+        self.started_ns = time.time_ns()
+        self._walked: dict[Root, Mapping[str, os.stat_result]] = {}
+
+    def walk(self, root: Root) -> Mapping[str, os.stat_result]:
+        """Relative path to `lstat` result of every file, link and empty folder; ``""`` for a root that is a file.
+
+        A root that does not exist has no files; a folder that cannot be read raises `OSError`.
+        """
+        if root not in self._walked:
+            self._walked[root] = _walk(root)
+        return self._walked[root]
+
+    def found(self, root: Root, place: str = "") -> dict[str, Found]:
+        """The walk of the folder *root* as paths in an environment where the folder lies at *place*."""
+        before = place + "/" if place else ""
+        return {before + path: Found(f"{root.path}/{path}", node) for path, node in self.walk(root).items() if path}
+
+    @property
+    def roots(self) -> tuple[Root, ...]:
+        """What has been walked so far, in that order."""
+        return tuple(self._walked)
+
+    def fingerprint(self) -> str:
+        """A digest of everything walked: equal if no file was added, removed, replaced or written to."""
+        state = hashlib.sha256()
+        for root, nodes in self._walked.items():
+            state.update(repr(root).encode("utf-8", "surrogateescape"))
+            state.update("".join(mark(path, node) for path, node in nodes.items()).encode("utf-8", "surrogateescape"))
+        return state.hexdigest()
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether every file was last changed long enough before the walk for its time stamp to tell of a change."""
+        return all(is_settled(node, self.started_ns) for nodes in self._walked.values() for node in nodes.values())
+
+
+def mark(path: str, node: os.stat_result) -> str:
+    """What changes if the file at *path* is replaced or written to."""
+    return f"{path}\0{node.st_size} {node.st_mtime_ns} {node.st_ctime_ns} {node.st_ino} {node.st_mode}\0"
+
+
+def is_settled(node: os.stat_result, started_ns: int) -> bool:
+    """False if a later change could bear the same time stamp ("racily clean", as git says)."""
+    changed_ns = node.st_ctime_ns if node.st_ctime_ns > node.st_mtime_ns else node.st_mtime_ns
+    tick_ns = FINE_TICK_NS if changed_ns % 1_000_000_000 else COARSE_TICK_NS
+    return changed_ns < started_ns - tick_ns
+
+
+def _walk(root: Root) -> dict[str, os.stat_result]:
+    try:
+        node = os.lstat(root.path)
+    except FileNotFoundError:
+        return {}
+    if not stat.S_ISDIR(node.st_mode):
+        return {"": node}
+    found: dict[str, os.stat_result] = {}
+    names = frozenset((*root.skip_names, "__pycache__"))
+    paths = frozenset(root.skip_paths)
+    waiting = [("", root.path)]
+    while waiting:
+        relative, folder = waiting.pop()
+        with os.scandir(folder) as entries:
+            is_empty = True
+            for entry in entries:
+                is_empty = False
+                name = entry.name
+                if name in names or relative + name in paths:
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append((relative + name + "/", entry.path))
+                else:
+                    found[relative + name] = entry.stat(follow_symlinks=False)
+        if is_empty and relative:
+            found[relative[:-1]] = os.lstat(folder)
+    return dict(sorted(found.items()))

@@ -1,0 +1,137 @@
+"""Venvs (venv, virtualenv, uv) and plain interpreters: their packages together with the interpreter itself.
+
+The result is one relocatable prefix in which everything lies where Python expects it without a ``pyvenv.cfg``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from envship.sources.base import base_draft, base_roots
+from envship.sources.distributions import Distribution, read_distributions
+from envship.sources.draft import Draft, Item, Plan
+from envship.sources.installed import distribution_draft
+from envship.sources.interpreter import Interpreter, ask
+from envship.sources.items import Collector, with_byte_code
+from envship.sources.tree import Found, Root, Trees
+from worker_bootstrap.errors import NotAnEnvironment, SourceProblems
+
+_LEFT_OUT = re.compile(
+    r"pyvenv\.cfg|\.lock|\.gitignore|CACHEDIR\.TAG|lib64|include|include/python[0-9.]*t?|bin/(?:python|pypy)[0-9.]*t?|bin/[Aa]ctivate.*"
+    r"|bin/deactivate.*|bin/pydoc\.bat|(?:.*/)?(?:\.DS_Store|[^/]*\.log|[^/]*\.pyc|[^/]*~|_virtualenv\.(?:pth|py))"
+)
+"""What makes a folder a venv, which the prefix is not any more; caches and logs."""
+_REMEDY = (
+    "Reinstall the packages named (pip install --force-reinstall NAME), or, where files are missing only, pack what is "
+    "there: ignore_missing=True, --ignore-missing."
+)
+
+
+def plan_venv(prefix: Path, trees: Trees, *, ignore_missing: bool) -> Plan:
+    """What a pack of the venv, or the plain interpreter, at *prefix* will do.
+
+    Raises
+    ------
+    NotAnEnvironment
+        If its interpreter does not run.
+    SourceProblems
+        If files are missing (unless *ignore_missing*) or cannot be packed.
+    """
+    executable = next((path for path in (prefix / "bin/python", prefix / "bin/python3") if path.exists()), None)
+    if executable is None:
+        raise NotAnEnvironment(str(prefix), "the interpreter that it was made with is gone")
+    interpreter = ask(str(executable), str(prefix), libraries=True)
+    library = f"lib/python{interpreter.short_version}"
+    for root in base_roots(interpreter):
+        trees.walk(root)
+    files, distributions = _installed(prefix, f"{library}/site-packages", interpreter, trees)
+    collector = Collector(_spellings(prefix, interpreter))
+    faults = [
+        f"{distribution.name} {distribution.version}: {path} is missing"
+        for distribution in distributions
+        for path in distribution.files
+        if path not in files
+    ]
+    drafts = [base_draft(interpreter, trees, collector)]
+    owners = {item.path: "python" for item in drafts[0].items}
+    drafts += [distribution_draft(distribution, files, owners, collector) for distribution in distributions]
+    drafts.append(_unowned(files, owners, collector))
+    problems = collector.problems + ([] if ignore_missing else faults)
+    if problems:
+        raise SourceProblems(str(prefix), problems, _REMEDY)
+    return Plan(
+        prefix=str(prefix),
+        prefixes=collector.prefixes,
+        interpreter=str(executable),
+        platform=interpreter.platform,
+        python=interpreter.version,
+        environ={},
+        drafts=[
+            draft._replace(items=list(with_byte_code(draft.items, library, interpreter.cache_tag))) for draft in drafts
+        ],
+        problems=faults,
+    )
+
+
+def _installed(
+    prefix: Path, site_path: str, interpreter: Interpreter, trees: Trees
+) -> tuple[dict[str, Found], list[Distribution]]:
+    """Files by their path in the environment, and the distributions that own most of them."""
+    files: dict[str, Found] = {}
+    distributions: list[Distribution] = []
+    settings = _settings(prefix)
+    if settings is not None:
+        files.update(trees.found(Root(str(prefix))))
+        distributions += read_distributions(str(prefix / site_path), site_path, files)
+    if settings is None or settings.get("include-system-site-packages") == "true":
+        for folder in interpreter.site:
+            _add_site(folder, site_path, trees, files, distributions)
+    return files, distributions
+
+
+def _add_site(
+    folder: str, site_path: str, trees: Trees, files: dict[str, Found], distributions: list[Distribution]
+) -> None:
+    """Add what lies in a site folder of the interpreter, except for packages that a folder before it has."""
+    inside = trees.found(Root(folder), site_path)
+    taken = {distribution.name for distribution in distributions}
+    for distribution in read_distributions(folder, site_path, inside):
+        info = distribution.info + "/"
+        if distribution.name in taken:
+            for path in [*distribution.files, *(path for path in inside if path.startswith(info))]:
+                inside.pop(path, None)
+            continue
+        distributions.append(distribution)
+        for path in distribution.files:
+            if not path.startswith(site_path + "/"):
+                origin = os.path.normpath(os.path.join(folder, os.path.relpath(path, site_path)))
+                for node in trees.walk(Root(origin)).values():
+                    inside[path] = Found(origin, node)
+    for path, found in inside.items():
+        files.setdefault(path, found)
+
+
+def _settings(prefix: Path) -> dict[str, str] | None:
+    """What ``pyvenv.cfg`` says; None for an interpreter that is no venv."""
+    try:
+        text = (prefix / "pyvenv.cfg").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    pairs = (line.partition("=") for line in text.splitlines())
+    return {key.strip().lower(): value.strip().lower() for key, _, value in pairs}
+
+
+def _spellings(prefix: Path, interpreter: Interpreter) -> list[str]:
+    """Paths under which files may name the environment: the venv's and the interpreter's, links resolved or not."""
+    return [str(prefix), str(prefix.resolve()), interpreter.base_prefix, os.path.realpath(interpreter.base_prefix)]
+
+
+def _unowned(files: Mapping[str, Found], owners: Mapping[str, str], collector: Collector) -> Draft:
+    items: list[Item] = []
+    for path, found in files.items():
+        if path not in owners and _LEFT_OUT.fullmatch(path) is None:
+            items += collector.item(path, *found)
+    return Draft("", "", "", "files", items)
