@@ -37,7 +37,8 @@ def test_what_is_written_and_how_much() -> None:
     assert plan.links == (Link("l", "a"),)
     assert plan.hard_links == (HardLink("e", "a/b/c"),)
     assert plan.size_bytes == 3
-    assert plan.needed_bytes == 4 * 4096
+    assert plan.needed_bytes(lambda file: False) == 4 * 4096
+    assert plan.needed_bytes(lambda file: file.size_bytes == 3) == 3 * 4096
     assert plan.needed_inodes == 2 + 3 + 1
 
 

@@ -7,7 +7,7 @@ or a chain of links leaves the prefix, shows only when all packages are looked a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 from worker_bootstrap import relocate
 from worker_bootstrap.errors import ManifestInvalid, MaterialiseError, PrefixTooLong
@@ -47,10 +47,9 @@ class Blueprint(NamedTuple):
         """Bytes of content to write."""
         return sum(run.size_bytes for run in self.runs)
 
-    @property
-    def needed_bytes(self) -> int:
-        """Room that the files will take on disk."""
-        sizes = (file.size_bytes for run in self.runs for file in run.files)
+    def needed_bytes(self, shared: Callable[[File], bool]) -> int:
+        """Room that the files will take on disk, but for those that are *shared*."""
+        sizes = (file.size_bytes for run in self.runs for file in run.files if not shared(file))
         return sum(-(-size // BLOCK_BYTES) * BLOCK_BYTES for size in sizes) + BLOCK_BYTES * len(self.directories)
 
     @property

@@ -26,9 +26,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, NoReturn
 
-from worker_bootstrap import errors
+from worker_bootstrap import donor, errors
 from worker_bootstrap.blueprint import Blueprint, Run, draw
 from worker_bootstrap.digest import Digest, EnvironmentId, digest_of, is_digest
+from worker_bootstrap.donor import LINK_MODES, Donors
 from worker_bootstrap.errors import EnvshipError, ManifestInvalid, MaterialiseError, StoreFull
 from worker_bootstrap.layout import SHORT_ID_LENGTH, Layout
 from worker_bootstrap.lock import Lock
@@ -76,6 +77,8 @@ def materialise(
         If there is not enough room, found out before or while writing.
     MaterialiseError
         If a file cannot be written.
+    SettingInvalid
+        If there is no such link mode.
 
     Notes
     -----
@@ -88,21 +91,22 @@ def materialise(
     with Lock(store.layout.lock(environment_id)):
         prefix = store.built(environment_id)
         if prefix is None:
-            prefix = _build(store, environment_id, report or _silent)
+            prefix = _build(store, environment_id, link_mode, report or _silent)
         return prefix
 
 
-def _build(store: Store, environment_id: EnvironmentId, report: Report) -> Path:
+def _build(store: Store, environment_id: EnvironmentId, link_mode: str, report: Report) -> Path:
     layout = store.layout
     prefix = layout.prefix(environment_id)
     manifest = store.read_manifest(environment_id)
     listings = [Listing.from_bytes(store.read_chunk(package.listing.digest)) for package in manifest.packages]
     blueprint = draw(manifest, listings, str(prefix))
+    donors = Donors(donor.find(store, manifest, listings), link_mode)
     _sweep(layout, environment_id)
-    _check_room(layout, blueprint)
+    _check_room(layout, blueprint, donors)
     scratch = tempfile.mkdtemp(prefix=_scratch_name(environment_id), dir=layout.tmp)
     try:
-        _Writer(store, environment_id, scratch, str(prefix), report, blueprint.size_bytes).write(blueprint)
+        _Writer(store, blueprint, donors, scratch, str(prefix), report).write()
         os.chmod(scratch, 0o755)
         _sync_file_system(layout.root)
         os.rename(scratch, prefix)
@@ -123,25 +127,26 @@ class _Writer:
     """Writes what a blueprint says below *scratch*, as it will read at *prefix*."""
 
     def __init__(
-        self, store: Store, environment_id: EnvironmentId, scratch: str, prefix: str, report: Report, total_bytes: int
+        self, store: Store, blueprint: Blueprint, donors: Donors, scratch: str, prefix: str, report: Report
     ) -> None:
         self.store = store
-        self.environment_id = environment_id
+        self.blueprint = blueprint
+        self.donors = donors
         self.scratch = scratch
         self.prefix = prefix
         self.report = report
-        self.total_bytes = total_bytes
+        self._total_bytes = blueprint.size_bytes
         self._done_bytes = 0
         self._reporting = threading.Lock()
 
-    def write(self, blueprint: Blueprint) -> None:
-        for path in blueprint.directories:
+    def write(self) -> None:
+        for path in self.blueprint.directories:
             os.mkdir(self._at(path))
             os.chmod(self._at(path), 0o755)
-        self._write_runs(blueprint.runs)
-        for hard_link in blueprint.hard_links:
+        self._write_runs(self.blueprint.runs)
+        for hard_link in self.blueprint.hard_links:
             os.link(self._at(hard_link.target), self._at(hard_link.path), follow_symlinks=False)
-        for link in blueprint.links:
+        for link in self.blueprint.links:
             os.symlink(link.target, self._at(link.path))
 
     def _write_runs(self, runs: Sequence[Run]) -> None:
@@ -155,10 +160,18 @@ class _Writer:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _write_run(self, run: Run) -> None:
+        given = {file.path for file in run.files if self.donors.give(file, self._at(file.path))}
+        if len(given) == len(run.files):
+            self._advance(run.size_bytes)
+            return
         content = _Content(self.store, run.chunks, self._advance)
         # A file that is one chunk has been verified with it.
         verified = run.chunks[0].digest if len(run.files) == len(run.chunks) == 1 else None
         for file in run.files:
+            if file.path in given:
+                for _ in content.read(file.size_bytes):
+                    pass
+                continue
             if file.relocation is None:
                 actual = self._write_file(file, content.read(file.size_bytes), verified)
             else:
@@ -167,7 +180,7 @@ class _Writer:
                 self._write_file(file, iter([memoryview(relocate(data, file.relocation, self.prefix))]), actual)
             if actual != file.digest:
                 reason = f"the content of {file.path!r} has the digest {actual}, not {file.digest}"
-                raise ManifestInvalid(reason, f"environment {self.environment_id}")
+                raise ManifestInvalid(reason, self.prefix)
 
     def _write_file(self, file: File, pieces: Iterator[memoryview], verified: Digest | None) -> Digest:
         """Write one file; returns *verified*, or the digest of what was written."""
@@ -180,7 +193,7 @@ class _Writer:
                     state.update(piece)
                 while piece:
                     piece = piece[os.write(handle, piece) :]
-            os.fchmod(handle, 0o755 if file.executable else 0o644)
+            donor.seal(handle, file)
         finally:
             os.close(handle)
         return Digest(state.hexdigest()) if verified is None else verified
@@ -188,7 +201,7 @@ class _Writer:
     def _advance(self, count: int) -> None:
         with self._reporting:
             self._done_bytes += count
-            self.report(self._done_bytes, self.total_bytes)
+            self.report(self._done_bytes, self._total_bytes)
 
     def _at(self, path: str) -> str:
         return f"{self.scratch}/{path}"
@@ -250,10 +263,10 @@ def _remove(entry: os.DirEntry[str]) -> None:
         os.unlink(entry.path)
 
 
-def _check_room(layout: Layout, blueprint: Blueprint) -> None:
+def _check_room(layout: Layout, blueprint: Blueprint, donors: Donors) -> None:
     room = os.statvfs(layout.tmp)
     free_bytes = room.f_bavail * room.f_frsize
-    needed_bytes = blueprint.needed_bytes + MARGIN_BYTES
+    needed_bytes = blueprint.needed_bytes(donors.has) + MARGIN_BYTES
     if needed_bytes > free_bytes:
         raise StoreFull(str(layout.root), needed_bytes, free_bytes)
     if room.f_files and room.f_favail < blueprint.needed_inodes:  # btrfs counts no inodes and says 0
@@ -294,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     parser.add_argument("store", type=Path)
     parser.add_argument("environment_id", type=EnvironmentId)
     parser.add_argument("--read-only", type=Path, action="append", default=[])
-    parser.add_argument("--link-mode", default="auto")
+    parser.add_argument("--link-mode", choices=LINK_MODES, default="auto")
     options = parser.parse_args(arguments)
     _end_with_parent()
     try:

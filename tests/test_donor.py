@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.environments import PLACEHOLDER, Content, environment_of, package_of
+from worker_bootstrap import donor, verify
+from worker_bootstrap.digest import EnvironmentId
+from worker_bootstrap.errors import SettingInvalid
+from worker_bootstrap.materialise import materialise
+from worker_bootstrap.store import Store
+
+COMMON: dict[str, Content] = {
+    "lib/common": b"the same" * 50,
+    "bin/tool*": b"the same, executable",
+    "bin/script*": (b"#!" + PLACEHOLDER.encode() + b"/bin/python\n", "text"),
+    "lib/edited": b"somebody edits this",
+}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def two(store: Store) -> tuple[EnvironmentId, EnvironmentId]:
+    """Two environments: one package in common, one changed, one that only the second has."""
+    common = package_of(store, COMMON, "common")
+    old = package_of(store, {"a/changed": b"old", "a/kept": b"kept", "a/mode": b"mode"}, "changed", "1")
+    new = package_of(store, {"a/changed": b"new", "a/kept": b"kept", "a/mode*": b"mode"}, "changed", "2")
+    added = package_of(store, {"added": b"added"}, "added")
+    return environment_of(store, [common, old]).id, environment_of(store, [common, new, added]).id
+
+
+def shared(one: Path, other: Path) -> set[str]:
+    paths = [str(path.relative_to(other)) for path in other.rglob("*") if path.is_file()]
+    return {path for path in paths if (one / path).exists() and (one / path).samefile(other / path)}
+
+
+def test_what_is_common_and_unchanged_is_hard_linked(store: Store) -> None:
+    first, second = two(store)
+    one, other = materialise(store, first), materialise(store, second, link_mode="hardlink")
+    assert shared(one, other) == {"lib/common", "bin/tool", "lib/edited", "a/kept"}
+    assert list(verify.damaged_files(store, second)) == []
+    assert list(verify.damaged_files(store, first)) == []
+
+
+def test_a_copy_shares_nothing(store: Store) -> None:
+    first, second = two(store)
+    one, other = materialise(store, first), materialise(store, second, link_mode="copy")
+    assert shared(one, other) == set()
+    assert list(verify.damaged_files(store, second)) == []
+
+
+def test_auto_works_on_any_file_system(store: Store) -> None:
+    first, second = two(store)
+    materialise(store, first)
+    materialise(store, second, link_mode="auto")
+    assert list(verify.damaged_files(store, second)) == []
+
+
+def test_reflinks_where_there_are_none_are_copies(store: Store) -> None:
+    first, second = two(store)
+    one, other = materialise(store, first), materialise(store, second, link_mode="reflink")
+    assert shared(one, other) == set()
+    assert list(verify.damaged_files(store, second)) == []
+    assert all(path.stat().st_mtime_ns == donor.WRITTEN_AT_NS for path in other.rglob("*") if path.is_file())
+
+
+def test_what_somebody_edited_or_removed_is_not_taken(store: Store) -> None:
+    first, second = two(store)
+    one = materialise(store, first)
+    (one / "lib/edited").write_bytes(b"somebody edited THIS")
+    (one / "lib/common").unlink()
+    (one / "bin/tool").chmod(0o644)
+    other = materialise(store, second, link_mode="hardlink")
+    assert shared(one, other) == {"a/kept"}
+    assert list(verify.damaged_files(store, second)) == []
+
+
+def test_a_symbolic_link_put_in_a_files_place_is_not_taken(store: Store, tmp_path: Path) -> None:
+    first, second = two(store)
+    one = materialise(store, first)
+    secret = tmp_path / "secret"
+    secret.write_bytes((one / "lib/common").read_bytes())
+    os.utime(secret, ns=(donor.WRITTEN_AT_NS, donor.WRITTEN_AT_NS))
+    (one / "lib/common").unlink()
+    (one / "lib/common").symlink_to(secret)
+    other = materialise(store, second, link_mode="hardlink")
+    assert not (other / "lib/common").is_symlink()
+    assert list(verify.damaged_files(store, second)) == []
+
+
+def test_shared_content_needs_no_chunks(store: Store) -> None:
+    package = package_of(store, {"x": b"x" * 500}, "x")
+    materialise(store, environment_of(store, [package]).id)
+    for digest in {chunk.digest for chunk in package.chunks}:
+        next(store.layout.chunks.glob(f"*/{digest}.*")).unlink()
+    other = environment_of(store, [package, package_of(store, {"y": b"y"}, "y")])
+    assert (materialise(store, other.id, link_mode="hardlink") / "x").read_bytes() == b"x" * 500
+
+
+def test_an_unknown_link_mode_is_refused(store: Store) -> None:
+    with pytest.raises(SettingInvalid):
+        materialise(store, two(store)[0], link_mode="symlink")

@@ -1,0 +1,161 @@
+"""Files that a new environment takes over from environments built in the same store.
+
+What two environments have in common, unchanged, is shared on disk: as a reflink where the file system has them, as a
+hard link elsewhere, so that a one-package change costs links, not an unpack. A file that somebody edited is not taken:
+every file that we write has one fixed time of modification, and an edit changes it. Files that name their prefix are
+never shared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from worker_bootstrap.errors import EnvshipError, SettingInvalid
+from worker_bootstrap.manifest import File, Listing, Manifest, Package
+from worker_bootstrap.store import Store
+
+LINK_MODES = ("auto", "reflink", "hardlink", "copy")
+WRITTEN_AT_NS = 1_000_000_000 * 10**9
+"""Time of modification of every file of every built environment (9 September 2001)."""
+DONOR_LIMIT = 4
+"""Environments looked at, the last built first: reading a manifest takes some 10 ms."""
+
+_FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int), the same on all architectures that Python has wheels for
+
+
+class Donors:
+    """Gives files of other environments to a new one, as long as that works.
+
+    Parameters
+    ----------
+    sources
+        Path in the prefix to the prefix of an environment that has the same file there; see `find`.
+    link_mode
+        ``reflink``, ``hardlink``, ``auto`` (the first of these that works), or ``copy`` (nothing is shared).
+
+    Raises
+    ------
+    SettingInvalid
+        For any other link mode.
+
+    Notes
+    -----
+    Safe to use from several threads. A donor that is evicted meanwhile is one that has nothing to give.
+    """
+
+    def __init__(self, sources: Mapping[str, Path], link_mode: str) -> None:
+        if link_mode not in LINK_MODES:
+            raise SettingInvalid("link-mode", link_mode, "one of " + ", ".join(LINK_MODES))
+        self._ways = {"auto": [_reflink, _hard_link], "reflink": [_reflink], "hardlink": [_hard_link]}.get(
+            link_mode, []
+        )
+        self._sources = sources if self._ways else {}
+
+    def has(self, file: File) -> bool:
+        """Whether there is a donor for *file* (which may turn out not to be able to give it)."""
+        return bool(self._ways) and file.path in self._sources
+
+    def give(self, file: File, destination: str) -> bool:
+        """Make *file* at *destination*, which must not exist; False if no donor has it untouched."""
+        prefix = self._sources.get(file.path)
+        if prefix is None:
+            return False
+        source = os.path.join(prefix, file.path)
+        for way in list(self._ways):
+            try:
+                if not _is_untouched(source, file):
+                    return False
+                way(source, destination, file)
+                return True
+            except OSError as error:
+                if error.errno in (errno.ENOENT, errno.EMLINK):
+                    return False
+                if error.errno not in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.EXDEV, errno.EPERM):
+                    raise
+                with contextlib.suppress(ValueError):  # another thread found out at the same time
+                    self._ways.remove(way)
+        return False
+
+
+def find(store: Store, manifest: Manifest, listings: Sequence[Listing]) -> dict[str, Path]:
+    """For each file that an environment built in *store* has, unchanged: its path, and that environment's prefix."""
+    found: dict[str, Path] = {}
+    waiting = list(zip(manifest.packages, listings))
+    for other, prefix in _built(store, manifest):
+        theirs = {package.listing.digest for package in other.packages}
+        rest = []
+        for package, listing in waiting:
+            if package.listing.digest in theirs:
+                found.update((file.path, prefix) for file in listing.files if file.relocation is None)
+            else:
+                rest.append((package, listing))
+        waiting = rest
+        for package, listing in waiting:
+            for file in _common(store, package, listing, other):
+                found.setdefault(file.path, prefix)
+    return found
+
+
+def _built(store: Store, manifest: Manifest) -> Iterator[tuple[Manifest, Path]]:
+    marks = []
+    for mark in store.layout.ready_marks.iterdir():
+        with contextlib.suppress(OSError):
+            marks.append((mark.stat().st_mtime, mark.name))
+    built = {str(environment_id): environment_id for environment_id in store.environments()}
+    names = [name for _, name in sorted(marks, reverse=True) if name in built and name != manifest.id]
+    for name in names[:DONOR_LIMIT]:
+        with contextlib.suppress(EnvshipError):
+            yield store.read_manifest(built[name]), store.layout.prefix(built[name])
+
+
+def _common(store: Store, package: Package, listing: Listing, other: Manifest) -> Iterator[File]:
+    """Files of a changed package that its counterpart has as well, and that do not name their prefix."""
+    counterpart = next((p for p in other.packages if (p.name, p.kind) == (package.name, package.kind)), None)
+    if counterpart is None:
+        return
+    try:
+        theirs = set(Listing.from_bytes(store.read_chunk(counterpart.listing.digest)).files)
+    except EnvshipError:  # evicted, or damaged: then there is nothing to compare with
+        return
+    yield from (file for file in listing.files if file.relocation is None and file in theirs)
+
+
+def _is_untouched(source: str, file: File) -> bool:
+    found = os.lstat(source)
+    executable = bool(found.st_mode & stat.S_IXUSR)
+    return (
+        stat.S_ISREG(found.st_mode)
+        and (found.st_size, found.st_mtime_ns) == (file.size_bytes, WRITTEN_AT_NS)
+        and executable == file.executable
+    )
+
+
+def _hard_link(source: str, destination: str, file: File) -> None:
+    os.link(source, destination, follow_symlinks=False)
+
+
+def _reflink(source: str, destination: str, file: File) -> None:
+    flags = os.O_CLOEXEC | os.O_NOFOLLOW
+    with contextlib.ExitStack() as stack:
+        origin = os.open(source, os.O_RDONLY | flags)
+        stack.callback(os.close, origin)
+        copy = os.open(destination, os.O_WRONLY | os.O_CREAT | os.O_EXCL | flags, 0o600)
+        stack.callback(os.close, copy)
+        try:
+            fcntl.ioctl(copy, _FICLONE, origin)
+            seal(copy, file)
+        except OSError:
+            os.unlink(destination)
+            raise
+
+
+def seal(handle: int, file: File) -> None:
+    """Give a file that has been written its mode, and the time that says that nobody touched it since."""
+    os.fchmod(handle, 0o755 if file.executable else 0o644)
+    os.utime(handle, ns=(WRITTEN_AT_NS, WRITTEN_AT_NS))
