@@ -81,8 +81,6 @@ class LittleCluster:
         Where stores, logs and scratch space go.
     workers
         How many workers, each under a nanny. Each has a machine of its own; the scheduler shares that of the first.
-    scheduler
-        Whether to start a scheduler; without, `address` must be set before workers are added.
     environ
         Variables to set in all processes.
     """
@@ -92,7 +90,6 @@ class LittleCluster:
         prefix: Path,
         folder: Path,
         workers: int = 2,
-        scheduler: bool = True,
         environ: Mapping[str, str] | None = None,
     ) -> None:
         self.prefix = prefix
@@ -100,15 +97,13 @@ class LittleCluster:
         self.address = ""
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._workers = workers
-        self._scheduler = scheduler
         self._environ = dict(environ or {})
 
     def __enter__(self) -> LittleCluster:
         try:
-            if self._scheduler:
-                self._start_scheduler()
-                for number in range(self._workers):
-                    self.start_worker(number)
+            self._start_scheduler()
+            for number in range(self._workers):
+                self.start_worker(number)
         except BaseException:
             self.stop()
             raise
@@ -127,22 +122,16 @@ class LittleCluster:
         self._start(name, number, ["worker", self.address, *arguments])
         return name
 
+    def stop_worker(self, number: int) -> None:
+        """End the worker with that number."""
+        _end([self.processes.pop(f"worker-{number}")])
+
     def stop(self) -> None:
         """End every process that was started, and whatever these have started. Idempotent."""
-        # Workers first: nannies that lose their scheduler before they are told to stop complain in their logs.
-        running = list(reversed(self.processes.values()))
-        for process in running:
-            if not _ended(process):
-                os.kill(process.pid, signal.SIGTERM)
-        deadline = time.monotonic() + STOP_TIMEOUT_S
-        while not all(map(_ended, running)) and time.monotonic() < deadline:
-            time.sleep(POLL_S)
-        for process in running:
-            # Each process leads a group of its own: what it left behind is found even if it was killed. Not reaped
-            # yet, it still holds the number of that group, so nobody else's group can be hit.
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        # Workers first: one that has lost its scheduler tries for 8 s to say good-bye to it.
+        scheduler = [process for name, process in self.processes.items() if name == "scheduler"]
+        _end([process for process in self.processes.values() if process not in scheduler])
+        _end(scheduler)
         self.processes.clear()
 
     def log(self, name: str) -> str:
@@ -185,6 +174,21 @@ def bare_environ() -> dict[str, str]:
     """This process's environment variables without those that would reach into another Python, Dask or envship."""
     foreign = ("PYTHON", "DASK_", "ENVSHIP_", "CONDA_", "VIRTUAL_ENV")
     return {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        if not _ended(process):
+            os.kill(process.pid, signal.SIGTERM)
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    while not all(map(_ended, processes)) and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    for process in processes:
+        # Each process leads a group of its own: what it left behind is found even if it was killed. Not reaped yet, it
+        # still holds the number of that group, so nobody else's group can be hit.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _ended(process: subprocess.Popen[bytes]) -> bool:

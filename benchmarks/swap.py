@@ -1,0 +1,330 @@
+"""Swaps against what Dask itself needs to start a worker; prints a table of medians and ratios.
+
+    python benchmarks/swap.py [--repetitions N] [--json FILE]
+
+Makes what it needs: a ``.venv`` in the checkout where envship is not installed, three small environments, and clusters of
+two workers each, whose processes are real and which have a store per machine. All repetitions of all measurements take
+turns, so that a noisy moment of the machine hits all of them. Every environment is built on every host before anything
+is measured; times are those of swaps that move no bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+try:
+    import distributed
+    from distributed import Client
+    from rich.console import Console
+
+    import envship  # adds the methods to the client
+    from envship.cli.machines import POLL_S, LittleCluster, make_venv, write_wheel
+    from envship.cli.tables import table
+except ImportError:
+    python = CHECKOUT / ".venv" / "bin" / "python"
+    if os.environ.get("ENVSHIP_BENCHMARK_VENV"):
+        raise
+    subprocess.run(["make", "-C", str(CHECKOUT), "install", f"PYTHON={sys.executable}"], check=True)
+    os.environ["ENVSHIP_BENCHMARK_VENV"] = str(python)
+    os.execv(python, [str(python), *sys.argv])
+
+WORKERS = 2
+SETTLE_TIMEOUT_S = 60.0
+STREAM_INTERVAL_S = 0.01
+AIMS = {
+    "call_over_restart": 0.8,
+    "downtime_over_restart": 0.3,
+    "call_with_scheduler_over_restart": 1.3,
+    "back_over_restart": 0.35,
+    "noop_s": 0.5,
+    "noop_bytes": 0.0,
+}
+
+
+def main() -> None:
+    """Measure, print, and write the JSON file if one is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=7, help="of each measurement (default: 7)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write metrics, medians and samples there")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="envship-swap-") as folder:
+        samples = measure(Path(folder), options.repetitions)
+    medians = {name: statistics.median(values) for name, values in samples.items()}
+    metrics = metrics_of(medians)
+    print_tables(samples, medians, metrics)
+    if options.json is not None:
+        report = {"metrics": metrics, "medians": medians, "samples": samples, "machine": machine()}
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def measure(folder: Path, repetitions: int) -> dict[str, list[float]]:
+    """Seconds (and bytes) of every measurement, in the order in which they were taken."""
+    os.environ["ENVSHIP_STORE"] = str(folder / "client-store")
+    samples: dict[str, list[float]] = {}
+
+    def note(name: str, value: float) -> None:
+        samples.setdefault(name, []).append(value)
+
+    say("making a base environment, and three to move into")
+    dask_version = f"distributed=={distributed.__version__}"
+    base = make_venv(folder / "base", [dask_version])
+    prefixes = []
+    for name in "abc":
+        wheel = write_wheel(folder / name / "wheel", "only_here", f"{ord(name)}", f"NAME = {name!r}\n")
+        prefixes.append(make_venv(folder / name / "prefix", [dask_version, wheel]))
+    with ExitStack() as stack:
+        say("starting three clusters, and moving two of them through all environments once")
+        plain, kept, whole = (
+            stack.enter_context(connected_cluster(base, folder / name)) for name in ("plain", "kept", "whole")
+        )
+        for measured, scheduler in ((kept, False), (whole, None)):
+            for prefix in (*prefixes[1:], prefixes[0]):
+                result, seconds = timed(
+                    lambda m=measured, p=prefix, s=scheduler: m.client.use_environment(p, scheduler=s)
+                )
+                note("first call", seconds)
+                note("uploaded bytes of a first call", result.uploaded_bytes)
+        for repetition in range(repetitions):
+            say(f"repetition {repetition + 1} of {repetitions}")
+            measure_dask(plain, note)
+            measure_swaps(kept, prefixes, note)
+            measure_with_scheduler(whole, prefixes, repetition, note)
+    return samples
+
+
+class Measured:
+    """A cluster and a client that is connected to it."""
+
+    def __init__(self, cluster: LittleCluster, client: Client) -> None:
+        self.cluster = cluster
+        self.client = client
+
+    def registered(self) -> set[str]:
+        """Names of the workers that the scheduler knows."""
+        workers = self.client.sync(self.client.scheduler.identity)["workers"]
+        return {str(worker["name"]) for worker in workers.values()}
+
+    def settle(self, previous_id: str) -> None:
+        """Wait until the standby of the environment left behind is parked on every host, and everybody is there."""
+
+        def parked() -> bool:
+            status = self.client.environment_status()
+            with_workers = {worker.host_id for worker in status.workers.values()}
+            return len(status.workers) == WORKERS and all(previous_id in status.hosts[h].warm for h in with_workers)
+
+        until(parked, "the standby was not parked")
+
+
+@contextmanager
+def connected_cluster(base: Path, folder: Path) -> Iterator[Measured]:
+    """A cluster started from *base*, with all workers there."""
+    folder.mkdir()
+    with LittleCluster(base, folder, WORKERS) as cluster, Client(cluster.address, set_as_default=False) as client:
+        client.wait_for_workers(WORKERS)
+        yield Measured(cluster, client)
+
+
+def measure_dask(plain: Measured, note: Callable[[str, float], None]) -> None:
+    """What Dask needs by itself, on a cluster that has never seen envship."""
+    note("restart", timed(plain.client.restart)[1])
+    began = time.perf_counter()
+    name = plain.cluster.start_worker(WORKERS)
+    until(lambda: name in plain.registered(), f"{name} did not register", interval_s=0.005)
+    note("bare worker", time.perf_counter() - began)
+    plain.cluster.stop_worker(WORKERS)
+    until(lambda: name not in plain.registered(), f"{name} did not leave")
+
+
+def measure_swaps(kept: Measured, prefixes: list[Path], note: Callable[[str, float], None]) -> None:
+    """Swaps where the scheduler stays. Begins and ends in the first environment, with the second one parked."""
+    a, b, c = prefixes
+    client = kept.client
+    at_a = client.use_environment(a, scheduler=False).environment_id
+    # One environment is parked, the one left last: c is built on every host, but must be started.
+    result, seconds = timed(lambda: client.use_environment(c, scheduler=False))
+    note("call", seconds)
+    note("commit, as the call reports it", result.downtime_s)
+    kept.settle(at_a)
+    note("back", timed(lambda: client.use_environment(a, scheduler=False))[1])
+    kept.settle(result.environment_id)
+    with Stream(kept.cluster.address) as stream:
+        result = client.use_environment(b, scheduler=False)
+        stream.until_elsewhere()
+    note("downtime", stream.gap_s())
+    kept.settle(at_a)
+    client.use_environment(a, scheduler=False)
+    kept.settle(result.environment_id)
+    result, seconds = timed(lambda: client.use_environment(a, scheduler=False))
+    note("noop", seconds)
+    note("noop bytes", result.uploaded_bytes)
+
+
+def measure_with_scheduler(
+    whole: Measured, prefixes: list[Path], repetition: int, note: Callable[[str, float], None]
+) -> None:
+    """A swap of scheduler and workers, on to the next environment: never the one that is parked."""
+    target = prefixes[(repetition + 1) % len(prefixes)]
+    result, seconds = timed(lambda: whole.client.use_environment(target))
+    assert result.scheduler_swapped
+    note("call with scheduler", seconds)
+    whole.settle(result.previous_id)
+
+
+class Stream:
+    """Tiny tasks, one every `STREAM_INTERVAL_S`, that say where and when they ran: the cluster as its user sees it."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._submit, name="stream")
+        self._seen: list[tuple[str, float]] = []
+        self._error: BaseException | None = None
+        self._latest: Any = None
+
+    def __enter__(self) -> Stream:
+        self._client = Client(self._address, set_as_default=False)
+        self._thread.start()
+        until(lambda: self._latest is not None and self._latest.done(), "no task of the stream was computed")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self._client.close()
+
+    def until_elsewhere(self) -> None:
+        """Wait until a task submitted from now on is computed. The swap is over."""
+        last = self._latest
+        until(lambda: self._latest is not last and self._latest.done(), "no task was computed after the swap")
+
+    def gap_s(self) -> float:
+        """Seconds from the last task completed in the old environment to the first completed in the new one."""
+        if self._error is not None:
+            raise self._error
+        ordered = sorted(self._seen, key=lambda seen: seen[1])
+        old = ordered[0][0]
+        first_new = next(at for prefix, at in ordered if prefix != old)
+        last_old = max(at for prefix, at in ordered if prefix == old and at < first_new)
+        return first_new - last_old
+
+    def _submit(self) -> None:
+        futures = []
+        try:
+            while not self._over.wait(STREAM_INTERVAL_S):
+                self._latest = self._client.submit(where_and_when, pure=False)
+                futures.append(self._latest)
+            self._seen = self._client.gather(futures)
+        except BaseException as error:
+            self._error = error
+
+
+def where_and_when() -> tuple[str, float]:
+    """The task of the stream. Cluster and client share a clock: they are on one machine."""
+    import sys
+    import time
+
+    return sys.prefix, time.time()
+
+
+def metrics_of(medians: dict[str, float]) -> dict[str, float]:
+    """The figures by which envship is judged."""
+    restart = medians["restart"]
+    return {
+        "call_over_restart": medians["call"] / restart,
+        "downtime_over_restart": medians["downtime"] / restart,
+        "call_with_scheduler_over_restart": medians["call with scheduler"] / restart,
+        "back_over_restart": medians["back"] / restart,
+        "noop_s": medians["noop"],
+        "noop_bytes": medians["noop bytes"],
+    }
+
+
+def print_tables(samples: dict[str, list[float]], medians: dict[str, float], metrics: dict[str, float]) -> None:
+    """Medians with their spread, then the metrics with what is aimed at."""
+    out = Console(highlight=False)
+    explained = {
+        "restart": "client.restart()",
+        "bare worker": "dask worker, from exec to registered",
+        "call": "use_environment, scheduler stays",
+        "downtime": "… of which no task is completed",
+        "call with scheduler": "use_environment, scheduler moves as well",
+        "back": "use_environment, back to the one left a moment ago",
+        "noop": "use_environment, there already",
+        "first call": "use_environment, environment unknown to the cluster",
+    }
+    rows = [
+        (
+            text,
+            f"{medians[name]:.3f}",
+            f"{min(samples[name]):.3f}",
+            f"{max(samples[name]):.3f}",
+            str(len(samples[name])),
+        )
+        for name, text in explained.items()
+    ]
+    out.print(table(("seconds", "median", "min", "max", "n"), rows, right=("median", "min", "max", "n")))
+    aims = [(name, f"{value:.3f}", f"≤ {AIMS[name]:g}") for name, value in metrics.items()]
+    out.print(table(("metric", "value", "aim"), aims, right=("value", "aim")))
+    out.print(", ".join(f"{name} {value}" for name, value in machine().items()))
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "cpus": os.cpu_count(),
+        "processor": processor(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "distributed": distributed.__version__,
+        "envship": envship.__version__,
+        "workers": WORKERS,
+    }
+
+
+def processor() -> str:
+    """The processor's name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    """What *work* returns, and the seconds that it took."""
+    began = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - began
+
+
+def until(condition: Callable[[], bool], problem: str, interval_s: float = POLL_S) -> None:
+    """Wait until *condition* holds."""
+    deadline = time.monotonic() + SETTLE_TIMEOUT_S
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{problem} within {SETTLE_TIMEOUT_S:.0f} s")
+        time.sleep(interval_s)
+
+
+def say(text: str) -> None:
+    """Tell what is being done, on standard error."""
+    sys.stderr.write(f"{text} …\n")
+
+
+if __name__ == "__main__":
+    main()
