@@ -2,15 +2,16 @@
 
     python benchmarks/swap.py [--repetitions N] [--json FILE]
 
-Makes what it needs: a ``.venv`` in the checkout where envship is not installed, three small environments, and clusters of
-two workers each, whose processes are real and which have a store per machine. All repetitions of all measurements take
-turns, so that a noisy moment of the machine hits all of them. Every environment is built on every host before anything
-is measured; times are those of swaps that move no bytes.
+Makes what it needs: a ``.venv`` in the checkout where envship is not installed, small environments, and clusters of two
+workers each, whose processes are real and which have a store per machine. The measurements take turns, so that a noisy
+moment of the machine hits all of them. Every environment is built on every host before anything is measured: times are
+those of swaps that move no bytes.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -92,11 +93,10 @@ def measure(folder: Path, repetitions: int) -> dict[str, list[float]]:
         plain, kept, whole = (
             stack.enter_context(connected_cluster(base, folder / name)) for name in ("plain", "kept", "whole")
         )
-        for measured, scheduler in ((kept, False), (whole, None)):
-            for prefix in (*prefixes[1:], prefixes[0]):
-                result, seconds = timed(
-                    lambda m=measured, p=prefix, s=scheduler: m.client.use_environment(p, scheduler=s)
-                )
+        for prefix in (*prefixes[1:], prefixes[0]):
+            for measured, scheduler in ((kept, False), (whole, None)):
+                call = functools.partial(measured.client.use_environment, prefix, scheduler=scheduler)
+                result, seconds = timed(call)
                 note("first call", seconds)
                 note("uploaded bytes of a first call", result.uploaded_bytes)
         for repetition in range(repetitions):
@@ -267,16 +267,10 @@ def print_tables(samples: dict[str, list[float]], medians: dict[str, float], met
         "noop": "use_environment, there already",
         "first call": "use_environment, environment unknown to the cluster",
     }
-    rows = [
-        (
-            text,
-            f"{medians[name]:.3f}",
-            f"{min(samples[name]):.3f}",
-            f"{max(samples[name]):.3f}",
-            str(len(samples[name])),
-        )
-        for name, text in explained.items()
-    ]
+    rows = []
+    for name, text in explained.items():
+        figures = (medians[name], min(samples[name]), max(samples[name]))
+        rows.append((text, *(f"{figure:.3f}" for figure in figures), str(len(samples[name]))))
     out.print(table(("seconds", "median", "min", "max", "n"), rows, right=("median", "min", "max", "n")))
     aims = [(name, f"{value:.3f}", f"≤ {AIMS[name]:g}") for name, value in metrics.items()]
     out.print(table(("metric", "value", "aim"), aims, right=("value", "aim")))

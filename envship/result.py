@@ -19,6 +19,9 @@ from worker_bootstrap.layout import SHORT_ID_LENGTH
 PHASES = ("pack", "check", "upload", "fetch", "build", "start", "commit")
 """The phases of a swap, in the order in which they begin."""
 
+WORTH_A_WORD_S = 0.005
+"""Phases that took less are not shown."""
+
 
 @dataclass(frozen=True, slots=True, repr=False)
 class SwapResult:
@@ -304,7 +307,8 @@ def _uploaded(size_bytes: int, chunks: int) -> str:
 
 def _phases(seconds: Mapping[str, float]) -> str:
     order = [*PHASES, *(phase for phase in seconds if phase not in PHASES)]
-    return ", ".join(f"{phase} {format_seconds(seconds[phase])}" for phase in order if phase in seconds) or "-"
+    spent = [phase for phase in order if seconds.get(phase, 0.0) >= WORTH_A_WORD_S]
+    return ", ".join(f"{phase} {format_seconds(seconds[phase])}" for phase in spent) or "-"
 
 
 def _text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

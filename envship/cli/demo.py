@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -47,11 +48,14 @@ def demo() -> None:
     swaps back and forth, prints times and sizes, and leaves nothing behind. Installs two small environments with pip
     for this, so it needs a package index.
     """
+    from distributed.versions import VersionMismatchWarning
     from rich.console import Console
 
     from envship.cli.machines import LittleCluster
 
     began = time.monotonic()
+    # What the client has installed besides does not matter here, and Dask would say so.
+    warnings.filterwarnings("ignore", category=VersionMismatchWarning)
     with _ends_tidily(), tempfile.TemporaryDirectory(prefix="envship-demo-") as folder:
         story = _Story(Console(highlight=False), Path(folder))
         base, mine = story.install()
@@ -99,7 +103,7 @@ class _Story:
             self._task(client, teapot)
 
             self._heading("Move the whole cluster into mine: pack, upload, build, start, swap")
-            self._move("base → mine, first time", lambda: client.use_environment(mine))
+            self._move("base → mine", lambda: client.use_environment(mine))
             self._task(client, teapot)
 
             self._heading("And back")
@@ -107,7 +111,7 @@ class _Story:
             self._task(client, teapot)
 
             self._heading("And there again: everything is on the machines by now")
-            self._move("base → mine, again", lambda: client.use_environment(mine))
+            self._move("base → mine again", lambda: client.use_environment(mine))
             self._task(client, teapot)
             self._move("mine → mine", lambda: client.use_environment(mine))
 
@@ -127,19 +131,20 @@ class _Story:
                 format_seconds(result.total_s),
                 format_seconds(result.downtime_s) if result.changed else "none",
                 format_bytes(result.uploaded_bytes) if result.uploaded_bytes else "nothing",
-                "yes" if result.scheduler_swapped else "no",
+                "moved too" if result.scheduler_swapped else "stayed",
             )
             for name, result in self._moves
         ]
-        columns = ("move", "whole call", "without workers for", "uploaded", "scheduler moved")
+        columns = ("move", "whole call", "downtime", "uploaded", "scheduler")
         self._heading("What it took")
         self._console.print(table(columns, rows, right=columns[1:4]))
         self._say(f"Done in {format_seconds(seconds)}. The cluster is stopped, and what the demo made is deleted.")
 
     def _task(self, client: Client, teapot: Any) -> None:
         self._say(f"client.submit({PACKAGE}.brew, 3).result()", style="cyan")
+        future = client.submit(teapot.brew, 3, pure=False)
         try:
-            answer = client.submit(teapot.brew, 3, pure=False).result(TASK_TIMEOUT_S)
+            answer = future.result(TASK_TIMEOUT_S)
         except Exception as error:
             cause = error
             while cause.__cause__ is not None:
@@ -147,6 +152,8 @@ class _Story:
             self._say(f"✗ {type(cause).__name__}: {cause}", style="red")
         else:
             self._say(f"✓ {answer}", style="green")
+        finally:
+            future.release()
 
     def _move(self, name: str, move: Any) -> None:
         call = "client.reset_environment()" if move.__name__ == "reset_environment" else "client.use_environment(mine)"
@@ -160,7 +167,7 @@ class _Story:
 
         status = client.environment_status()
         keep = (0, 2, 3, 5)  # process, environment, prefix, PID: as much as a narrow terminal can hold
-        rows = [tuple(row[i] for i in keep) for row in status.process_rows()]
+        rows = [tuple(row[i].replace(str(self._folder), "…") for i in keep) for row in status.process_rows()]
         self._console.print(table(("process", "environment", "prefix", "PID"), rows, right=("PID",)))
 
     def _heading(self, text: str) -> None:
@@ -168,7 +175,8 @@ class _Story:
         self._console.rule(f"[bold]{text}", align="left")
 
     def _say(self, text: str, style: str = "") -> None:
-        self._console.print(text, style=style, markup=False, soft_wrap=True)
+        shown = text.replace(str(self._folder), "…")
+        self._console.print(shown, style=style, markup=False, soft_wrap=True)
 
 
 @contextmanager
