@@ -6,7 +6,6 @@ scheduler's replacement. What happens on the cluster is decided in `worker_boots
 
 from __future__ import annotations
 
-import os
 import platform
 from typing import Any
 
@@ -23,6 +22,7 @@ from envship.result import EnvironmentStatus, StagedResult, SwapResult
 from envship.status import status_of
 from worker_bootstrap.digest import EnvironmentId
 from worker_bootstrap.errors import IncompatibleEnvironment
+from worker_bootstrap.interpreter import PROCESS_TOKEN
 
 Source = Any
 """None (the environment of this process), a conda environment's name, a prefix, a bundle, an id, an `Environment`."""
@@ -204,7 +204,7 @@ def _options(scheduler: bool | None, timeout: str | float | None) -> dict[str, A
     commit = config.timeout_s("commit") if timeout is None else parse_timedelta(timeout)
     return {
         "scheduler": scheduler,
-        "client_pid": os.getpid(),
+        "client_token": PROCESS_TOKEN,
         "prepare_timeout_s": config.timeout_s("prepare"),
         "start_timeout_s": config.timeout_s("start"),
         "commit_timeout_s": commit,

@@ -23,7 +23,7 @@ from worker_bootstrap.build import build
 from worker_bootstrap.digest import EnvironmentId
 from worker_bootstrap.errors import ChunkInvalid, ChunkMissing, EnvironmentMissing, EnvshipError, TransferError
 from worker_bootstrap.hosted import Standby, StartRequest
-from worker_bootstrap.interpreter import Interpreter, base_interpreter, own_environment_id, python_of
+from worker_bootstrap.interpreter import PROCESS_TOKEN, Interpreter, base_interpreter, own_environment_id, python_of
 from worker_bootstrap.manifest import Manifest
 from worker_bootstrap.store import Store
 from worker_bootstrap.tracker import Batch, Offer
@@ -96,6 +96,7 @@ class Agent:
             "envship_built": self.built,
             "envship_manifest": self.manifest,
             "envship_rejoin": self.rejoin,
+            "envship_wait_out": self.wait_out,
         }
         return {**{name: answering(method) for name, method in own.items()}, **ChunkServer(self.store).handlers()}
 
@@ -110,6 +111,7 @@ class Agent:
             "host_id": self.store.host_id,
             "hostname": socket.gethostname(),
             "pid": os.getpid(),
+            "token": PROCESS_TOKEN,
             "environment_id": self.environment_id,
             "prefix": sys.prefix,
             "python": platform.python_version(),
@@ -199,13 +201,20 @@ class Agent:
     async def join(self) -> None:
         """Announce this agent to the coordinator, and bring its process where that wants it."""
         answer = await self.call("envship_join", identity=await self.identify())
-        if "target" in answer and answer["target"] != self.environment_id:
+        if "wait" in answer:
+            self.hold()
+            await self.wait_out(answer["timeout_s"])
+        elif answer["target"] != self.environment_id:
             self.hold()
             self.in_background(self.conform(answer["target"], answer["manifest"], answer["options"]))
 
     async def rejoin(self) -> None:
         """The coordinator found this process outside the target environment: join again."""
         await self.join()
+
+    async def wait_out(self, timeout_s: float) -> None:
+        """The scheduler is about to be replaced, and this process is not part of that swap: join its successor."""
+        raise NotImplementedError
 
     def hold(self) -> None:
         """Make sure, before anything else happens, that the process behind this agent runs no task."""

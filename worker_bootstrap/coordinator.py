@@ -35,6 +35,10 @@ logger = logging.getLogger("envship.coordinator")
 RELEASE_TIMEOUT_S = 2.0
 """A worker that was told to close and has not said so by then hangs; the scheduler lets go of it anyway."""
 POLL_INTERVAL_S = 0.005
+IDENTIFY_TIMEOUT_S = 10.0
+"""An agent that does not even say who it is for so long counts as gone."""
+SUCCESSION_TIMEOUT_S = 60.0
+"""So long an agent waits for the scheduler's successor."""
 KEPT_SWAPS = 20
 DEFAULT_OPTIONS = {"link_mode": "auto", "start_timeout_s": 60.0}
 
@@ -51,6 +55,7 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
         self.target: EnvironmentId | None = None
         self.members: dict[str, dict[str, Any]] = {}
         self.reports: dict[str, dict[str, Any]] = {}
+        self.troubles: dict[str, str] = {}
         self.swaps: dict[str, Swap] = {}
         self.tracker = Tracker(clock=time.monotonic)
         self.options: dict[str, Any] = dict(DEFAULT_OPTIONS)
@@ -73,7 +78,11 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
             gate = WorkerAgentPlugin()
             await scheduler.register_worker_plugin(comm=None, plugin=dumps(gate), name=gate.name, idempotent=True)
         if self._resumed is not None:
-            self.agent.in_background(self._resume(*self._resumed))
+            resumed, agents = self._resumed
+            self.agent.in_background(self._resume(resumed, agents))
+            for swap in self.swaps.values():
+                if swap is not resumed:
+                    self.agent.in_background(self._take_turn(swap))
 
     def take_over(self, scheduler: Any, state: Mapping[str, Any]) -> None:
         """Continue what the predecessor of *scheduler* wrote down; before anybody can connect."""
@@ -82,6 +91,8 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
         swap = Swap.from_dict(state["swap"])
         self.swaps[swap.id] = swap
         self._resumed = (swap, state["agents"])
+        for waiting in map(Swap.from_dict, state["waiting"]):
+            self.swaps[waiting.id] = waiting
         self._install(scheduler)
         self.agent.proven.update(state["proven"])
 
@@ -101,6 +112,7 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
         operations = {
             "envship_join": self.join,
             "envship_hello": self.hello,
+            "envship_trouble": self.trouble,
             "envship_target": self.told_target,
             "envship_release": self.release,
             "envship_want": self.want,
@@ -129,7 +141,7 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
     async def join(self, identity: dict[str, Any]) -> dict[str, Any]:
         """An agent announces itself, and learns where its process should run."""
         if self.leaving:
-            return {"wait": True}
+            return {"wait": True, "timeout_s": SUCCESSION_TIMEOUT_S}
         self.members[identity["address"]] = identity
         manifest = None
         if self.target is not None and identity["environment_id"] != self.target:
@@ -142,6 +154,12 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
         self.reports[report["address"]] = report
         self._reported.set()
         return {"welcome": report["environment_id"] == self.target, "target": self.target}
+
+    async def trouble(self, address: str, cause: str) -> None:
+        """An agent could not start its worker in the target environment."""
+        identity = self.members.get(address, {"hostname": ""})
+        self.troubles[f"{identity['hostname']} ({address})"] = cause
+        self._reported.set()
 
     async def told_target(self) -> EnvironmentId | None:
         """Where processes of this cluster should run."""
@@ -277,10 +295,11 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
         """Every agent that answers, asked anew; others are forgotten."""
         addresses = list(self.members)
         answers = await asyncio.gather(
-            *(self.ask(address, "envship_identify") for address in addresses), return_exceptions=True
+            *(asyncio.wait_for(self.ask(a, "envship_identify"), IDENTIFY_TIMEOUT_S) for a in addresses),
+            return_exceptions=True,
         )
         for address, answer in zip(addresses, answers):
-            if isinstance(answer, Gone):
+            if isinstance(answer, (Gone, asyncio.TimeoutError)):
                 self.members.pop(address, None)
                 self.tracker.remove_address(address)
             elif not isinstance(answer, BaseException):
@@ -303,6 +322,10 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
             raise Refused(answer["error"], answer["type"])
         return answer["ok"]
 
+    @property
+    def scheduler_environment(self) -> EnvironmentId | None:
+        return self.agent.environment_id
+
     async def workers_in_target(self, count: int, timeout_s: float) -> dict[str, str]:
         deadline = time.monotonic() + timeout_s
         while True:
@@ -311,6 +334,9 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
             astray = [address for address, environment_id in running.items() if environment_id != self.target]
             if not astray and len(running) >= count:
                 return {}
+            if self.troubles:
+                troubles, self.troubles = self.troubles, {}
+                return troubles
             left = deadline - time.monotonic()
             try:
                 await asyncio.wait_for(self._reported.wait(), max(0.0, left))
@@ -329,8 +355,15 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
             "swap": swap.to_dict(),
             "agents": agents,
             "proven": list(self.agent.proven),
+            "waiting": [other.to_dict() for other in self.swaps.values() if not other.finished and other is not swap],
         }
         await self.agent.succeed(environment_id, state)
+
+    async def tell_newcomers(self, known: Sequence[str]) -> None:
+        newcomers = [a for a in self.members if a not in known]
+        await asyncio.gather(
+            *(self._ask_quietly(a, "envship_wait_out", timeout_s=SUCCESSION_TIMEOUT_S) for a in newcomers)
+        )
 
     def conform_late(self, known: Sequence[str]) -> None:
         for address, identity in self.members.items():

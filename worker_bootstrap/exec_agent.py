@@ -9,6 +9,7 @@ import asyncio
 import logging
 import os
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,26 +18,26 @@ from distributed.core import Status
 from worker_bootstrap import launch, reexec, scheduler_state
 from worker_bootstrap.agent import Agent, Call
 from worker_bootstrap.digest import EnvironmentId
-from worker_bootstrap.interpreter import Interpreter
+from worker_bootstrap.interpreter import FAILED_VARIABLE, Interpreter
 from worker_bootstrap.store import Store
 
 logger = logging.getLogger("envship.exec")
 
 CLOSE_TIMEOUT_S = 5.0
+ASIDE_INTERVAL_S = 0.1
+ASIDE_TIMEOUT_S = 60.0
 
 
 class ExecAgent(Agent):
     """What both kinds share: the way back, and the reasons why there may be none."""
 
     kind = ""
+    remedy = ""
 
     def obstacle(self) -> str | None:
         own = launch.own()
         if own is None or own.kind != self.kind:
-            return (
-                f"this {self.kind} was not started by `dask {self.kind}`, so it cannot be re-executed "
-                "(start workers with a nanny, and the scheduler by `dask scheduler`)"
-            )
+            return f"it was not started by `dask {self.kind}`, so it cannot be re-executed; {self.remedy}"
         return None
 
     def _orders(self, interpreter: Interpreter, **more: Any) -> reexec.Orders:
@@ -53,6 +54,14 @@ class WorkerAgent(ExecAgent):
     """Acts for its host in a worker that has no nanny."""
 
     role = kind = "worker"
+    remedy = "start it with a nanny"
+
+    def obstacle(self) -> str | None:
+        if self.server.address.startswith("inproc://"):
+            return (
+                "it is a thread of the client's own process, as with LocalCluster(processes=False); use processes=True"
+            )
+        return super().obstacle()
 
     async def prepare(self, environment_id: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
         interpreter = await self.interpreter(environment_id)
@@ -67,6 +76,9 @@ class WorkerAgent(ExecAgent):
 
     async def conform(self, target: EnvironmentId | None, manifest: bytes | None, options: Mapping[str, Any]) -> None:
         """Bring a worker that came late, and was told to `hold`, into the environment *target*."""
+        if target is not None and target == os.environ.get(FAILED_VARIABLE):
+            await self._stand_aside(target)
+            return
         try:
             if target is not None:
                 await self.provide(target, manifest, options["link_mode"])
@@ -77,6 +89,26 @@ class WorkerAgent(ExecAgent):
                 "worker %s leaves: it must run in environment %s and cannot: %s", self.server.address, target, error
             )
             self.leave("envship-environment-unavailable", nanny=False)
+
+    async def _stand_aside(self, failed: EnvironmentId) -> None:
+        """Wait, back from an environment that this worker does not start in, for the cluster to come back as well."""
+        await self.call("envship_trouble", address=self.server.address, cause="the worker does not start; see its log")
+        deadline = time.monotonic() + ASIDE_TIMEOUT_S
+        while time.monotonic() < deadline:
+            await asyncio.sleep(ASIDE_INTERVAL_S)
+            target = await self.call("envship_target")
+            if target == self.environment_id:
+                self.server.status = Status.running
+                return
+            if target != failed:
+                await self.join()
+                return
+        logger.error("worker %s leaves: it does not start in environment %s", self.server.address, failed)
+        self.leave("envship-environment-broken", nanny=False)
+
+    async def wait_out(self, timeout_s: float) -> None:
+        interpreter = await self.interpreter(self.environment_id)
+        self.in_background(self._leave(interpreter, scheduler_moves=True))
 
     def hold(self) -> None:
         """Pause the worker, in a way that its memory monitor does not undo."""
@@ -96,6 +128,7 @@ class SchedulerAgent(ExecAgent):
     """Acts for its host in a scheduler that is a process of its own."""
 
     role = kind = "scheduler"
+    remedy = "start it so, or leave it where it is (scheduler=False)"
 
     def __init__(self, server: Any, store: Store, call: Call) -> None:
         super().__init__(server, store, call)
@@ -125,9 +158,9 @@ class SchedulerAgent(ExecAgent):
             "--preload",
             "worker_bootstrap.scheduler_state",
         ]
-        os.environ[scheduler_state.STATE_VARIABLE] = str(path)
+        os.environ[reexec.STATE_VARIABLE] = str(path)
         try:
             reexec.execute(interpreter, self.base, own, self._orders(interpreter, extra=extra), self.store.layout.tmp)
         finally:
-            del os.environ[scheduler_state.STATE_VARIABLE]
+            del os.environ[reexec.STATE_VARIABLE]
             path.unlink()

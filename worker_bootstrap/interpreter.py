@@ -10,6 +10,7 @@ import base64
 import json
 import os
 import sys
+import uuid
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,10 @@ from worker_bootstrap.digest import EnvironmentId, is_digest
 ENVIRONMENT_VARIABLE = "ENVSHIP_ENVIRONMENT"
 PREFIX_VARIABLE = "ENVSHIP_PREFIX"
 BASE_VARIABLE = "ENVSHIP_BASE"
+FAILED_VARIABLE = "ENVSHIP_FAILED"
+"""Holds the id of an environment that this process was sent to, did not start in, and came back from."""
+PROCESS_TOKEN = uuid.uuid4().hex
+"""Names this process: two ids that are equal are the same process, which PIDs in containers are not."""
 
 
 class Interpreter(NamedTuple):
@@ -70,4 +75,4 @@ def _without_marks(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if name not in _MARKS}
 
 
-_MARKS = frozenset((ENVIRONMENT_VARIABLE, PREFIX_VARIABLE, BASE_VARIABLE))
+_MARKS = frozenset((ENVIRONMENT_VARIABLE, PREFIX_VARIABLE, BASE_VARIABLE, FAILED_VARIABLE))

@@ -7,6 +7,7 @@ one registers as soon as the scheduler has let go of the old one, which may stil
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import time
@@ -113,9 +114,7 @@ class NannyAgent(Agent):
     async def conform(self, target: EnvironmentId | None, manifest: bytes | None, options: Mapping[str, Any]) -> None:
         """Bring a nanny that came late, and was told to `hold`, into the environment *target*."""
         try:
-            if self._held is not None:
-                held, self._held = self._held, None
-                await held.kill(timeout=STOP_TIMEOUT_S, executor_wait=False, reason="envship-late")
+            await self._end_held()
             if target is not None:
                 await self.provide(target, manifest, options["link_mode"])
             self._start_timeout_s = float(options["start_timeout_s"])
@@ -132,10 +131,26 @@ class NannyAgent(Agent):
             self.server.process = RefusedProcess(error)
             self.leave("envship-environment-unavailable")
 
+    async def wait_out(self, timeout_s: float) -> None:
+        self.hold()
+        await self._end_held()
+        self.in_background(self._join_successor(timeout_s))
+
+    async def _join_successor(self, timeout_s: float) -> None:
+        answer = await self._successor(timeout_s)
+        if answer is not None:
+            await self.conform(answer["target"], answer["manifest"], answer["options"])
+
     def hold(self) -> None:
         """Give the nanny a pending process: neither its start nor anybody's ``register_plugin`` waits for us."""
         old = self._take_process()
-        self._held = None if isinstance(old, PendingProcess) else old
+        if not isinstance(old, PendingProcess):
+            self._held = old
+
+    async def _end_held(self) -> None:
+        held, self._held = self._held, None
+        if held is not None:
+            await held.kill(timeout=STOP_TIMEOUT_S, executor_wait=False, reason="envship-hold")
 
     async def close(self) -> None:
         await super().close()
@@ -175,25 +190,29 @@ class NannyAgent(Agent):
             await new.kill()
 
     async def _start_when_scheduler_is_back(self, new: HostedProcess, timeout_s: float) -> None:
-        """The scheduler is about to be re-executed: start the worker as soon as its successor knows us."""
+        if await self._successor(timeout_s) is None:
+            return
+        try:
+            async with self._moving:
+                await self._start(new)
+        except Exception as error:
+            await self.call("envship_trouble", address=self.server.address, cause=str(error))
+
+    async def _successor(self, timeout_s: float) -> dict[str, Any] | None:
+        """What the scheduler's successor answers to our joining it; None, and the nanny leaves, if none comes."""
         host, port = dialled(self.server.scheduler.address)
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             await asyncio.sleep(RETRY_INTERVAL_S)
-            if await _listens(host, port) and await self._is_expected():
-                async with self._moving:
-                    await self._start(new)
-                return
+            if not await _listens(host, port):
+                continue
+            with contextlib.suppress(OSError):
+                answer = await self.call("envship_join", identity=await self.identify())
+                if isinstance(answer, dict) and "target" in answer:
+                    return answer
         logger.error("the scheduler did not come back within %.0f s: nanny %s leaves", timeout_s, self.server.address)
         self.leave("envship-scheduler-gone")
-
-    async def _is_expected(self) -> bool:
-        """Whether a scheduler answers that has taken over, and wants our worker."""
-        try:
-            answer = await self.call("envship_join", identity=await self.identify())
-        except OSError:
-            return False
-        return isinstance(answer, dict) and "target" in answer
+        return None
 
     def _remaining_lifetime(self) -> dict[str, Any]:
         """``--lifetime`` counts from the worker's start; a swap must not extend it."""

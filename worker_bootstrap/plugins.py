@@ -16,6 +16,7 @@ from distributed.diagnostics.plugin import NannyPlugin, WorkerPlugin
 
 from worker_bootstrap.carry import Carried
 from worker_bootstrap.interpreter import own_environment_id
+from worker_bootstrap.reexec import Arrival
 
 logger = logging.getLogger("envship.plugins")
 
@@ -60,6 +61,7 @@ class WorkerAgentPlugin(Carried, WorkerPlugin):  # type: ignore[misc]  # distrib
         if worker.nanny is None:
             await self._make_agent(worker, call)
         answer = await call("envship_hello", report=_report(worker))
+        Arrival.done = True
         if not answer["welcome"] and worker.nanny is not None:
             logger.error(
                 "worker %s leaves: it runs in %s, the cluster in environment %s",

@@ -16,16 +16,19 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
-from worker_bootstrap.interpreter import Interpreter, with_base
+from worker_bootstrap.interpreter import ENVIRONMENT_VARIABLE, FAILED_VARIABLE, Interpreter, with_base
 from worker_bootstrap.launch import Launch, recognise
 
 logger = logging.getLogger("envship.reexec")
 
 ORDERS_VARIABLE = "ENVSHIP_ORDERS"
+STATE_VARIABLE = "ENVSHIP_SCHEDULER_STATE"
+CARRIED_VARIABLES = (STATE_VARIABLE,)
+"""What every re-executed process takes along, whatever its environment."""
 STUB = "import sys; sys.path[:1] = [sys.argv.pop(1)]; from worker_bootstrap.reexec import main; main()"
 WAIT_INTERVAL_S = 0.02
 
@@ -60,21 +63,13 @@ def execute(interpreter: Interpreter, base: Interpreter, launch: Launch, orders:
     OSError
         If the kernel refuses to execute the interpreter. The process goes on.
     """
-    handle, path = tempfile.mkstemp(dir=folder, suffix=".orders")
-    with os.fdopen(handle, "w") as file:
-        json.dump(orders._asdict(), file)
-    environ = {**with_base(interpreter, base).environ, ORDERS_VARIABLE: path}
-    for carried in ("ENVSHIP_SCHEDULER_STATE",):
-        if carried in os.environ:
-            environ[carried] = os.environ[carried]
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    try:
-        os.execve(interpreter.python, [interpreter.python, "-c", STUB, orders.code, *launch.argv], environ)
-    except OSError:
-        Path(path).unlink()
-        raise
+    _replace_process(interpreter.python, with_base(interpreter, base).environ, launch, orders, folder)
+
+
+class Arrival:
+    """Whether this process has got where it was sent: a worker is registered, a scheduler has taken over."""
+
+    done = False
 
 
 def main() -> None:
@@ -82,6 +77,7 @@ def main() -> None:
     gc.disable()  # importing Dask is an eighth faster without; nothing of it is garbage
     path = Path(os.environ.pop(ORDERS_VARIABLE))
     orders = Orders(**json.loads(path.read_text()))
+    path.unlink()
     sys.argv[:1] = []
     launch = recognise(sys.argv)
     assert launch is not None
@@ -89,21 +85,40 @@ def main() -> None:
     try:
         _hold(orders.lease)
         command = importlib.import_module(launch.module).main
+        gc.freeze()
+        gc.enable()
+        if orders.wait_for is not None:
+            _wait_for(*orders.wait_for, timeout_s=orders.wait_timeout_s)
+        command(args=[*launch.arguments, *orders.extra], prog_name=" ".join(("dask", launch.kind)))
     except BaseException as error:
-        if orders.fallback is None:
+        if Arrival.done or orders.fallback is None or (isinstance(error, SystemExit) and not error.code):
             raise
-        python, environ = orders.fallback
-        print(f"envship: {sys.prefix} does not start ({error!r}): back to {python}", file=sys.stderr)  # noqa: T201
-        path.write_text(json.dumps(orders._replace(fallback=None, lease=None)._asdict()))
-        carried = {name: os.environ[name] for name in ("ENVSHIP_SCHEDULER_STATE",) if name in os.environ}
-        environ = {**environ, **carried, ORDERS_VARIABLE: str(path)}
-        os.execve(python, [python, "-c", STUB, orders.code, *launch.argv], environ)
-    path.unlink()
-    gc.freeze()
-    gc.enable()
-    if orders.wait_for is not None:
-        _wait_for(*orders.wait_for, timeout_s=orders.wait_timeout_s)
-    command(args=[*launch.arguments, *orders.extra], prog_name=" ".join(("dask", launch.kind)))
+        _go_back(orders, launch, error, path.parent)
+
+
+def _go_back(orders: Orders, launch: Launch, error: BaseException, folder: Path) -> NoReturn:
+    """Execute the interpreter that we came from: this one cannot run what it should."""
+    assert orders.fallback is not None
+    python, environ = orders.fallback
+    logger.error("%s does not work for `dask %s` (%r): back to %s", sys.prefix, launch.kind, error, python)
+    again = orders._replace(fallback=None, lease=None)
+    environ = {**environ, FAILED_VARIABLE: os.environ.get(ENVIRONMENT_VARIABLE, "")}
+    _replace_process(python, environ, launch, again, folder)
+
+
+def _replace_process(python: str, environ: Mapping[str, str], launch: Launch, orders: Orders, folder: Path) -> NoReturn:
+    handle, path = tempfile.mkstemp(dir=folder, suffix=".orders")
+    with os.fdopen(handle, "w") as file:
+        json.dump(orders._asdict(), file)
+    kept = {name: os.environ[name] for name in CARRIED_VARIABLES if name in os.environ}
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        os.execve(python, [python, "-c", STUB, orders.code, *launch.argv], {**environ, **kept, ORDERS_VARIABLE: path})
+    except OSError:
+        Path(path).unlink()
+        raise
 
 
 def _hold(lease: str | None) -> None:
@@ -160,6 +175,3 @@ def dialled(address: str) -> tuple[str, int]:
     location = address.split("://")[-1]
     host, port = parse_host_port(location)
     return str(host), int(port)
-
-
-__all__: Any = ["Orders", "dialled", "execute", "main", "pinned"]

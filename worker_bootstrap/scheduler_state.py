@@ -18,10 +18,10 @@ from typing import Any
 import cloudpickle
 
 from worker_bootstrap.errors import NotSwappable
+from worker_bootstrap.reexec import STATE_VARIABLE, Arrival
 
 logger = logging.getLogger("envship.scheduler")
 
-STATE_VARIABLE = "ENVSHIP_SCHEDULER_STATE"
 COORDINATOR = "envship-coordinator"
 
 
@@ -81,6 +81,7 @@ async def dask_setup(scheduler: Any) -> None:
     coordinator = Coordinator()
     coordinator.take_over(scheduler, state["coordinator"])
     await scheduler.register_scheduler_plugin(coordinator, name=COORDINATOR, idempotent=False)
+    Arrival.done = True
     for name, data in state["scheduler_plugins"]:
         try:
             plugin = load_plugin(data, scheduler)

@@ -43,6 +43,10 @@ class Cluster(Protocol):
     leaving: bool
     """The scheduler is about to be replaced: agents that ask shall wait for its successor."""
 
+    @property
+    def scheduler_environment(self) -> EnvironmentId | None:
+        """Where the scheduler itself runs."""
+
     async def agents(self) -> Mapping[str, Mapping[str, Any]]:
         """Every agent's identity, asked anew."""
 
@@ -57,6 +61,9 @@ class Cluster(Protocol):
 
     async def replace_scheduler(self, environment_id: EnvironmentId | None, swap: Swap) -> None:
         """Re-execute the scheduler; returns only by raising, or not at all."""
+
+    async def tell_newcomers(self, known: Sequence[str]) -> None:
+        """Have all agents but the *known* ones wait for the scheduler's successor."""
 
     def conform_late(self, known: Sequence[str]) -> None:
         """See to agents that joined meanwhile, all but the *known* ones."""
@@ -205,6 +212,7 @@ class Swap:
         causes = await self._commit_all(cluster, agents)
         if self.scheduler_moves and not causes:
             try:
+                await cluster.tell_newcomers(list(agents))
                 await cluster.replace_scheduler(self.environment_id, self)
             except Exception as error:
                 logger.exception("the scheduler could not be re-executed")
@@ -215,8 +223,12 @@ class Swap:
 
     async def resume(self, cluster: Cluster, agents: Mapping[str, Mapping[str, Any]]) -> None:
         """Finish, in the scheduler's successor, what its predecessor began."""
+        causes = {}
+        if self.scheduler_moves and cluster.scheduler_environment != cluster.target:
+            causes["scheduler"] = f"it does not start in {_name(cluster.target)}; its log says why"
+            self.scheduler_moves = False
         try:
-            await self._settle(cluster, agents, {})
+            await self._settle(cluster, agents, causes)
         except Exception as error:
             logger.exception("swap %s failed after the scheduler was re-executed", self.id)
             self._fail("CommitFailed", {"scheduler": f"{type(error).__name__}: {error}"})
@@ -286,25 +298,25 @@ class Swap:
         if self.error is not None:  # this was the way back
             self._set_phase("failed")
         elif failed:
-            await self._go_back(cluster, agents, failed)
+            await self._go_back(cluster, failed)
         else:
             self.downtime_s = time.time() - self.committed_at
             self.seconds["commit"] = self.downtime_s
             self._set_phase("done")
         cluster.conform_late(list(agents))
 
-    async def _go_back(
-        self, cluster: Cluster, agents: Mapping[str, Mapping[str, Any]], causes: Mapping[str, str]
-    ) -> None:
+    async def _go_back(self, cluster: Cluster, causes: Mapping[str, str]) -> None:
         logger.error("swap to %s is taken back: %s", self.environment_id, causes)
         self.causes = dict(causes)
         self.error = "CommitFailed"
         self.outcome = f"the cluster was moved back to {_name(self.previous_id)}"
         cluster.target = self.previous_id
         self._set_phase("back")
+        agents = await cluster.agents()
         cluster.leaving = self.scheduler_moves
         problems = await self._commit_all(cluster, agents)
         if self.scheduler_moves:
+            await cluster.tell_newcomers(list(agents))
             await cluster.replace_scheduler(self.previous_id, self)
         problems.update(await cluster.workers_in_target(self.expected, self.options["commit_timeout_s"]))
         if problems:
@@ -327,7 +339,7 @@ class Swap:
         schedulers = [a for a in elsewhere if agents[a]["role"] == "scheduler"]
         if self.options["scheduler"] is None:
             # A scheduler in the client's own process is in the client's environment by definition.
-            schedulers = [a for a in schedulers if agents[a]["pid"] != self.options["client_pid"]]
+            schedulers = [a for a in schedulers if agents[a]["token"] != self.options["client_token"]]
         elif self.options["scheduler"] is False:
             schedulers = []
         self.scheduler_moves = bool(schedulers)
