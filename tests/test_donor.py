@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.environments import PLACEHOLDER, Content, environment_of, package_of
-from worker_bootstrap import donor, verify
+from worker_bootstrap import donor, ready_mark, verify
 from worker_bootstrap.digest import EnvironmentId
 from worker_bootstrap.errors import SettingInvalid
 from worker_bootstrap.materialise import materialise
@@ -78,6 +78,13 @@ def test_what_somebody_edited_or_removed_is_not_taken(store: Store) -> None:
     other = materialise(store, second, link_mode="hardlink")
     assert shared(one, other) == {"a/kept"}
     assert list(verify.damaged_files(store, second)) == []
+
+
+def test_one_that_may_not_have_survived_a_restart_gives_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = two(store)
+    one = materialise(store, first)
+    monkeypatch.setattr(ready_mark, "boot_id", lambda: "another boot")
+    assert shared(one, materialise(store, second, link_mode="hardlink")) == set()
 
 
 def test_a_symbolic_link_put_in_a_files_place_is_not_taken(store: Store, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import pytest
 
 from tests.environments import EVERY_KIND, PLACEHOLDER, environment_of, package_of, tiny_environment
 from worker_bootstrap import materialise as module
-from worker_bootstrap import verify
+from worker_bootstrap import ready_mark, verify
 from worker_bootstrap.digest import EnvironmentId
 from worker_bootstrap.errors import (
     ChunkMissing,
@@ -293,6 +293,53 @@ def test_renamed_but_not_marked_ready_is_built_again(store: Store) -> None:
     (prefix / "lib/empty").write_bytes(b"not empty")
     materialise(store, environment_id)
     assert (prefix / "lib/empty").read_bytes() == b""
+
+
+@pytest.fixture
+def restart(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Lets the machine seem to have been started anew."""
+    return lambda: monkeypatch.setattr(ready_mark, "boot_id", lambda: "another boot")
+
+
+def test_after_a_restart_of_the_machine_whole_environments_are_kept(store: Store, restart: Callable[[], None]) -> None:
+    environment_id = tiny_environment(store)
+    prefix = materialise(store, environment_id)
+    inode = prefix.stat().st_ino
+    restart()
+    assert store.built(environment_id) is None
+    assert materialise(store, environment_id) == prefix == store.built(environment_id)
+    assert prefix.stat().st_ino == inode
+
+
+@pytest.mark.parametrize("lost", [b"", b"tex"])
+def test_after_a_restart_of_the_machine_what_was_not_on_disk_is_built_again(
+    store: Store, restart: Callable[[], None], lost: bytes
+) -> None:
+    environment_id = tiny_environment(store)
+    path = materialise(store, environment_id) / "share/naïve name\nwith newline.txt"
+    path.write_bytes(lost)
+    restart()
+    materialise(store, environment_id)
+    assert path.read_bytes() == b"text"
+    assert_nothing_left(store)
+
+
+def test_after_a_restart_of_the_machine_a_durable_build_counts_as_it_is(
+    store: Store, restart: Callable[[], None]
+) -> None:
+    environment_id = tiny_environment(store)
+    prefix = materialise(store, environment_id, durable=True)
+    restart()
+    assert store.built(environment_id) == prefix
+
+
+@pytest.mark.parametrize("mark", [b"", b"{", b"[]", b"{}"])
+def test_a_mark_that_is_not_whole_is_none(store: Store, mark: bytes) -> None:
+    environment_id = tiny_environment(store)
+    prefix = materialise(store, environment_id)
+    store.layout.ready(environment_id).write_bytes(mark)
+    assert store.built(environment_id) is None
+    assert materialise(store, environment_id) == prefix == store.built(environment_id)
 
 
 def test_what_others_left_long_ago_is_swept_and_what_is_fresh_stays(store: Store) -> None:

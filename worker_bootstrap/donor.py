@@ -16,6 +16,7 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from worker_bootstrap import ready_mark
 from worker_bootstrap.errors import EnvshipError, SettingInvalid
 from worker_bootstrap.manifest import File, Listing, Manifest, Package
 from worker_bootstrap.store import Store
@@ -110,8 +111,9 @@ def _built(store: Store, manifest: Manifest) -> Iterator[tuple[Manifest, Path]]:
     built = {str(environment_id): environment_id for environment_id in store.environments()}
     names = [name for _, name in sorted(marks, reverse=True) if name in built and name != manifest.id]
     for name in names[:DONOR_LIMIT]:
-        with contextlib.suppress(EnvshipError):
-            yield store.read_manifest(built[name]), store.layout.prefix(built[name])
+        if ready_mark.is_valid(store.layout.ready(built[name])):
+            with contextlib.suppress(EnvshipError):
+                yield store.read_manifest(built[name]), store.layout.prefix(built[name])
 
 
 def _common(store: Store, package: Package, listing: Listing, other: Manifest) -> Iterator[File]:

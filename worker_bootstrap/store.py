@@ -7,18 +7,17 @@ manifests and ready marks are synced. Building is `worker_bootstrap.materialise`
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import re
-import tempfile
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from worker_bootstrap import codec
+from worker_bootstrap import codec, ready_mark
 from worker_bootstrap.digest import Digest, EnvironmentId, digest_of, is_digest
-from worker_bootstrap.errors import ChunkInvalid, ChunkMissing, EnvironmentMissing, StoreError, StoreFull
+from worker_bootstrap.durable import content_of, full_error, publish, sync_folder
+from worker_bootstrap.errors import ChunkInvalid, ChunkMissing, EnvironmentMissing, StoreError
 from worker_bootstrap.layout import STORE_VERSION, Layout
 from worker_bootstrap.lock import Lock
 from worker_bootstrap.manifest import CHUNK_LIMIT_BYTES, Manifest
@@ -27,6 +26,8 @@ MANIFEST_LIMIT_BYTES = 256 << 20
 """Some four million chunks; a longer manifest is no manifest."""
 
 logger = logging.getLogger("envship.store")
+
+__all__ = ["PAYLOAD_LIMIT_BYTES", "Store", "full_error", "publish", "sync_folder"]
 
 PAYLOAD_LIMIT_BYTES = CHUNK_LIMIT_BYTES + (1 << 20)
 """No codec makes a chunk larger than this; a longer file is damaged, and is not read into memory."""
@@ -137,7 +138,7 @@ class Store:
     def write_manifest(self, manifest: Manifest) -> EnvironmentId:
         """Keep *manifest*, synced to disk; return its environment id. A damaged copy is replaced."""
         path, data = self.layout.manifest(manifest.id), manifest.to_bytes()
-        if _content(path, len(data)) != data:
+        if content_of(path, len(data)) != data:
             self._publish(path, data, sync=True)
         return manifest.id
 
@@ -153,7 +154,7 @@ class Store:
         """
         for layout in self.layouts:
             path = layout.manifest(environment_id)
-            data = _content(path, MANIFEST_LIMIT_BYTES)
+            data = content_of(path, MANIFEST_LIMIT_BYTES)
             if data is None:
                 continue
             if str(digest_of(data)) == environment_id:
@@ -167,10 +168,14 @@ class Store:
         return sorted(EnvironmentId(name) for name in names if is_digest(name))
 
     def built(self, environment_id: EnvironmentId) -> Path | None:
-        """The prefix of an environment that is built and marked ready here, or None."""
+        """The prefix of an environment that is built and marked ready here, or None.
+
+        One that was built before the machine was last started may be missing here though it is there:
+        `worker_bootstrap.materialise` looks at its files and marks it again.
+        """
         for layout in self.layouts:
             prefix = layout.prefix(environment_id)
-            if os.path.exists(layout.ready(environment_id)) and os.path.isdir(prefix):
+            if ready_mark.is_valid(layout.ready(environment_id)) and os.path.isdir(prefix):
                 return prefix
         return None
 
@@ -192,7 +197,7 @@ class Store:
 
     def _read(self, path: Path) -> bytes | None:
         """The file's bytes; None if it is gone, cannot be read, or is damaged by its size alone (dropped then)."""
-        data = _content(path, PAYLOAD_LIMIT_BYTES)
+        data = content_of(path, PAYLOAD_LIMIT_BYTES)
         if data is not None and len(data) > PAYLOAD_LIMIT_BYTES:
             self._drop(path)
             return None
@@ -212,60 +217,6 @@ class Store:
             raise
 
 
-def publish(path: Path, data: bytes | memoryview, tmp: Path, *, sync: bool) -> None:
-    """Write *data* to *path* so that readers see all of it or nothing; *tmp* is on the same file system.
-
-    With *sync*, the file and its directory are on disk when this returns.
-    """
-    handle, name = tempfile.mkstemp(dir=tmp)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            if sync:
-                file.flush()
-                os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    if sync:
-        sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Make renames in the folder *path* survive a power cut."""
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def full_error(error: OSError, path: Path) -> StoreFull | None:
-    """`StoreFull` if *error* says that there is no room (blocks, inodes or quota) in the store at *path*, else None."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return None
-    room = os.statvfs(path)
-    # A quota or the inodes may be used up while blocks are free: then the number of free bytes would mislead.
-    free_bytes = room.f_bavail * room.f_frsize
-    return StoreFull(str(path), 0, free_bytes if error.errno == errno.ENOSPC and room.f_favail else None)
-
-
-def _content(path: Path, limit_bytes: int) -> bytes | None:
-    """At most ``limit_bytes + 1`` bytes of a file; None if it is gone or cannot be read."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            size_bytes = os.fstat(file.fileno()).st_size
-            return file.read(min(size_bytes, limit_bytes) + 1)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        logger.warning("%s cannot be read: %s", path, error)
-        return None
-
-
 def _prepare(layout: Layout) -> str:
     """Make what is not there; return the host's id."""
     if not layout.root.exists():
@@ -281,7 +232,7 @@ def _prepare(layout: Layout) -> str:
                 host_id = uuid.uuid4().hex
                 publish(layout.version, STORE_VERSION.encode(), layout.tmp, sync=True)
                 publish(layout.host_id, host_id.encode(), layout.tmp, sync=True)
-    version = (_content(layout.version, 64) or b"").decode("ascii", "replace").strip()
+    version = (content_of(layout.version, 64) or b"").decode("ascii", "replace").strip()
     if version != STORE_VERSION:
         raise StoreError(
             f"the store {layout.root} has version {version!r}; this envship needs {STORE_VERSION!r}. Name another "
@@ -291,5 +242,5 @@ def _prepare(layout: Layout) -> str:
 
 
 def _host_id(layout: Layout) -> str | None:
-    found = (_content(layout.host_id, 64) or b"").decode("ascii", "replace").strip()
+    found = (content_of(layout.host_id, 64) or b"").decode("ascii", "replace").strip()
     return found if re.fullmatch("[0-9a-f]{32}", found) else None

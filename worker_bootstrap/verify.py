@@ -37,10 +37,10 @@ def damaged_chunks(store: Store, manifest: Manifest) -> Iterator[str]:
                 yield f"chunk {digest} has {len(data)} bytes, the manifest says {size_bytes}"
 
 
-def damaged_files(store: Store, environment_id: EnvironmentId) -> Iterator[str]:
+def damaged_files(store: Store, environment_id: EnvironmentId, prefix: Path | None = None) -> Iterator[str]:
     """One line for each path of a built environment that is not as its manifest says: changed, missing, or added.
 
-    Byte code that an interpreter wrote is not counted as added.
+    Byte code that an interpreter wrote is not counted as added. With *prefix*, the environment is taken to lie there.
 
     Raises
     ------
@@ -49,7 +49,7 @@ def damaged_files(store: Store, environment_id: EnvironmentId) -> Iterator[str]:
     ChunkMissing
         If a listing, or a chunk of files that name their prefix, is not in the store.
     """
-    prefix = store.built(environment_id)
+    prefix = prefix or store.built(environment_id)
     if prefix is None:
         raise EnvironmentMissing(environment_id, f"{store.layout.envs} (it is not built)")
     manifest = store.read_manifest(environment_id)

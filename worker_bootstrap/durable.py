@@ -1,0 +1,85 @@
+"""Files that appear whole or not at all, and what is needed to make them survive a power cut."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+from worker_bootstrap.errors import StoreFull
+
+logger = logging.getLogger("envship.store")
+
+
+def publish(path: Path, data: bytes | memoryview, tmp: Path, *, sync: bool) -> None:
+    """Write *data* to *path* so that readers see all of it or nothing; *tmp* is on the same file system.
+
+    With *sync*, the file and its directory are on disk when this returns.
+    """
+    handle, name = tempfile.mkstemp(dir=tmp)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    if sync:
+        sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames in the folder *path* survive a power cut."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def full_error(error: OSError, path: Path) -> StoreFull | None:
+    """`StoreFull` if *error* says that there is no room (blocks, inodes or quota) in the store at *path*, else None."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    room = os.statvfs(path)
+    # A quota or the inodes may be used up while blocks are free: then the number of free bytes would mislead.
+    free_bytes = room.f_bavail * room.f_frsize
+    return StoreFull(str(path), 0, free_bytes if error.errno == errno.ENOSPC and room.f_favail else None)
+
+
+def sync_file_system(path: Path) -> None:
+    """Write everything on the file system of *path* to disk: one call where there are thousands of files.
+
+    Takes as long as the disk, for what others have written as well.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if not hasattr(libc, "syncfs"):
+            os.sync()
+        elif libc.syncfs(handle) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code), str(path))
+    finally:
+        os.close(handle)
+
+
+def content_of(path: Path, limit_bytes: int) -> bytes | None:
+    """At most ``limit_bytes + 1`` bytes of a file; None if it is gone or cannot be read."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            size_bytes = os.fstat(file.fileno()).st_size
+            return file.read(min(size_bytes, limit_bytes) + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        logger.warning("%s cannot be read: %s", path, error)
+        return None
