@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -31,11 +32,11 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 try:
     import distributed
     from distributed import Client
-    from rich.console import Console
+    from distributed.versions import VersionMismatchWarning
 
     import envship  # adds the methods to the client
     from envship.cli.machines import POLL_S, LittleCluster, make_venv, write_wheel
-    from envship.cli.tables import table
+    from envship.cli.tables import console, table
 except ImportError:
     python = CHECKOUT / ".venv" / "bin" / "python"
     if os.environ.get("ENVSHIP_BENCHMARK_VENV"):
@@ -63,6 +64,8 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=7, help="of each measurement (default: 7)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write metrics, medians and samples there")
     options = parser.parse_args()
+    # What this process has installed besides does not matter here, and Dask would say so at every connection.
+    warnings.filterwarnings("ignore", category=VersionMismatchWarning)
     with tempfile.TemporaryDirectory(prefix="envship-swap-") as folder:
         samples = measure(Path(folder), options.repetitions)
     medians = {name: statistics.median(values) for name, values in samples.items()}
@@ -93,12 +96,15 @@ def measure(folder: Path, repetitions: int) -> dict[str, list[float]]:
         plain, kept, whole = (
             stack.enter_context(connected_cluster(base, folder / name)) for name in ("plain", "kept", "whole")
         )
-        for prefix in (*prefixes[1:], prefixes[0]):
-            for measured, scheduler in ((kept, False), (whole, None)):
+        a, b, c = prefixes
+        # The order leaves that environment parked which is not moved to first.
+        for measured, scheduler, order in ((kept, False, (c, b, a)), (whole, None, (b, c, a))):
+            for prefix in order:
                 call = functools.partial(measured.client.use_environment, prefix, scheduler=scheduler)
                 result, seconds = timed(call)
                 note("first call", seconds)
                 note("uploaded bytes of a first call", result.uploaded_bytes)
+                measured.settle(result.previous_id)
         for repetition in range(repetitions):
             say(f"repetition {repetition + 1} of {repetitions}")
             measure_dask(plain, note)
@@ -119,13 +125,14 @@ class Measured:
         workers = self.client.sync(self.client.scheduler.identity)["workers"]
         return {str(worker["name"]) for worker in workers.values()}
 
-    def settle(self, previous_id: str) -> None:
+    def settle(self, previous_id: str | None) -> None:
         """Wait until the standby of the environment left behind is parked on every host, and everybody is there."""
 
         def parked() -> bool:
             status = self.client.environment_status()
             with_workers = {worker.host_id for worker in status.workers.values()}
-            return len(status.workers) == WORKERS and all(previous_id in status.hosts[h].warm for h in with_workers)
+            warm = [status.hosts[host_id].warm for host_id in with_workers]
+            return len(status.workers) == WORKERS and all(ids == (previous_id or "base",) for ids in warm)
 
         until(parked, "the standby was not parked")
 
@@ -155,17 +162,19 @@ def measure_swaps(kept: Measured, prefixes: list[Path], note: Callable[[str, flo
     a, b, c = prefixes
     client = kept.client
     at_a = client.use_environment(a, scheduler=False).environment_id
-    # One environment is parked, the one left last: c is built on every host, but must be started.
+    # The one parked environment is b, so that c, built on every host as all are, must be started.
     result, seconds = timed(lambda: client.use_environment(c, scheduler=False))
     note("call", seconds)
     note("commit, as the call reports it", result.downtime_s)
     kept.settle(at_a)
     note("back", timed(lambda: client.use_environment(a, scheduler=False))[1])
     kept.settle(result.environment_id)
-    with Stream(kept.cluster.address) as stream:
+    with Stream(kept.cluster.address, kept.cluster.folder / f"journal-{time.monotonic_ns()}") as stream:
         result = client.use_environment(b, scheduler=False)
-        stream.until_elsewhere()
-    note("downtime", stream.gap_s())
+        stream.until_served()
+    downtime_s, silence_s = stream.gaps_s()
+    note("downtime", downtime_s)
+    note("silence", silence_s)
     kept.settle(at_a)
     client.use_environment(a, scheduler=False)
     kept.settle(result.environment_id)
@@ -186,20 +195,24 @@ def measure_with_scheduler(
 
 
 class Stream:
-    """Tiny tasks, one every `STREAM_INTERVAL_S`, that say where and when they ran: the cluster as its user sees it."""
+    """Tiny tasks, one every `STREAM_INTERVAL_S`: the cluster as its user sees it.
 
-    def __init__(self, address: str) -> None:
+    A task counts as completed when this client hears of it. Where it ran it has written to *journal* by then, because
+    its result may be lost, and computed again elsewhere, when its worker leaves.
+    """
+
+    def __init__(self, address: str, journal: Path) -> None:
         self._address = address
+        self._journal = journal
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._submit, name="stream")
-        self._seen: list[tuple[str, float]] = []
-        self._error: BaseException | None = None
-        self._latest: Any = None
+        self._heard: dict[int, float] = {}
+        self._futures: list[Any] = []
 
     def __enter__(self) -> Stream:
         self._client = Client(self._address, set_as_default=False)
         self._thread.start()
-        until(lambda: self._latest is not None and self._latest.done(), "no task of the stream was computed")
+        until(lambda: len(self._heard) > 10, "no task of the stream was computed")
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -207,38 +220,47 @@ class Stream:
         self._thread.join()
         self._client.close()
 
-    def until_elsewhere(self) -> None:
-        """Wait until a task submitted from now on is computed. The swap is over."""
-        last = self._latest
-        until(lambda: self._latest is not last and self._latest.done(), "no task was computed after the swap")
+    def until_served(self) -> None:
+        """Wait until a task submitted from now on is computed."""
+        number = len(self._futures)
+        until(lambda: number in self._heard, "no task was computed after the swap")
 
-    def gap_s(self) -> float:
-        """Seconds from the last task completed in the old environment to the first completed in the new one."""
-        if self._error is not None:
-            raise self._error
-        ordered = sorted(self._seen, key=lambda seen: seen[1])
-        old = ordered[0][0]
-        first_new = next(at for prefix, at in ordered if prefix != old)
-        last_old = max(at for prefix, at in ordered if prefix == old and at < first_new)
-        return first_new - last_old
+    def gaps_s(self) -> tuple[float, float]:
+        """Seconds from the last task completed in the old environment to the first in the new; longest silence."""
+        completed = self._completed()
+        old = completed[0][1]
+        first_new = next(at for at, environment in completed if environment != old)
+        last_old = max(at for at, environment in completed if environment == old and at < first_new)
+        times = [at for at, _ in completed]
+        return first_new - last_old, max(later - earlier for earlier, later in zip(times, times[1:], strict=False))
+
+    def _completed(self) -> list[tuple[float, str]]:
+        """(when, in which environment) of each task, in the order in which this client heard of them."""
+        ran: dict[int, list[tuple[float, str]]] = {}
+        for line in self._journal.read_text().splitlines():
+            number, at, environment = line.split()
+            ran.setdefault(int(number), []).append((float(at), environment))
+        return sorted((at, max(run for run in ran[number] if run[0] <= at)[1]) for number, at in self._heard.items())
 
     def _submit(self) -> None:
-        futures = []
-        try:
-            while not self._over.wait(STREAM_INTERVAL_S):
-                self._latest = self._client.submit(where_and_when, pure=False)
-                futures.append(self._latest)
-            self._seen = self._client.gather(futures)
-        except BaseException as error:
-            self._error = error
+        while not self._over.wait(STREAM_INTERVAL_S):
+            number = len(self._futures)
+            future = self._client.submit(report, number, str(self._journal), pure=False)
+            self._futures.append(future)
+            future.add_done_callback(functools.partial(self._hear, number))
+
+    def _hear(self, number: int, future: Any) -> None:
+        if future.status == "finished":
+            self._heard[number] = time.time()
 
 
-def where_and_when() -> tuple[str, float]:
-    """The task of the stream. Cluster and client share a clock: they are on one machine."""
-    import sys
+def report(number: int, journal: str) -> None:
+    """The task of the stream. Cluster and client share a clock and a disk: they are on one machine."""
+    import os
     import time
 
-    return sys.prefix, time.time()
+    with open(journal, "a") as file:
+        file.write(f"{number} {time.time()} {os.environ.get('ENVSHIP_ENVIRONMENT', 'base')}\n")
 
 
 def metrics_of(medians: dict[str, float]) -> dict[str, float]:
@@ -256,12 +278,13 @@ def metrics_of(medians: dict[str, float]) -> dict[str, float]:
 
 def print_tables(samples: dict[str, list[float]], medians: dict[str, float], metrics: dict[str, float]) -> None:
     """Medians with their spread, then the metrics with what is aimed at."""
-    out = Console(highlight=False)
+    out = console()
     explained = {
         "restart": "client.restart()",
         "bare worker": "dask worker, from exec to registered",
         "call": "use_environment, scheduler stays",
-        "downtime": "… of which no task is completed",
+        "downtime": "… from the last task in the old environment to the first in the new",
+        "silence": "… the longest time in which no task was completed",
         "call with scheduler": "use_environment, scheduler moves as well",
         "back": "use_environment, back to the one left a moment ago",
         "noop": "use_environment, there already",
