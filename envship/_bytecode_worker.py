@@ -6,7 +6,7 @@ Python 3.9 and later. See `envship.bytecode`, which starts it.
 
 What varies from one compilation to the next, and why it does not here: the header is the hash of the source (PEP 552);
 the file name in code objects is the one asked for; marshal marks an object for later reference if anything else refers
-to it when it is written, which depends on what the process has done before: here, all strings are held.
+to it when it is written, which depends on what the process has done before: here, something always does.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import json
 import marshal
 import sys
 import types
+from collections.abc import Iterator
 from typing import Any
 
 Request = dict[str, Any]
@@ -43,17 +44,19 @@ def answer(request: Request) -> tuple[bytes, bytes]:
     """The kind of result, and the bytes of the file (none if the source cannot be compiled)."""
     with open(request["source"], "rb") as file:
         source = file.read()
+    # Interned, as some versions of the compiler do by themselves with names of files.
+    name = sys.intern(request["name"])
     code = reusable(request, source)
     kind = b"R"
     if code is None:
         kind = b"C"
         try:
-            code = compile(source, request["name"], "exec", dont_inherit=True, optimize=0)
+            code = compile(source, name, "exec", dont_inherit=True, optimize=0)
         except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError):
             return kind, b""
         # Written and read once, as code that was found on disk has been, so that both have the same shape.
         code = marshal.loads(marshal.dumps(code))
-    return kind, header(source) + canonical(code, request["name"])
+    return kind, header(source) + canonical(code, name)
 
 
 def header(source: bytes) -> bytes:
@@ -95,39 +98,47 @@ def stamp(number: int) -> bytes:
 
 
 def canonical(code: types.CodeType, name: str) -> bytes:
-    """The bytes of *code* with *name* as its file name."""
-    _imp._fix_co_filename(code, name)  # type: ignore[attr-defined]
-    held: list[str] = []
-    waiting: list[object] = [code]
+    """The bytes of *code* with *name* as its file name.
+
+    Equal strings become one object, and every string has one more holder than the code. Names come first: they are
+    interned already, which the code object would otherwise do to them, splitting them from equal constants or not
+    according to what had been interned in the process before.
+    """
+    strings: dict[str, str] = {}
+    for inner in codes_in(code):
+        names = (*inner.co_names, *inner.co_varnames, *inner.co_cellvars, *inner.co_freevars, inner.co_name)
+        for text in (*names, getattr(inner, "co_qualname", inner.co_name)):
+            strings.setdefault(text, text)
+    return marshal.dumps(rebuilt(code, name, strings, {}))
+
+
+def rebuilt(value: Any, name: str, strings: dict[str, str], done: dict[int, Any]) -> Any:
+    """*value*, a constant or a code object, with its strings taken from *strings*; what was one object stays one."""
+    if isinstance(value, str):
+        return strings.setdefault(value, value)
+    if not isinstance(value, (tuple, types.CodeType)):
+        if isinstance(value, frozenset):
+            strings.update((item, strings.get(item, item)) for item in value if isinstance(item, str))
+        return value
+    if id(value) not in done:
+        if isinstance(value, tuple):
+            done[id(value)] = tuple(rebuilt(item, name, strings, done) for item in value)
+        else:
+            constants = tuple(rebuilt(item, name, strings, done) for item in value.co_consts)
+            done[id(value)] = value.replace(co_consts=constants, co_filename=name)
+    return done[id(value)]
+
+
+def codes_in(code: types.CodeType) -> Iterator[types.CodeType]:
+    waiting = [code]
     while waiting:
-        item = waiting.pop()
-        if isinstance(item, types.CodeType):
-            held += item.co_names
-            held += item.co_varnames
-            held += item.co_cellvars
-            held += item.co_freevars
-            held.append(item.co_name)
-            held.append(getattr(item, "co_qualname", ""))
-            waiting += item.co_consts
-        elif isinstance(item, (tuple, frozenset)):
-            waiting += item
-        elif isinstance(item, str):
-            held.append(item)
-    del item
-    return marshal.dumps(code)
+        inner = waiting.pop()
+        yield inner
+        waiting += [item for item in inner.co_consts if isinstance(item, types.CodeType)]
 
 
 def has_sets(code: types.CodeType) -> bool:
-    waiting = list(code.co_consts)
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, frozenset):
-            return True
-        if isinstance(item, types.CodeType):
-            waiting += item.co_consts
-        elif isinstance(item, tuple):
-            waiting += item
-    return False
+    return any(isinstance(item, frozenset) for inner in codes_in(code) for item in inner.co_consts)
 
 
 if __name__ == "__main__":
