@@ -60,6 +60,13 @@ def where():
 '''
 TLS_FOLDER = Path(__file__).parent / "tls"
 
+SWAP_MARKS = [
+    pytest.mark.timeout(300),
+    # The client has numpy and the base environment does not; Dask warns of that whenever a client connects.
+    pytest.mark.filterwarnings("ignore:Mismatched versions"),
+]
+"""For every module that moves clusters."""
+
 _Seen = TypeVar("_Seen")
 
 

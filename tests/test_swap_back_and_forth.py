@@ -19,12 +19,12 @@ from worker_bootstrap.digest import EnvironmentId
 from worker_bootstrap.errors import IncompatibleEnvironment
 from worker_bootstrap.store import Store
 
-from .cluster import DASK_VERSIONS, ONLYHERE, Cluster, places, variant
+from .cluster import DASK_VERSIONS, ONLYHERE, SWAP_MARKS, Cluster, places, variant
 
 if TYPE_CHECKING:
     from envship.environment import Environment
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = SWAP_MARKS
 
 
 @pytest.fixture(scope="module")

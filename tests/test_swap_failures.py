@@ -26,12 +26,12 @@ from worker_bootstrap.errors import (
 )
 from worker_bootstrap.store import Store
 
-from .cluster import Cluster, places, variant
+from .cluster import SWAP_MARKS, Cluster, places, variant
 
 if TYPE_CHECKING:
     from envship.environment import Environment
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = SWAP_MARKS
 
 NO_DISTRIBUTED = b"import sys\nsys.modules['distributed'] = None\n"
 HANGS = b"import time\ntime.sleep(3600)\n"

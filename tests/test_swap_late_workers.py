@@ -15,12 +15,12 @@ import envship  # noqa: F401  adds the methods to the client
 from worker_bootstrap.lock import Lock
 from worker_bootstrap.store import Store
 
-from .cluster import Cluster, eventually, places
+from .cluster import SWAP_MARKS, Cluster, eventually, places
 
 if TYPE_CHECKING:
     from envship.environment import Environment
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = SWAP_MARKS
 
 DEATH_TIMEOUT_S = 3
 

@@ -17,12 +17,12 @@ from distributed import Client, LocalCluster
 import envship  # noqa: F401  adds the methods to the client
 from worker_bootstrap.errors import NotSwappable
 
-from .cluster import eventually, places
+from .cluster import SWAP_MARKS, eventually, places
 
 if TYPE_CHECKING:
     from envship.environment import Environment
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = SWAP_MARKS
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ from distributed import Client
 
 import envship  # noqa: F401  adds the methods to the client
 
-from .cluster import Cluster, places
+from .cluster import SWAP_MARKS, Cluster, places
 
 if TYPE_CHECKING:
     from envship.environment import Environment
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = SWAP_MARKS
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,12 @@ from distributed import Client, SchedulerPlugin, WorkerPlugin
 
 import envship  # noqa: F401  adds the methods to the client
 
-from .cluster import Cluster, eventually, places
+from .cluster import SWAP_MARKS, Cluster, eventually, places
 
 if TYPE_CHECKING:
     from envship.environment import Environment
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = SWAP_MARKS
 
 
 @pytest.fixture(scope="module")
