@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import distributed
 import pytest
 
+from envship.environment import Environment
 from tests.environments import EVERY_KIND, PLACEHOLDER, environment_of, package_of, tiny_environment
 from worker_bootstrap import materialise as module
 from worker_bootstrap import ready_mark, verify
@@ -385,3 +387,21 @@ def test_an_unexpected_error_is_told_too(store: Store) -> None:
 @pytest.mark.parametrize("raw", [None, {}, {"type": "os", "values": []}, {"type": "StoreFull", "values": [1, 2, 3, 4]}])
 def test_an_error_that_is_none_of_ours_reads_as_a_plain_one(raw: object) -> None:
     assert type(read_error(raw)) is EnvshipError
+
+
+# -- real ones
+
+
+def test_a_packed_environment_runs_from_its_new_prefix(
+    packed: Environment, client_store: Store, tmp_path: Path
+) -> None:
+    store = Store(tmp_path / "host", [client_store.layout.root])
+    prefix = materialise(store, packed.id)
+    program = "import sys, distributed, numpy, onlyhere; print(sys.prefix, numpy.__file__)"
+    done = subprocess.run([prefix / "bin/python", "-c", program], capture_output=True, text=True, check=True)
+    root, file = done.stdout.split()
+    assert Path(root) == prefix
+    assert prefix in Path(file).parents
+    script = subprocess.run([prefix / "bin/dask", "--version"], capture_output=True, text=True, check=True)
+    assert distributed.__version__ in script.stdout
+    assert list(verify.damaged_files(store, packed.id)) == []
