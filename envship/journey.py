@@ -30,7 +30,8 @@ from worker_bootstrap.errors import (
 from worker_bootstrap.tracker import Upload
 from worker_bootstrap.transfer import EncodedChunk, Outcome, PeerChunks, upload_chunks
 
-UPLOAD_ATTEMPTS = 3
+UPLOAD_ATTEMPTS = 5
+CONNECT_TIMEOUT_S = 5.0
 DISPLAYED = {"prepare": "prepare", "commit": "move", "back": "move back", "check": "check", "done": "done"}
 
 
@@ -103,17 +104,43 @@ class Journey:
     async def bring(self, environment_id: EnvironmentId, environment: Environment | None) -> None:
         """Upload each chunk that the cluster lacks, once."""
         manifest = None if environment is None else environment.manifest.to_bytes()
+        avoid: set[str] = set()
         for _ in range(UPLOAD_ATTEMPTS):
-            offer = await self.ask("envship_offer", environment_id=environment_id, manifest=manifest)
+            offer = await self.ask(
+                "envship_offer", environment_id=environment_id, manifest=manifest, avoid=sorted(avoid)
+            )
             self.lap("check")
-            plan = [Upload(address, tuple(digests)) for address, digests in offer["uploads"]]
-            if plan and environment is None:
+            if not offer:
+                return
+            if environment is None:
                 raise EnvironmentMissing(environment_id, "the store here, and not in full on the cluster")
-            rest = await self._upload(environment, plan) if environment is not None and plan else []
+            plan = [Upload(address, tuple(digests)) for address, digests in offer]
+            unreachable = await self._unreachable({upload.address for upload in plan})
+            if unreachable:
+                avoid |= unreachable
+                continue
+            rest = await self._upload(environment, plan)
             self.lap("upload")
             if not rest:
                 return
-        raise TransferError(f"the cluster of {self.client.scheduler.address}", f"{len(rest)} chunks were not taken")
+        raise TransferError(
+            f"the cluster of {self.client.scheduler.address}", "it did not take all chunks; see its log"
+        )
+
+    async def _unreachable(self, addresses: set[str]) -> set[str]:
+        """Those of *addresses* that this machine cannot connect to: a firewall, or a network of the cluster's own."""
+
+        async def connect(address: str) -> bool:
+            try:
+                comm = await self.client.rpc.connect(address, timeout=CONNECT_TIMEOUT_S)
+            except OSError:
+                return False
+            self.client.rpc.reuse(address, comm)
+            return True
+
+        ordered = sorted(addresses)
+        reached = await asyncio.gather(*map(connect, ordered))
+        return {address for address, there in zip(ordered, reached, strict=True) if not there}
 
     async def _upload(self, environment: Environment, plan: list[Upload]) -> list[Digest]:
         sources = PeerChunks(self.client.rpc, config.timeout_s("upload"))

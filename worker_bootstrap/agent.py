@@ -20,11 +20,11 @@ from typing import Any, Callable
 
 from worker_bootstrap import activation, carry, codec
 from worker_bootstrap.build import build
-from worker_bootstrap.digest import EnvironmentId
+from worker_bootstrap.digest import Digest, EnvironmentId
 from worker_bootstrap.errors import ChunkInvalid, ChunkMissing, EnvironmentMissing, EnvshipError, TransferError
-from worker_bootstrap.hosted import Standby, StartRequest
 from worker_bootstrap.interpreter import PROCESS_TOKEN, Interpreter, base_interpreter, own_environment_id, python_of
 from worker_bootstrap.manifest import Manifest
+from worker_bootstrap.standby import Standby, StartRequest
 from worker_bootstrap.store import Store
 from worker_bootstrap.tracker import Batch, Offer
 from worker_bootstrap.transfer import ChunkServer, Outcome, PeerChunks, fetch_chunks
@@ -87,7 +87,8 @@ class Agent:
         """The operations that this agent adds to its server."""
         own: dict[str, Callable[..., Awaitable[Any]]] = {
             "envship_identify": self.identify,
-            "envship_survey": self.survey,
+            "envship_has_built": self.has_built,
+            "envship_missing": self.missing,
             "envship_provide": self.provide,
             "envship_prepare": self.prepare,
             "envship_discard": self.discard,
@@ -123,21 +124,18 @@ class Agent:
             "obstacle": self.obstacle(),
         }
 
-    async def survey(self, environment_id: str, manifest: bytes | None = None) -> dict[str, Any]:
-        """What is missing here for an environment: ``built``, ``known`` (the manifest is here), ``missing`` digests."""
+    async def has_built(self, environment_id: str) -> bool:
+        """Whether an environment is built here."""
+        return await asyncio.to_thread(self.store.built, EnvironmentId(environment_id)) is not None
+
+    async def missing(self, environment_id: str, manifest: bytes | None = None) -> list[Digest]:
+        """Chunks of an environment that this host lacks; *manifest* is kept, if it is given."""
         wanted = EnvironmentId(environment_id)
 
-        def look() -> dict[str, Any]:
+        def look() -> list[Digest]:
             if manifest is not None:
                 self.store.write_manifest(Manifest.from_bytes(manifest, wanted))
-            prefix = self.store.built(wanted)
-            try:
-                found = self.store.read_manifest(wanted)
-            except EnvironmentMissing:
-                return {"built": prefix is not None, "known": False, "missing": []}
-            if manifest is None and prefix is not None:
-                return {"built": True, "known": True, "missing": []}
-            return {"built": prefix is not None, "known": True, "missing": self.store.missing(found.chunks)}
+            return self.store.missing(self.store.read_manifest(wanted).chunks)
 
         return await asyncio.to_thread(look)
 

@@ -19,16 +19,16 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.protocol.pickle import dumps
 
 from worker_bootstrap.agent import answering
-from worker_bootstrap.carry import Carried, package_digest
-from worker_bootstrap.digest import Digest, EnvironmentId
-from worker_bootstrap.errors import EnvironmentMissing
+from worker_bootstrap.carry import Carried
+from worker_bootstrap.digest import EnvironmentId
+from worker_bootstrap.errors import EnvshipError
+from worker_bootstrap.exchange import Exchange
 from worker_bootstrap.exec_agent import SchedulerAgent
 from worker_bootstrap.location import open_store
-from worker_bootstrap.manifest import Manifest
 from worker_bootstrap.plugins import NannyAgentPlugin, WorkerAgentPlugin
+from worker_bootstrap.roster import Roster
 from worker_bootstrap.scheduler_state import COORDINATOR
-from worker_bootstrap.swap import Gone, Refused, Swap
-from worker_bootstrap.tracker import Tracker
+from worker_bootstrap.swap import Swap
 
 logger = logging.getLogger("envship.coordinator")
 
@@ -52,17 +52,15 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
     def __init__(self) -> None:
         self.scheduler: Any = None
         self.agent: SchedulerAgent
+        self.roster: Roster
+        self.exchange: Exchange
         self.target: EnvironmentId | None = None
-        self.members: dict[str, dict[str, Any]] = {}
         self.reports: dict[str, dict[str, Any]] = {}
         self.troubles: dict[str, str] = {}
         self.swaps: dict[str, Swap] = {}
-        self.tracker = Tracker(clock=time.monotonic)
         self.options: dict[str, Any] = dict(DEFAULT_OPTIONS)
         self._turn = asyncio.Lock()
         self._reported = asyncio.Event()
-        self._known: set[EnvironmentId] = set()
-        self._wanted: dict[str, dict[Digest, int]] = {}
         self.leaving = False
         self._resumed: tuple[Swap, dict[str, dict[str, Any]]] | None = None
 
@@ -109,26 +107,28 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
         if self.scheduler is not None:
             return
         self.scheduler = scheduler
+        self.agent = SchedulerAgent(scheduler, open_store(), self._call_self)
+        self.roster = Roster(scheduler)
+        self.exchange = Exchange(self.roster, self.agent.store)
         operations = {
             "envship_join": self.join,
             "envship_hello": self.hello,
             "envship_trouble": self.trouble,
             "envship_target": self.told_target,
             "envship_release": self.release,
-            "envship_want": self.want,
-            "envship_next_batch": self.next_batch,
+            "envship_want": self.exchange.want,
+            "envship_next_batch": self.exchange.next_batch,
             "envship_fetched": self.fetched,
             "envship_report": self.report,
         }
         answered: dict[str, Callable[..., Awaitable[Any]]] = {
-            "envship_offer": self.offer,
-            "envship_uploaded": self.uploaded,
+            "envship_offer": self.exchange.offer,
+            "envship_uploaded": self.exchange.uploaded,
             "envship_use": self.use,
             "envship_stage": self.stage,
             "envship_wait": self.wait,
             "envship_status": self.status,
         }
-        self.agent = SchedulerAgent(scheduler, open_store(), self._call_self)
         scheduler.handlers.update(self.agent.handlers())
         scheduler.handlers.update(operations)
         scheduler.handlers.update({name: answering(method) for name, method in answered.items()})
@@ -142,11 +142,10 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
         """An agent announces itself, and learns where its process should run."""
         if self.leaving:
             return {"wait": True, "timeout_s": SUCCESSION_TIMEOUT_S}
-        self.members[identity["address"]] = identity
+        self.roster.add(identity)
         manifest = None
         if self.target is not None and identity["environment_id"] != self.target:
-            store = self.agent.store
-            manifest = (await asyncio.to_thread(store.read_manifest, self.target)).to_bytes()
+            manifest = await self._manifest(self.target)
         return {"target": self.target, "manifest": manifest, "options": self.options}
 
     async def hello(self, report: dict[str, Any]) -> dict[str, Any]:
@@ -157,7 +156,7 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
 
     async def trouble(self, address: str, cause: str) -> None:
         """An agent could not start its worker in the target environment."""
-        identity = self.members.get(address, {"hostname": ""})
+        identity = self.roster.members.get(address, {"hostname": ""})
         self.troubles[f"{identity['hostname']} ({address})"] = cause
         self._reported.set()
 
@@ -177,47 +176,10 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
             await asyncio.sleep(POLL_INTERVAL_S)
         await _remove_worker(self.scheduler, address)
 
-    async def want(self, host_id: str, address: str, environment_id: str, missing: list[Digest]) -> None:
-        """A host is about to fetch the *missing* chunks of an environment."""
-        wanted = EnvironmentId(environment_id)
-        chunks = (await asyncio.to_thread(self.agent.store.read_manifest, wanted)).chunks
-        absent_here = set(missing)
-        self.tracker.add_host(host_id, address, [digest for digest in chunks if digest not in absent_here])
-        if wanted not in self._known:
-            await self._survey(wanted, except_for=host_id)
-        self._wanted[host_id] = {digest: chunks[digest] for digest in missing}
-        self.tracker.want(host_id, self._wanted[host_id])
-
-    async def next_batch(self, host_id: str) -> dict[str, Any]:
-        """What a host shall fetch now; ``lost`` counts chunks that it needs and nobody can give."""
-        batch, outstanding = self.tracker.offer(host_id)
-        lost = 0
-        if batch is None and outstanding:
-            lost = len(self.tracker.absent(self._wanted[host_id]))
-        return {
-            "source": batch.source if batch else "",
-            "digests": list(batch.digests) if batch else [],
-            "outstanding": outstanding,
-            "lost": lost,
-        }
-
-    async def fetched(
-        self,
-        host_id: str,
-        source: str,
-        received: Sequence[Digest],
-        failed: Sequence[Digest],
-        size_bytes: int,
-        blame: bool,
-        reason: str,
-    ) -> None:
-        """A host reports what became of a batch."""
-        self.tracker.received(host_id, received)
-        if failed:
-            logger.log(logging.WARNING if blame else logging.INFO, "%s: %s", source, reason)
-            self.tracker.failed(host_id, source, failed, blame=blame)
-        done, total = self.tracker.progress(host_id)
-        await self.report(host_id, "fetching", done, total)
+    async def fetched(self, host_id: str, **outcome: Any) -> None:
+        """A host reports what became of a batch; see `Exchange.fetched`."""
+        done_bytes, total_bytes = await self.exchange.fetched(host_id, **outcome)
+        await self.report(host_id, "fetching", done_bytes, total_bytes)
 
     async def report(self, host_id: str, state: str, done_bytes: int, total_bytes: int) -> None:
         """A host tells how far it is."""
@@ -226,26 +188,6 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
                 swap.note(host_id, state, done_bytes, total_bytes)
 
     # -- what the client asks
-
-    async def offer(self, environment_id: str, manifest: bytes | None = None) -> dict[str, Any]:
-        """Which chunks no host has (``uploads``: address and digests, in order), and what the cluster runs now."""
-        wanted = EnvironmentId(environment_id)
-        if manifest is not None:
-            await asyncio.to_thread(self.agent.store.write_manifest, Manifest.from_bytes(manifest, wanted))
-        else:
-            await self._find_manifest(wanted)
-        lacking = await self._survey(wanted)
-        uploads = []
-        if lacking:
-            chunks = (await asyncio.to_thread(self.agent.store.read_manifest, wanted)).chunks
-            absent = self.tracker.absent(chunks)
-            uploads = [[address, list(digests)] for address, digests in self.tracker.plan_uploads(absent)]
-        return {"uploads": uploads, "target": self.target, "code": package_digest()}
-
-    async def uploaded(self, address: str, digests: list[Digest]) -> None:
-        """The client has brought these chunks to the agent at *address*."""
-        host_id = self.members[address]["host_id"] if address in self.members else self.agent.store.host_id
-        self.tracker.received(host_id, digests)
 
     async def use(self, environment_id: str | None, options: dict[str, Any]) -> str:
         """Begin a swap; returns its id. Swaps of several clients take turns."""
@@ -271,12 +213,12 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
 
     async def status(self) -> dict[str, Any]:
         """Who runs what, who holds what."""
-        agents = await self.agents()
+        agents = await self.roster.agents()
         store = self.agent.store
         built: dict[str, list[str]] = {}
         for address, identity in agents.items():
             if identity["host_id"] not in built:
-                built[identity["host_id"]] = list(await self._ask_quietly(address, "envship_built") or [])
+                built[identity["host_id"]] = list(await self.roster.ask_quietly(address, "envship_built") or [])
         return {
             "target": self.target,
             "agents": agents,
@@ -290,37 +232,6 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
         }
 
     # -- what a swap needs (worker_bootstrap.swap.Cluster)
-
-    async def agents(self) -> dict[str, dict[str, Any]]:
-        """Every agent that answers, asked anew; others are forgotten."""
-        addresses = list(self.members)
-        answers = await asyncio.gather(
-            *(asyncio.wait_for(self.ask(a, "envship_identify"), IDENTIFY_TIMEOUT_S) for a in addresses),
-            return_exceptions=True,
-        )
-        for address, answer in zip(addresses, answers):
-            if isinstance(answer, (Gone, asyncio.TimeoutError)):
-                self.members.pop(address, None)
-                self.tracker.remove_address(address)
-            elif not isinstance(answer, BaseException):
-                self.members[address] = answer
-        own = await self.agent.identify()
-        return {**self.members, own["address"]: own}
-
-    def strangers(self, agents: Mapping[str, Mapping[str, Any]]) -> list[str]:
-        return [w.address for w in self.scheduler.workers.values() if (w.nanny or w.address) not in agents]
-
-    async def ask(self, address: str, operation: str, **arguments: Any) -> Any:
-        try:
-            if address == self.scheduler.address:
-                answer = await self.scheduler.handlers[operation](**arguments)
-            else:
-                answer = await getattr(self.scheduler.rpc(address), operation)(**arguments)
-        except OSError as error:
-            raise Gone(f"{address} does not answer: {error}") from error
-        if "error" in answer:
-            raise Refused(answer["error"], answer["type"])
-        return answer["ok"]
 
     @property
     def scheduler_environment(self) -> EnvironmentId | None:
@@ -348,7 +259,7 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
         return causes
 
     async def replace_scheduler(self, environment_id: EnvironmentId | None, swap: Swap) -> None:
-        agents = {a: identity for a, identity in self.members.items() if identity["role"] != "scheduler"}
+        agents = {a: identity for a, identity in self.roster.members.items() if identity["role"] != "scheduler"}
         state = {
             "target": self.target,
             "options": self.options,
@@ -360,30 +271,36 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
         await self.agent.succeed(environment_id, state)
 
     async def tell_newcomers(self, known: Sequence[str]) -> None:
-        newcomers = [a for a in self.members if a not in known]
+        newcomers = [a for a, who in self.roster.members.items() if a not in known and who["role"] != "scheduler"]
         await asyncio.gather(
-            *(self._ask_quietly(a, "envship_wait_out", timeout_s=SUCCESSION_TIMEOUT_S) for a in newcomers)
+            *(self.roster.ask_quietly(a, "envship_wait_out", timeout_s=SUCCESSION_TIMEOUT_S) for a in newcomers)
         )
 
     def conform_late(self, known: Sequence[str]) -> None:
-        for address, identity in self.members.items():
-            if address not in known and identity["environment_id"] != self.target:
-                self.agent.in_background(self._ask_quietly(address, "envship_rejoin"))
+        for address, identity in self.roster.members.items():
+            late = address not in known and identity["role"] != "scheduler"
+            if late and identity["environment_id"] != self.target:
+                self.agent.in_background(self.roster.ask_quietly(address, "envship_rejoin"))
 
     # -- own
 
     async def _take_turn(self, swap: Swap) -> None:
         async with self._turn:
             swap.previous_id = self.target
-            if swap.environment_id is not None:
-                manifest = await asyncio.to_thread(self.agent.store.read_manifest, swap.environment_id)
-                swap.options["manifest"] = manifest.to_bytes()
-            else:
-                swap.options["manifest"] = None
             self.options = {name: swap.options[name] for name in ("link_mode", "start_timeout_s")}
+            try:
+                swap.options["manifest"] = await self._manifest(swap.environment_id)
+            except EnvshipError as error:
+                swap.fail("PrepareFailed", {"scheduler": str(error)})
+                return
             await swap.run(self)
             swap.options["manifest"] = None
         await self._after(swap)
+
+    async def _manifest(self, environment_id: EnvironmentId | None) -> bytes | None:
+        if environment_id is None:
+            return None
+        return (await asyncio.to_thread(self.agent.store.read_manifest, environment_id)).to_bytes()
 
     async def _resume(self, swap: Swap, agents: Mapping[str, Mapping[str, Any]]) -> None:
         async with self._turn:
@@ -399,65 +316,16 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
         options = {"start_timeout_s": swap.options["start_timeout_s"]}
         await asyncio.gather(
             *(
-                self._ask_quietly(
+                self.roster.ask_quietly(
                     address,
                     "envship_park",
                     environment_id=swap.previous_id,
                     keep=swap.options["keep_warm"],
                     prepare=options,
                 )
-                for address in list(self.members)
+                for address in list(self.roster.members)
             )
         )
-
-    async def _ask_quietly(self, address: str, operation: str, **arguments: Any) -> Any:
-        try:
-            return await self.ask(address, operation, **arguments)
-        except (Gone, Refused) as error:
-            logger.info("%s at %s: %s", operation, address, error)
-            return None
-
-    async def _survey(self, wanted: EnvironmentId, except_for: str = "") -> list[str]:
-        """Tell the tracker what every host has of an environment; returns the hosts where it is not built."""
-        hosts = {identity["host_id"]: address for address, identity in (await self.agents()).items()}
-        data: bytes | None = None
-        lacking = []
-        for host_id, address in hosts.items():
-            if host_id == except_for:
-                continue
-            found = await self._ask_quietly(address, "envship_survey", environment_id=wanted)
-            if found is None:
-                continue
-            if not found["built"]:
-                lacking.append(host_id)
-            if found["built"] and not found["known"]:
-                continue
-            if not found["known"]:
-                data = data or (await asyncio.to_thread(self.agent.store.read_manifest, wanted)).to_bytes()
-                found = await self._ask_quietly(address, "envship_survey", environment_id=wanted, manifest=data)
-            if found is not None:
-                await self._record(host_id, address, wanted, set(found["missing"]))
-        self._known.add(wanted)
-        return lacking
-
-    async def _record(self, host_id: str, address: str, wanted: EnvironmentId, missing: set[Digest]) -> None:
-        chunks = (await asyncio.to_thread(self.agent.store.read_manifest, wanted)).chunks
-        self.tracker.add_host(host_id, address, [digest for digest in chunks if digest not in missing])
-
-    async def _find_manifest(self, wanted: EnvironmentId) -> None:
-        """Make sure that the scheduler's store holds the manifest, from whichever host has it."""
-        store = self.agent.store
-        try:
-            await asyncio.to_thread(store.read_manifest, wanted)
-            return
-        except EnvironmentMissing:
-            pass
-        for address in await self.agents():
-            data = await self._ask_quietly(address, "envship_manifest", environment_id=wanted)
-            if data is not None:
-                await asyncio.to_thread(store.write_manifest, Manifest.from_bytes(data, wanted))
-                return
-        raise EnvironmentMissing(wanted, "the cluster: no host holds it")
 
 
 async def _remove_worker(scheduler: Any, address: str) -> None:

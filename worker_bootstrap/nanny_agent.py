@@ -23,9 +23,11 @@ from distributed.core import Status
 from worker_bootstrap.agent import Agent, Call
 from worker_bootstrap.digest import EnvironmentId
 from worker_bootstrap.errors import NotSwappable
-from worker_bootstrap.hosted import HostedProcess, PendingProcess, RefusedProcess, Standby, WorkerOptions
+from worker_bootstrap.hosted import HostedProcess, PendingProcess, RefusedProcess
 from worker_bootstrap.reexec import dialled
+from worker_bootstrap.standby import Standby
 from worker_bootstrap.store import Store
+from worker_bootstrap.worker_options import WorkerOptions
 
 logger = logging.getLogger("envship.nanny")
 

@@ -1,217 +1,225 @@
-"""The program that a standby process runs: get ready, wait, become a worker.
+"""A started interpreter of an environment that has imported Dask and waits: the proof that the environment works.
 
-Started by `worker_bootstrap.hosted` with one end of a socket pair. The parent sends one pickled request (it comes from
-the nanny that started us, nobody else can write to the socket), then JSON commands; we answer in JSON. When the parent
-dies the socket closes, and so do we.
+The parent's side; the program that runs in it is `worker_bootstrap.standby_main`. `worker_bootstrap.hosted` makes a
+worker of it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import gc
-import importlib
-import importlib.util
+import contextlib
 import json
-import logging
 import os
 import pickle
 import signal
 import socket
-import struct
 import sys
-import threading
-import traceback
-from pathlib import Path
-from typing import Any
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-logger = logging.getLogger("envship.standby")
-
-HEADER = struct.Struct(">Q")
-STUB = "import sys; sys.path[:1] = [sys.argv[2]]; from worker_bootstrap.standby import main; main()"
-"""What ``python -c`` is given, followed by the number of our socket and the folder of this code."""
+from worker_bootstrap.errors import StartError
+from worker_bootstrap.interpreter import Interpreter
+from worker_bootstrap.standby_main import HEADER, STUB
 
 
-class Channel:
-    """Length-prefixed frames over a blocking socket."""
+class StartRequest(NamedTuple):
+    """What a new interpreter is asked to get ready for. *worker* is None for a mere probe."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
+    code: str
+    lease: str | None
+    worker: bytes | None = None
+    modules: Sequence[str] = ()
+    optional_modules: Sequence[str] = ()
+    plugins: Sequence[tuple[str, bytes]] = ()
 
-    def receive(self) -> bytes | None:
-        """The next frame, or None at the end."""
-        header = self._exactly(HEADER.size)
-        return None if header is None else self._exactly(HEADER.unpack(header)[0])
 
-    def receive_json(self) -> dict[str, Any] | None:
-        frame = self.receive()
-        return None if frame is None else json.loads(frame)
+class Standby:
+    """A process of an environment's interpreter that has imported Dask, checked its options, and waits.
 
-    def send_json(self, message: dict[str, Any]) -> None:
+    Make one with `start`. Owns the process: `discard` it, or `run` it and `wait` for its end.
+    """
+
+    def __init__(self, interpreter: Interpreter, process: asyncio.subprocess.Process) -> None:
+        self.interpreter = interpreter
+        self.process = process
+        self.description: Mapping[str, Any] = {}
+        self._reader: asyncio.StreamReader
+        self._writer: asyncio.StreamWriter
+
+    @classmethod
+    async def start(cls, interpreter: Interpreter, request: StartRequest, timeout_s: float) -> Standby:
+        """Start *interpreter* and wait until it is ready.
+
+        Raises
+        ------
+        StartError
+            If it cannot be started, ends, says that something is wrong, or is not ready within *timeout_s*.
+        """
+        here, there = socket.socketpair()
+        with there, tempfile.TemporaryFile() as errors, _copy_of_stderr() as stderr:
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    interpreter.python,
+                    "-c",
+                    STUB,
+                    str(there.fileno()),
+                    request.code,
+                    env=dict(interpreter.environ),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stderr=errors,
+                    pass_fds=(there.fileno(), stderr),
+                )
+            except OSError as error:
+                here.close()
+                raise StartError(interpreter.environment_id, interpreter.prefix, str(error), "") from error
+            there.close()
+            standby = cls(interpreter, process)
+            try:
+                standby._reader, standby._writer = await asyncio.open_connection(sock=here)
+                await asyncio.wait_for(standby._get_ready(request, stderr), timeout_s)
+            except BaseException as error:
+                await standby.discard()
+                if isinstance(error, asyncio.TimeoutError):
+                    reason = f"it was not ready after {timeout_s:.0f} s"
+                elif isinstance(error, (asyncio.IncompleteReadError, OSError)):
+                    reason = f"it ended with {exit_text(process.returncode)}"
+                elif isinstance(error, _Refusal):
+                    reason = str(error)
+                else:
+                    raise
+                raise StartError(
+                    interpreter.environment_id, interpreter.prefix, reason, _tail_of(errors, error)
+                ) from None
+            return standby
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self.process.returncode is None
+
+    async def run(self, override: Mapping[str, Any] | None = None) -> tuple[str, str]:
+        """Become a worker, with *override* over its options; return its (address, local directory).
+
+        Raises
+        ------
+        StartError
+            If the worker does not start.
+        """
+        self._send({"op": "run", "override": dict(override or {})})
+        try:
+            answer = await self._answer()
+        except (asyncio.IncompleteReadError, OSError) as error:
+            await self.process.wait()
+            reason = f"the worker ended with {exit_text(self.process.returncode)} while it started"
+            raise StartError(self.interpreter.environment_id, self.interpreter.prefix, reason, "") from error
+        except _Refusal as refusal:
+            reason = str(refusal)
+            raise StartError(self.interpreter.environment_id, self.interpreter.prefix, reason, refusal.trace) from None
+        return answer["address"], answer["dir"]
+
+    def stop(self, timeout_s: float, executor_wait: bool, reason: str) -> None:
+        """Tell the running worker to close. Returns at once; see `wait`."""
+        with contextlib.suppress(OSError, RuntimeError):
+            self._send({"op": "stop", "timeout": timeout_s, "executor_wait": executor_wait, "reason": reason})
+
+    async def wait(self) -> int:
+        """Wait for the end of the process; return its exit code."""
+        code = await self.process.wait()
+        self._writer.close()
+        return code
+
+    def signal(self, number: int) -> None:
+        """Send a signal, if the process is still there."""
+        # Not by way of `asyncio.subprocess`: that reaps the process behind the back of its own watcher.
+        if self.alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    async def discard(self) -> None:
+        """End the process, whatever it does."""
+        self.signal(signal.SIGKILL)
+        await self.process.wait()
+        writer = getattr(self, "_writer", None)
+        if writer is not None:
+            writer.close()
+
+    async def _get_ready(self, request: StartRequest, stderr: int) -> None:
+        options = {
+            "worker": request.worker,
+            "modules": list(request.modules),
+            "optional_modules": list(request.optional_modules),
+            "plugins": list(request.plugins),
+            "lease": request.lease,
+            "argv": sys.argv,
+            "sys_path": _own_sys_path(),
+            "stderr": stderr,
+        }
+        data = pickle.dumps(options, protocol=4)
+        self._writer.write(HEADER.pack(len(data)) + data)
+        await self._writer.drain()
+        self.description = (await self._answer())["ready"]
+
+    async def _answer(self) -> dict[str, Any]:
+        (size,) = HEADER.unpack(await self._reader.readexactly(HEADER.size))
+        answer: dict[str, Any] = json.loads(await self._reader.readexactly(size))
+        if "error" in answer:
+            raise _Refusal(answer["error"], answer["trace"])
+        return answer
+
+    def _send(self, message: dict[str, Any]) -> None:
         data = json.dumps(message).encode()
-        self._sock.sendall(HEADER.pack(len(data)) + data)
-
-    def _exactly(self, count: int) -> bytes | None:
-        data = b""
-        while len(data) < count:
-            more = self._sock.recv(count - len(data))
-            if not more:
-                return None
-            data += more
-        return data
+        self._writer.write(HEADER.pack(len(data)) + data)
 
 
-def main() -> None:
-    """Entry of ``python -c STUB SOCKET CODE``."""
-    gc.disable()  # importing Dask is an eighth faster without; nothing of it is garbage
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole job; the nanny decides what happens
-    channel = Channel(socket.socket(fileno=int(sys.argv[1])))
-    frame = channel.receive()
-    if frame is None:
-        return
+class _Refusal(Exception):
+    """The standby reports an error of its own."""
+
+    def __init__(self, reason: str, trace: str) -> None:
+        super().__init__(reason)
+        self.trace = trace
+
+
+def _own_sys_path() -> list[str]:
+    """What this process was given beyond its own installation, ``PYTHONPATH`` (inherited anyway) and our code."""
+    own = {os.path.realpath(prefix) for prefix in (sys.prefix, sys.base_prefix, sys.exec_prefix)}
+    inherited = set(os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    code = os.path.realpath(os.path.dirname(os.path.dirname(__file__))) if "__file__" in globals() else ""
+
+    def foreign(entry: str) -> bool:
+        real = os.path.realpath(entry)
+        inside = any(real == prefix or real.startswith(prefix + os.sep) for prefix in own)
+        return entry not in inherited and not inside and real != code and not entry.endswith(".zip")
+
+    return [entry for entry in sys.path if entry == "" or foreign(entry)]
+
+
+@contextlib.contextmanager
+def _copy_of_stderr() -> Iterator[int]:
+    """A descriptor of this process's standard error, for the child to use once it is ready."""
+    copy = os.dup(2)
     try:
-        options = pickle.loads(frame)
-        stderr = options["stderr"]
-        _enter(options)
-        worker = _checked_worker(options["worker"]) if options["worker"] is not None else None
-        for plugin_name, data in options["plugins"]:
-            _check_unpickles(plugin_name, data)
-    except BaseException as error:
-        channel.send_json({"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()})
-        sys.exit(1)
-    channel.send_json({"ready": _description()})
-    gc.freeze()
-    gc.enable()
-    os.dup2(stderr, 2)
-    command = channel.receive_json()
-    if command is not None and command["op"] == "run" and worker is not None:
-        _run(worker, command, channel)
+        yield copy
+    finally:
+        os.close(copy)
 
 
-def _enter(options: dict[str, Any]) -> None:
-    sys.argv = list(options["argv"])
-    code = sys.path.pop(0)
-    sys.path[:] = [*options["sys_path"], *sys.path, code]  # ours comes last: nothing of the environment is shadowed
-    _hold_lease(options["lease"])
-    for name in ("distributed", *options["modules"]):
-        importlib.import_module(name)
-    for name in options["optional_modules"]:
-        # Whatever breaks in an optional one (bokeh, a metrics route) breaks in the worker's own start, and says so.
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            continue
+def _tail_of(errors: Any, error: BaseException) -> str:
+    if isinstance(error, _Refusal):
+        return error.trace
+    size = errors.seek(0, os.SEEK_END)
+    errors.seek(max(0, size - 4096))
+    return str(errors.read().decode(errors="replace"))
 
 
-def _hold_lease(path: str | None) -> None:
-    if path is not None:
-        from worker_bootstrap.lock import Lease
-
-        Lease(Path(path)).hold()
-
-
-def _checked_worker(data: bytes) -> dict[str, Any]:
-    """The worker's options, unpickled here to prove that this environment understands them."""
-    worker: dict[str, Any] = pickle.loads(data)
-    preload = worker["kwargs"].get("preload") or []
-    for name in [preload] if isinstance(preload, str) else preload:
-        if not _can_preload(name):
-            raise ModuleNotFoundError(f"the worker is to preload {name!r}, which this environment lacks")
-    _warm_up(worker)
-    return worker
-
-
-def _can_preload(name: str) -> bool:
-    if "\n" in name or name.startswith(("http://", "https://")):
-        return True
-    if name.endswith(".py"):
-        return Path(name).exists()
-    try:
-        return importlib.util.find_spec(name) is not None
-    except (ImportError, ValueError):
-        return False
-
-
-def _warm_up(worker: dict[str, Any]) -> None:
-    """Do now what `Worker.start` would do lazily: it is the swap's downtime otherwise."""
-    os.environ.update(worker["env"])
-    import dask
-    from distributed.versions import get_versions
-
-    dask.config.refresh()
-    dask.config.set(worker["config"])
-    get_versions()
-    for route in dask.config.get("distributed.worker.http.routes", []):
-        importlib.import_module(route)
-    if worker["kwargs"].get("dashboard"):
-        try:
-            importlib.import_module("distributed.dashboard.worker")
-        except ImportError:
-            logger.debug("no bokeh in this environment: the worker has no dashboard")
-
-
-def _check_unpickles(name: str, data: bytes) -> None:
-    from worker_bootstrap.scheduler_state import load_plugin
-
-    try:
-        load_plugin(data, scheduler=None)
-    except Exception as error:
-        raise RuntimeError(f"the plugin {name!r} does not load in this environment: {error}") from error
-
-
-def _description() -> dict[str, Any]:
-    import distributed
-
-    return {
-        "prefix": sys.prefix,
-        "python": ".".join(map(str, sys.version_info[:3])),
-        "distributed": distributed.__version__,
-        "pid": os.getpid(),
-    }
-
-
-def _run(worker: dict[str, Any], command: dict[str, Any], channel: Channel) -> None:
-    from dask.multiprocessing import default_initializer
-    from distributed.compatibility import asyncio_run
-    from distributed.config import get_loop_factory
-
-    default_initializer()
-    if worker["silence_logs"]:
-        logging.getLogger("distributed").setLevel(worker["silence_logs"])
-    kwargs = {**worker["kwargs"], **command.get("override", {})}
-    asyncio_run(_serve(worker["class"], kwargs, channel), loop_factory=get_loop_factory())
-    # Threads of tasks that ignore their cancellation must not keep the process from ending.
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
-
-
-async def _serve(worker_class: Any, kwargs: dict[str, Any], channel: Channel) -> None:
-    try:
-        worker = worker_class(**kwargs)
-        threading.Thread(
-            target=_obey, args=(channel, worker, asyncio.get_running_loop()), name="envship-orders", daemon=True
-        ).start()
-        await worker
-    except Exception as error:
-        logger.exception("the worker does not start in this environment")
-        channel.send_json({"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()})
-        return
-    channel.send_json({"address": worker.address, "dir": worker.local_directory})
-    await worker.finished()
-
-
-def _obey(channel: Channel, worker: Any, loop: asyncio.AbstractEventLoop) -> None:
-    command = channel.receive_json()
-    if command is None:
-        os._exit(1)
-
-    closing = []  # the loop itself keeps only weak references to its tasks
-
-    def close() -> None:
-        how = {name: command[name] for name in ("timeout", "executor_wait", "reason")}
-        closing.append(loop.create_task(worker.close(nanny=False, **how)))
-
-    loop.call_soon_threadsafe(close)
-    if channel.receive_json() is None:
-        os._exit(1)
+def exit_text(code: int | None) -> str:
+    """How a process ended, in words: *code* is negative for a signal."""
+    if code is None:
+        return "no exit code"
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            return f"signal {signal.Signals(-code).name}"
+    return f"exit code {code}"

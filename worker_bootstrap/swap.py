@@ -18,27 +18,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from worker_bootstrap.digest import EnvironmentId
+from worker_bootstrap.roster import Gone, Refused, Roster
 
 logger = logging.getLogger("envship.swap")
 
 KEPT_PHASES = ("done", "failed")
 
 
-class Gone(Exception):
-    """The agent that was asked is not there any more; its workers are not, either."""
-
-
-class Refused(Exception):
-    """An agent answered with an error."""
-
-    def __init__(self, text: str, kind: str) -> None:
-        super().__init__(text)
-        self.kind = kind
-
-
 class Cluster(Protocol):
     """What a swap needs of the coordinator. Agents are identified by their address."""
 
+    roster: Roster
     target: EnvironmentId | None
     leaving: bool
     """The scheduler is about to be replaced: agents that ask shall wait for its successor."""
@@ -46,15 +36,6 @@ class Cluster(Protocol):
     @property
     def scheduler_environment(self) -> EnvironmentId | None:
         """Where the scheduler itself runs."""
-
-    async def agents(self) -> Mapping[str, Mapping[str, Any]]:
-        """Every agent's identity, asked anew."""
-
-    def strangers(self, agents: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
-        """Workers that none of *agents* answers for."""
-
-    async def ask(self, address: str, operation: str, **arguments: Any) -> Any:
-        """The answer of an agent; raises `Gone` or `Refused`."""
 
     async def workers_in_target(self, count: int, timeout_s: float) -> Mapping[str, str]:
         """Wait until *count* workers report from the target and none from elsewhere; returns who does not."""
@@ -160,20 +141,20 @@ class Swap:
                 await self.commit(cluster, agents)
         except Exception as error:
             logger.exception("swap %s failed", self.id)
-            self._fail("PrepareFailed", {"scheduler": f"{type(error).__name__}: {error}"})
+            self.fail("PrepareFailed", {"scheduler": f"{type(error).__name__}: {error}"})
 
     async def prepare(self, cluster: Cluster) -> Mapping[str, Mapping[str, Any]] | None:
         """Get every host ready; returns the agents, or None after a failure that touched nothing."""
         started = time.perf_counter()
-        agents = await cluster.agents()
+        agents = await cluster.roster.agents()
         moving = self._who_moves(agents)
         obstacles = {_label(agents[a]): agents[a]["obstacle"] for a in moving if agents[a]["obstacle"]}
         obstacles.update(
             (address, "nothing of ours answers for this worker; its log says why the plugin did not start")
-            for address in cluster.strangers(agents)
+            for address in cluster.roster.strangers(agents)
         )
         if obstacles:
-            self._fail("NotSwappable", obstacles)
+            self.fail("NotSwappable", obstacles)
             return None
         hosts: dict[str, list[str]] = {}
         for address in moving or agents:
@@ -199,7 +180,7 @@ class Swap:
         self.seconds["prepare"] = time.perf_counter() - started
         if causes:
             await self._discard(cluster, moving)
-            self._fail("PrepareFailed", causes)
+            self.fail("PrepareFailed", causes)
             return None
         return {address: agents[address] for address in moving}
 
@@ -231,7 +212,7 @@ class Swap:
             await self._settle(cluster, agents, causes)
         except Exception as error:
             logger.exception("swap %s failed after the scheduler was re-executed", self.id)
-            self._fail("CommitFailed", {"scheduler": f"{type(error).__name__}: {error}"})
+            self.fail("CommitFailed", {"scheduler": f"{type(error).__name__}: {error}"})
 
     async def _prepare_host(self, cluster: Cluster, host_id: str, addresses: Sequence[str]) -> None:
         self.note(host_id, "waiting")
@@ -263,7 +244,7 @@ class Swap:
 
     async def _prove(self, cluster: Cluster, address: str) -> None:
         try:
-            await cluster.ask(
+            await cluster.roster.ask(
                 address, "envship_prepare", environment_id=self.environment_id, options=self._plain_options()
             )
         except Gone:
@@ -274,7 +255,7 @@ class Swap:
         movers = [address for address, identity in agents.items() if identity["role"] != "scheduler"]
         results = await asyncio.gather(
             *(
-                cluster.ask(address, "envship_commit", environment_id=cluster.target, options=options)
+                cluster.roster.ask(address, "envship_commit", environment_id=cluster.target, options=options)
                 for address in movers
             ),
             return_exceptions=True,
@@ -312,7 +293,7 @@ class Swap:
         self.outcome = f"the cluster was moved back to {_name(self.previous_id)}"
         cluster.target = self.previous_id
         self._set_phase("back")
-        agents = await cluster.agents()
+        agents = await cluster.roster.agents()
         cluster.leaving = self.scheduler_moves
         problems = await self._commit_all(cluster, agents)
         if self.scheduler_moves:
@@ -326,7 +307,7 @@ class Swap:
 
     async def _discard(self, cluster: Cluster, addresses: Sequence[str]) -> None:
         await asyncio.gather(
-            *(cluster.ask(a, "envship_discard", environment_id=self.environment_id) for a in addresses),
+            *(cluster.roster.ask(a, "envship_discard", environment_id=self.environment_id) for a in addresses),
             return_exceptions=True,
         )
 
@@ -349,7 +330,8 @@ class Swap:
     def _plain_options(self) -> dict[str, Any]:
         return {name: value for name, value in self.options.items() if name != "manifest"}
 
-    def _fail(self, error: str, causes: Mapping[str, str]) -> None:
+    def fail(self, error: str, causes: Mapping[str, str]) -> None:
+        """Give up: *error* names the error's class, *causes* says where and why."""
         self.error, self.causes = error, dict(causes)
         self._set_phase("failed")
 
@@ -382,7 +364,7 @@ async def _first_that_is_there(
     """Ask one agent of a host after the other, until one is there to answer."""
     for address in addresses:
         try:
-            answer: dict[str, Any] = await cluster.ask(address, operation, **arguments)
+            answer: dict[str, Any] = await cluster.roster.ask(address, operation, **arguments)
             return answer
         except Gone:
             continue

@@ -1,0 +1,139 @@
+"""The exchange: which host has which chunks of an environment, and who brings the rest.
+
+The part of the coordinator between the client, the agents and the `worker_bootstrap.tracker`. It holds manifests only
+in passing and chunks never.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from worker_bootstrap.digest import Digest, EnvironmentId
+from worker_bootstrap.errors import EnvironmentMissing
+from worker_bootstrap.manifest import Manifest
+from worker_bootstrap.roster import Roster
+from worker_bootstrap.store import Store
+from worker_bootstrap.tracker import Tracker
+
+logger = logging.getLogger("envship.exchange")
+
+
+class Exchange:
+    """Chunks between the hosts of *roster*; *store* is the scheduler's own, which keeps the manifests."""
+
+    def __init__(self, roster: Roster, store: Store) -> None:
+        self.tracker = Tracker(clock=time.monotonic)
+        self._roster = roster
+        self._store = store
+        self._known: set[EnvironmentId] = set()
+        self._wanted: dict[str, dict[Digest, int]] = {}
+
+    async def offer(
+        self, environment_id: str, manifest: bytes | None = None, avoid: Sequence[str] = ()
+    ) -> list[tuple[str, list[Digest]]]:
+        """What the client must upload: chunks that no host has, with the agent to take each; never one of *avoid*."""
+        wanted = EnvironmentId(environment_id)
+        if manifest is not None:
+            await asyncio.to_thread(self._store.write_manifest, Manifest.from_bytes(manifest, wanted))
+        else:
+            await self._find_manifest(wanted)
+        hosts = await self._hosts()
+        built = await asyncio.gather(*(self._is_built(address, wanted) for address in hosts.values()))
+        if all(built):
+            return []
+        absent = self.tracker.absent(await self._survey(wanted, hosts))
+        return [(address, list(digests)) for address, digests in self.tracker.plan_uploads(absent, avoid)]
+
+    async def uploaded(self, address: str, digests: list[Digest]) -> None:
+        """The client has brought these chunks to the agent at *address*."""
+        self.tracker.received(self._roster.members[address]["host_id"], digests)
+
+    async def want(self, host_id: str, address: str, environment_id: str, missing: list[Digest]) -> None:
+        """A host is about to fetch the *missing* chunks of an environment."""
+        wanted = EnvironmentId(environment_id)
+        chunks = (await asyncio.to_thread(self._store.read_manifest, wanted)).chunks
+        absent_here = set(missing)
+        self.tracker.add_host(host_id, address, [digest for digest in chunks if digest not in absent_here])
+        if wanted not in self._known:
+            hosts = await self._hosts()
+            hosts.pop(host_id, None)
+            await self._survey(wanted, hosts)
+        self._wanted[host_id] = {digest: chunks[digest] for digest in missing}
+        self.tracker.want(host_id, self._wanted[host_id])
+
+    async def next_batch(self, host_id: str) -> dict[str, Any]:
+        """What a host shall fetch now; ``lost`` counts chunks that it needs and nobody can give."""
+        batch, outstanding = self.tracker.offer(host_id)
+        lost = 0
+        if batch is None and outstanding:
+            lost = len(self.tracker.absent(self._wanted[host_id]))
+        return {
+            "source": batch.source if batch else "",
+            "digests": list(batch.digests) if batch else [],
+            "outstanding": outstanding,
+            "lost": lost,
+        }
+
+    async def fetched(
+        self,
+        host_id: str,
+        source: str,
+        received: Sequence[Digest],
+        failed: Sequence[Digest],
+        size_bytes: int,
+        blame: bool,
+        reason: str,
+    ) -> tuple[int, int]:
+        """A host reports what became of a batch; returns how far it is, as (bytes done, bytes in total)."""
+        self.tracker.received(host_id, received)
+        if failed:
+            logger.log(logging.WARNING if blame else logging.INFO, "%s: %s", source, reason)
+            self.tracker.failed(host_id, source, failed, blame=blame)
+        return self.tracker.progress(host_id)
+
+    async def _hosts(self) -> dict[str, str]:
+        """One agent's address for every host that answers; the tracker forgets the others."""
+        before = set(self._roster)
+        agents = await self._roster.agents()
+        for address in before - set(agents):
+            self.tracker.remove_address(address)
+        return {identity["host_id"]: address for address, identity in agents.items()}
+
+    async def _is_built(self, address: str, wanted: EnvironmentId) -> bool:
+        return bool(await self._roster.ask_quietly(address, "envship_has_built", environment_id=wanted))
+
+    async def _survey(self, wanted: EnvironmentId, hosts: Mapping[str, str]) -> Mapping[Digest, int]:
+        """Tell the tracker what *hosts* have of an environment; returns all that there is to have."""
+        manifest = await asyncio.to_thread(self._store.read_manifest, wanted)
+        data = manifest.to_bytes()
+
+        async def look(host_id: str, address: str) -> None:
+            missing = await self._roster.ask_quietly(address, "envship_missing", environment_id=wanted)
+            if missing is None:
+                missing = await self._roster.ask_quietly(
+                    address, "envship_missing", environment_id=wanted, manifest=data
+                )
+            if missing is not None:
+                lacks = set(missing)
+                self.tracker.add_host(host_id, address, [digest for digest in manifest.chunks if digest not in lacks])
+
+        await asyncio.gather(*(look(host_id, address) for host_id, address in hosts.items()))
+        self._known.add(wanted)
+        return manifest.chunks
+
+    async def _find_manifest(self, wanted: EnvironmentId) -> None:
+        """Make sure that the scheduler's store holds the manifest, from whichever host has it."""
+        with contextlib.suppress(EnvironmentMissing):
+            await asyncio.to_thread(self._store.read_manifest, wanted)
+            return
+        for address in (await self._hosts()).values():
+            data = await self._roster.ask_quietly(address, "envship_manifest", environment_id=wanted)
+            if data is not None:
+                await asyncio.to_thread(self._store.write_manifest, Manifest.from_bytes(data, wanted))
+                return
+        raise EnvironmentMissing(wanted, "the cluster: no host holds it")

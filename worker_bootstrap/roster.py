@@ -1,0 +1,90 @@
+"""The roster: every agent that has joined, and the way to ask them.
+
+Belongs to the coordinator. An agent that does not answer any more is forgotten; it joins again when it can.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+logger = logging.getLogger("envship.roster")
+
+IDENTIFY_TIMEOUT_S = 10.0
+"""An agent that does not even say who it is for so long counts as gone."""
+
+
+class Gone(Exception):
+    """The agent that was asked is not there any more; its workers are not, either."""
+
+
+class Refused(Exception):
+    """An agent answered with an error; *kind* is the name of its class."""
+
+    def __init__(self, text: str, kind: str) -> None:
+        super().__init__(text)
+        self.kind = kind
+
+
+class Roster:
+    """The agents of the cluster of *scheduler*, by address; the scheduler's own is always among them."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.members: dict[str, dict[str, Any]] = {}
+        self._scheduler = scheduler
+
+    def add(self, identity: dict[str, Any]) -> None:
+        """An agent joined, or says anew who it is."""
+        self.members[identity["address"]] = identity
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self.members))
+
+    async def agents(self) -> dict[str, dict[str, Any]]:
+        """Every agent that answers, asked anew; others are forgotten."""
+        addresses = [*self.members, self._scheduler.address]
+        answers = await asyncio.gather(
+            *(asyncio.wait_for(self.ask(a, "envship_identify"), IDENTIFY_TIMEOUT_S) for a in addresses),
+            return_exceptions=True,
+        )
+        for address, answer in zip(addresses, answers):
+            if isinstance(answer, (Gone, asyncio.TimeoutError)):
+                self.members.pop(address, None)
+            elif not isinstance(answer, BaseException):
+                self.members[address] = answer
+        return dict(self.members)
+
+    def strangers(self, agents: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        """Workers that none of *agents* answers for."""
+        return [w.address for w in self._scheduler.workers.values() if (w.nanny or w.address) not in agents]
+
+    async def ask(self, address: str, operation: str, **arguments: Any) -> Any:
+        """The answer of the agent at *address*.
+
+        Raises
+        ------
+        Gone
+            If it cannot be reached.
+        Refused
+            If it answers with an error.
+        """
+        try:
+            if address == self._scheduler.address:
+                answer = await self._scheduler.handlers[operation](**arguments)
+            else:
+                answer = await getattr(self._scheduler.rpc(address), operation)(**arguments)
+        except OSError as error:
+            raise Gone(f"{address} does not answer: {error}") from error
+        if "error" in answer:
+            raise Refused(answer["error"], answer["type"])
+        return answer["ok"]
+
+    async def ask_quietly(self, address: str, operation: str, **arguments: Any) -> Any:
+        """The answer, or None where there is none; for what may fail without harm."""
+        try:
+            return await self.ask(address, operation, **arguments)
+        except (Gone, Refused) as error:
+            logger.info("%s at %s: %s", operation, address, error)
+            return None
