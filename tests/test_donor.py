@@ -14,7 +14,7 @@ from worker_bootstrap.store import Store
 
 COMMON: dict[str, Content] = {
     "lib/common": b"the same" * 50,
-    "bin/tool*": b"the same, executable",
+    "bin/tool*": b"the same, executable" * 20,
     "bin/script*": (b"#!" + PLACEHOLDER.encode() + b"/bin/python\n", "text"),
     "lib/edited": b"somebody edits this",
 }
@@ -72,7 +72,7 @@ def test_reflinks_where_there_are_none_are_copies(store: Store) -> None:
 def test_what_somebody_edited_or_removed_is_not_taken(store: Store) -> None:
     first, second = two(store)
     one = materialise(store, first)
-    (one / "lib/edited").write_bytes(b"somebody edited THIS")
+    (one / "lib/edited").write_bytes(b"somebody EDITS this")
     (one / "lib/common").unlink()
     (one / "bin/tool").chmod(0o644)
     other = materialise(store, second, link_mode="hardlink")
@@ -91,12 +91,14 @@ def test_a_symbolic_link_put_in_a_files_place_is_not_taken(store: Store, tmp_pat
     first, second = two(store)
     one = materialise(store, first)
     secret = tmp_path / "secret"
-    secret.write_bytes((one / "lib/common").read_bytes())
+    secret.write_bytes((one / "bin/tool").read_bytes())
     os.utime(secret, ns=(donor.WRITTEN_AT_NS, donor.WRITTEN_AT_NS))
-    (one / "lib/common").unlink()
-    (one / "lib/common").symlink_to(secret)
+    (one / "bin/tool").unlink()
+    # As long as the file, of the same time, executable as all links are: nothing but its kind tells them apart.
+    (one / "bin/tool").symlink_to("/" * (secret.stat().st_size - len(str(secret))) + str(secret))
+    os.utime(one / "bin/tool", ns=(donor.WRITTEN_AT_NS, donor.WRITTEN_AT_NS), follow_symlinks=False)
     other = materialise(store, second, link_mode="hardlink")
-    assert not (other / "lib/common").is_symlink()
+    assert not (other / "bin/tool").is_symlink()
     assert list(verify.damaged_files(store, second)) == []
 
 

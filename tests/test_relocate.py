@@ -85,6 +85,11 @@ def test_a_string_without_padding_is_left_alone_when_restored() -> None:
     assert restore(b"/new/lib\0next", BINARY, "/new") == b"/new/lib\0next"
 
 
+def test_the_nul_that_ends_a_string_is_no_padding() -> None:
+    data = b"/new/lib" + b"\0" * (len(OLD) - 4) + b"next"
+    assert restore(data, BINARY, "/new") == data
+
+
 def test_a_shebang_that_fits_stays_a_shebang() -> None:
     assert relocate(b"#!" + O + b"/bin/python -E\nx\n", TEXT, "/new") == b"#!/new/bin/python -E\nx\n"
 

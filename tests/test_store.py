@@ -5,6 +5,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,8 +13,11 @@ from pathlib import Path
 import pytest
 
 from worker_bootstrap import codec
+from worker_bootstrap import store as store_module
 from worker_bootstrap.digest import Digest, EnvironmentId, digest_of
 from worker_bootstrap.errors import ChunkInvalid, ChunkMissing, EnvironmentMissing, StoreError, StoreFull
+from worker_bootstrap.layout import Layout
+from worker_bootstrap.lock import Lock
 from worker_bootstrap.manifest import Manifest
 from worker_bootstrap.store import PAYLOAD_LIMIT_BYTES, Store
 
@@ -243,6 +247,28 @@ def test_all_who_come_first_at_once_agree_on_the_host_id(tmp_path: Path) -> None
         found = {thread.result() for thread in threads}
     found.update(process.communicate(timeout=60)[0].strip() for process in processes)
     assert len(found) == 1
+
+
+def test_who_waits_for_the_host_id_takes_that_of_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = Layout(tmp_path / "store")
+    looked = threading.Event()
+    look = store_module._host_id
+
+    def found_nothing_yet(layout: Layout) -> str | None:
+        found = look(layout)
+        looked.set()
+        return found
+
+    monkeypatch.setattr(store_module, "_host_id", found_nothing_yet)
+    with ThreadPoolExecutor(1) as pool:
+        with Lock(layout.locks / "host-id.lock"):
+            second = pool.submit(Store, layout.root)
+            assert looked.wait(20)
+            layout.version.write_text("1")
+            layout.host_id.write_text("0" * 32)
+        assert second.result().host_id == "0" * 32
 
 
 @pytest.mark.parametrize("damage", ["", "x", "../../etc"])
