@@ -117,8 +117,7 @@ class LittleCluster:
     def start_worker(self, number: int, *options: str) -> str:
         """Start one more worker, on the machine with that number; return its name. Does not wait for it."""
         name = f"worker-{number}"
-        scratch = self.folder / f"machine-{number}" / "scratch"
-        arguments = ["--name", name, "--nthreads", "1", "--no-dashboard", "--local-directory", str(scratch), *options]
+        arguments = ["--name", name, "--nthreads", "1", "--no-dashboard", *options]
         self._start(name, number, ["worker", self.address, *arguments])
         return name
 
@@ -153,7 +152,8 @@ class LittleCluster:
     def _start(self, name: str, number: int, arguments: Sequence[str]) -> None:
         machine = self.folder / f"machine-{number}"
         machine.mkdir(parents=True, exist_ok=True)
-        environ = {**bare_environ(), **self._environ, "ENVSHIP_STORE": str(machine / "store")}
+        own = {"ENVSHIP_STORE": str(machine / "store"), "DASK_TEMPORARY_DIRECTORY": str(machine / "scratch")}
+        environ = {**bare_environ(), **self._environ, **own}
         with open(self.folder / f"{name}.log", "wb") as log:
             self.processes[name] = subprocess.Popen(
                 [str(self.prefix / "bin" / "python"), "-m", "dask", *arguments],
