@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import distributed
 import pytest
 
-from envship.environment import Environment
 from tests.environments import EVERY_KIND, PLACEHOLDER, environment_of, package_of, tiny_environment
 from worker_bootstrap import materialise as module
 from worker_bootstrap import ready_mark, verify
@@ -30,6 +30,9 @@ from worker_bootstrap.errors import (
 )
 from worker_bootstrap.materialise import materialise, read_error
 from worker_bootstrap.store import Store
+
+if TYPE_CHECKING:
+    from envship.environment import Environment
 
 CODE = str(Path(module.__file__).parents[1])
 STUB = "import sys; sys.path.insert(0, sys.argv.pop(1)); from worker_bootstrap.materialise import main; main()"
