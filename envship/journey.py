@@ -22,6 +22,7 @@ from worker_bootstrap.errors import (
     CommitFailed,
     EnvironmentMissing,
     EnvshipError,
+    IncompatibleEnvironment,
     NotSwappable,
     PrepareFailed,
     SourceNotFound,
@@ -189,6 +190,9 @@ def _raise_for(status: Mapping[str, Any], address: str) -> None:
     if status["error"] == "NotSwappable":
         reasons = "; ".join(f"{where}: {cause}" for where, cause in causes.items())
         raise NotSwappable(f"the cluster of {address}", reasons, "Nothing was changed.")
+    if status["error"] == "IncompatibleEnvironment":
+        mismatches = [(f"platform of {where}", "the environment's", actual) for where, actual in causes.items()]
+        raise IncompatibleEnvironment(status["environment_id"], mismatches, "Pack it on a machine of that platform.")
     if status["error"] == "CommitFailed":
         raise CommitFailed(status["environment_id"], causes, status["outcome"])
     if status["error"] is not None:

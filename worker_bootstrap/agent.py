@@ -22,7 +22,14 @@ from worker_bootstrap import activation, carry, codec
 from worker_bootstrap.build import build
 from worker_bootstrap.digest import Digest, EnvironmentId
 from worker_bootstrap.errors import ChunkInvalid, ChunkMissing, EnvironmentMissing, EnvshipError, TransferError
-from worker_bootstrap.interpreter import PROCESS_TOKEN, Interpreter, base_interpreter, own_environment_id, python_of
+from worker_bootstrap.interpreter import (
+    PROCESS_TOKEN,
+    Interpreter,
+    base_interpreter,
+    own_environment_id,
+    platform_name,
+    python_of,
+)
 from worker_bootstrap.manifest import Manifest
 from worker_bootstrap.standby import Standby, StartRequest
 from worker_bootstrap.store import Store
@@ -116,6 +123,7 @@ class Agent:
             "environment_id": self.environment_id,
             "prefix": sys.prefix,
             "python": platform.python_version(),
+            "platform": platform_name(platform.system(), platform.machine()),
             "store": str(self.store.layout.root),
             "free_bytes": room.f_bavail * room.f_frsize,
             "codecs": list(codec.available()),

@@ -25,6 +25,7 @@ from worker_bootstrap.errors import EnvshipError
 from worker_bootstrap.exchange import Exchange
 from worker_bootstrap.exec_agent import SchedulerAgent
 from worker_bootstrap.location import open_store
+from worker_bootstrap.manifest import Manifest
 from worker_bootstrap.plugins import NannyAgentPlugin, WorkerAgentPlugin
 from worker_bootstrap.roster import Roster
 from worker_bootstrap.scheduler_state import COORDINATOR
@@ -143,10 +144,8 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
         if self.leaving:
             return {"wait": True, "timeout_s": SUCCESSION_TIMEOUT_S}
         self.roster.add(identity)
-        manifest = None
-        if self.target is not None and identity["environment_id"] != self.target:
-            manifest = await self._manifest(self.target)
-        return {"target": self.target, "manifest": manifest, "options": self.options}
+        manifest = await self._manifest(self.target) if identity["environment_id"] != self.target else None
+        return {"target": self.target, "manifest": manifest and manifest.to_bytes(), "options": self.options}
 
     async def hello(self, report: dict[str, Any]) -> dict[str, Any]:
         """A worker says where it runs, before its first task; ``welcome`` tells whether it may stay."""
@@ -289,18 +288,20 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
             swap.previous_id = self.target
             self.options = {name: swap.options[name] for name in ("link_mode", "start_timeout_s")}
             try:
-                swap.options["manifest"] = await self._manifest(swap.environment_id)
+                manifest = await self._manifest(swap.environment_id)
             except EnvshipError as error:
                 swap.fail("PrepareFailed", {"scheduler": str(error)})
                 return
+            swap.options["platform"] = manifest and manifest.platform
+            swap.options["manifest"] = manifest and manifest.to_bytes()
             await swap.run(self)
             swap.options["manifest"] = None
         await self._after(swap)
 
-    async def _manifest(self, environment_id: EnvironmentId | None) -> bytes | None:
+    async def _manifest(self, environment_id: EnvironmentId | None) -> Manifest | None:
         if environment_id is None:
             return None
-        return (await asyncio.to_thread(self.agent.store.read_manifest, environment_id)).to_bytes()
+        return await asyncio.to_thread(self.agent.store.read_manifest, environment_id)
 
     async def _resume(self, swap: Swap, agents: Mapping[str, Mapping[str, Any]]) -> None:
         async with self._turn:

@@ -66,6 +66,13 @@ def with_base(interpreter: Interpreter, base: Interpreter) -> Interpreter:
     return interpreter._replace(environ={**interpreter.environ, BASE_VARIABLE: packed})
 
 
+def platform_name(system: str, machine: str) -> str:
+    """Conda's name of a platform, given what `platform.system` and `platform.machine` say there."""
+    if system == "Darwin":
+        return "osx-arm64" if machine == "arm64" else "osx-64"
+    return f"{system.lower()}-{ {'x86_64': '64', 'AMD64': '64', 'i686': '32'}.get(machine, machine) }"
+
+
 def python_of(prefix: str | Path) -> str:
     """Path of the interpreter in *prefix*."""
     return str(Path(prefix) / "bin" / "python")

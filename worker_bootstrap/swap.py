@@ -59,7 +59,8 @@ class Swap:
         Where to, and from where; None is the base environment.
     options
         ``prepare_timeout_s``, ``start_timeout_s``, ``commit_timeout_s``, ``keep_warm``, ``link_mode``, ``scheduler``
-        (move it: True, False, or None for "if it can and need be"), ``manifest``.
+        (move it: True, False, or None for "if it is a process of its own"), ``client_token``, ``manifest`` (canonical
+        bytes), ``platform`` (what the environment is for; None if any).
     """
 
     def __init__(
@@ -156,6 +157,14 @@ class Swap:
         if obstacles:
             self.fail("NotSwappable", obstacles)
             return None
+        elsewhere = {
+            _label(agents[a]): agents[a]["platform"]
+            for a in moving
+            if self.options["platform"] not in (None, agents[a]["platform"])
+        }
+        if elsewhere:
+            self.fail("IncompatibleEnvironment", elsewhere)
+            return None
         hosts: dict[str, list[str]] = {}
         for address in moving or agents:
             hosts.setdefault(agents[address]["host_id"], []).append(address)
@@ -225,14 +234,7 @@ class Swap:
 
     async def _provide_and_start(self, cluster: Cluster, host_id: str, addresses: Sequence[str]) -> None:
         if self.environment_id is not None:
-            provided = await _first_that_is_there(
-                cluster,
-                addresses,
-                "envship_provide",
-                environment_id=self.environment_id,
-                manifest=self.options["manifest"],
-                link_mode=self.options["link_mode"],
-            )
+            provided = await self._provide(cluster, addresses)
             for name, value in (provided or {}).get("seconds", {}).items():
                 self.seconds[name] = max(self.seconds.get(name, 0.0), value)
         if self.options.get("stage_only"):
@@ -241,6 +243,23 @@ class Swap:
         started = time.perf_counter()
         await asyncio.gather(*(self._prove(cluster, address) for address in addresses))
         self.seconds["start"] = max(self.seconds.get("start", 0.0), time.perf_counter() - started)
+
+    async def _provide(self, cluster: Cluster, addresses: Sequence[str]) -> dict[str, Any] | None:
+        """Have the first agent of a host that is there fetch and build; the others share its store."""
+        what = {"environment_id": self.environment_id, "link_mode": self.options["link_mode"]}
+        for address in addresses:
+            try:
+                try:
+                    answer: dict[str, Any] = await cluster.roster.ask(address, "envship_provide", **what)
+                except Refused as error:
+                    if error.kind != "EnvironmentMissing":
+                        raise
+                    manifest = self.options["manifest"]
+                    answer = await cluster.roster.ask(address, "envship_provide", manifest=manifest, **what)
+                return answer
+            except Gone:
+                continue
+        return None
 
     async def _prove(self, cluster: Cluster, address: str) -> None:
         try:
@@ -356,19 +375,6 @@ class Swap:
         swap = cls(state["environment_id"], state["previous_id"], state["options"])
         vars(swap).update(state)
         return swap
-
-
-async def _first_that_is_there(
-    cluster: Cluster, addresses: Sequence[str], operation: str, **arguments: Any
-) -> dict[str, Any] | None:
-    """Ask one agent of a host after the other, until one is there to answer."""
-    for address in addresses:
-        try:
-            answer: dict[str, Any] = await cluster.roster.ask(address, operation, **arguments)
-            return answer
-        except Gone:
-            continue
-    return None
 
 
 def _label(identity: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ import subprocess
 from typing import NamedTuple
 
 from worker_bootstrap.errors import NotAnEnvironment
+from worker_bootstrap.interpreter import platform_name
 
 _TIMEOUT_S = 60
 
@@ -82,10 +83,7 @@ class Interpreter(NamedTuple):
     @property
     def platform(self) -> str:
         """Conda's name of the platform."""
-        system = {"Linux": "linux", "Darwin": "osx"}.get(self.system, self.system.lower())
-        if system == "osx":
-            return "osx-arm64" if self.machine == "arm64" else "osx-64"
-        return f"{system}-{ {'x86_64': '64', 'i686': '32'}.get(self.machine, self.machine) }"
+        return platform_name(self.system, self.machine)
 
 
 def ask(executable: str, prefix: str, *, libraries: bool = False) -> Interpreter:
