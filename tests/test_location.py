@@ -9,7 +9,7 @@ import pytest
 
 from worker_bootstrap import location
 from worker_bootstrap.errors import SettingInvalid, StoreUntrusted
-from worker_bootstrap.location import default_root, file_system_of, open_store, trusted
+from worker_bootstrap.location import default_root, open_store, trusted
 
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
 STRANGER = 12345
@@ -52,37 +52,6 @@ def test_the_cache_folder_of_the_user(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_cache_folder_on_a_network_file_system_is_avoided(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(location, "file_system_of", lambda path: "nfs4")
     assert default_root() == Path(f"/var/tmp/envship-{os.getuid()}")
-
-
-MOUNTS = """\
-22 1 254:0 / / rw,relatime - ext4 /dev/vda rw
-30 22 0:30 / /home rw - nfs4 server:/home rw
-31 30 0:31 / /home/local rw shared:1 - xfs /dev/vdb rw
-32 22 0:32 / /with\\040space rw - lustre x rw
-33 22 0:33 / /home/again rw - ext4 x rw
-34 22 0:34 / /home/again rw - nfs x rw
-broken line
-"""
-
-
-@pytest.mark.parametrize(
-    ("path", "kind"),
-    [
-        ("/home/me/.cache", "nfs4"),
-        ("/home", "nfs4"),
-        ("/homes/me", "ext4"),
-        ("/home/local/x", "xfs"),
-        ("/with space/x", "lustre"),
-        ("/home/again", "nfs"),
-        ("/", "ext4"),
-    ],
-)
-def test_the_file_system_is_that_of_the_innermost_mount(path: str, kind: str) -> None:
-    assert file_system_of(Path(path), MOUNTS) == kind
-
-
-def test_the_file_system_of_this_machine_is_known_or_nothing(tmp_path: Path) -> None:
-    assert isinstance(file_system_of(tmp_path), str)
 
 
 # -- opening

@@ -338,6 +338,25 @@ def test_after_a_restart_of_the_machine_a_durable_build_counts_as_it_is(
     assert store.built(environment_id) == prefix
 
 
+def test_what_is_built_already_can_be_made_durable(store: Store, restart: Callable[[], None]) -> None:
+    environment_id = tiny_environment(store)
+    materialise(store, environment_id)
+    prefix = materialise(store, environment_id, durable=True)
+    restart()
+    assert store.built(environment_id) == prefix
+
+
+def test_where_other_machines_may_see_the_store_it_counts_for_them(
+    store: Store, restart: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have another boot id, and would build it anew under the processes that run from it."""
+    monkeypatch.setattr(ready_mark, "is_local", lambda path: False)
+    environment_id = tiny_environment(store)
+    prefix = materialise(store, environment_id)
+    restart()
+    assert store.built(environment_id) == prefix
+
+
 @pytest.mark.parametrize("mark", [b"", b"{", b"[]", b"{}"])
 def test_a_mark_that_is_not_whole_is_none(store: Store, mark: bytes) -> None:
     environment_id = tiny_environment(store)

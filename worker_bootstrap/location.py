@@ -18,15 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from worker_bootstrap.errors import SettingInvalid, StoreUntrusted
+from worker_bootstrap.mounts import NETWORK_FILE_SYSTEMS, file_system_of
 from worker_bootstrap.store import Store
 
 STORE_VARIABLE = "ENVSHIP_STORE"
-NETWORK_FILE_SYSTEMS = frozenset(
-    (
-        *("nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ceph", "lustre", "gpfs", "beegfs", "panfs", "pvfs2"),
-        *("orangefs", "glusterfs", "fuse.glusterfs", "fuse.sshfs", "fuse.s3fs", "fuse.ceph", "fuse.juicefs", "wekafs"),
-    )
-)
 LINK_LIMIT = 40
 """As many symbolic links as the kernel follows in one path."""
 
@@ -102,30 +97,6 @@ def trusted(path: Path) -> Path:
             _check_folder(path, step, found, is_store=not waiting)
             here = step
     return Path(here)
-
-
-def file_system_of(path: Path, mount_table: str | None = None) -> str:
-    """Type of the file system that *path* lies (or would lie) on, as Linux names it; empty where that is unknown.
-
-    *mount_table* stands for ``/proc/self/mountinfo``.
-    """
-    if mount_table is None:
-        try:
-            mount_table = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
-        except OSError:
-            return ""
-    real = os.path.realpath(path) + "/"
-    best, kind = "", ""
-    for line in mount_table.splitlines():
-        left, _, right = line.partition(" - ")
-        fields = left.split(" ")
-        if len(fields) < 5 or not right:
-            continue
-        point = fields[4].replace("\\040", " ").rstrip("/") + "/"
-        # A later mount on the same point hides the earlier one.
-        if real.startswith(point) and len(point) >= len(best):
-            best, kind = point, right.split(" ")[0]
-    return kind
 
 
 def _check_folder(store: Path, path: str, found: os.stat_result, *, is_store: bool) -> None:

@@ -92,15 +92,15 @@ def materialise(
     build leaves nothing that counts as built; its remains are removed by the next one.
     """
     prefix = store.built(environment_id)
-    if prefix is not None:
-        return prefix
-    with Lock(store.layout.lock(environment_id)):
-        prefix = store.built(environment_id)
-        if prefix is None:
-            prefix = _restored(store, environment_id)
-        if prefix is None:
-            prefix = _build(store, environment_id, link_mode, report or _silent, durable)
-        return prefix
+    if prefix is None:
+        with Lock(store.layout.lock(environment_id)):
+            prefix = store.built(environment_id) or _restored(store, environment_id)
+            if prefix is None:
+                prefix = _build(store, environment_id, link_mode, report or _silent)
+    mark = store.layout.ready(environment_id)
+    if durable and mark.exists() and not ready_mark.is_valid(mark, durable=True):
+        ready_mark.write(mark, store.layout.tmp, durable=True)
+    return prefix
 
 
 def _restored(store: Store, environment_id: EnvironmentId) -> Path | None:
@@ -120,7 +120,7 @@ def _restored(store: Store, environment_id: EnvironmentId) -> Path | None:
     return prefix
 
 
-def _build(store: Store, environment_id: EnvironmentId, link_mode: str, report: Report, durable: bool) -> Path:
+def _build(store: Store, environment_id: EnvironmentId, link_mode: str, report: Report) -> Path:
     layout = store.layout
     prefix = layout.prefix(environment_id)
     manifest = store.read_manifest(environment_id)
@@ -135,7 +135,7 @@ def _build(store: Store, environment_id: EnvironmentId, link_mode: str, report: 
         Writer(store, blueprint, donors, scratch, str(prefix), report).write()
         os.chmod(scratch, 0o755)
         os.rename(scratch, prefix)
-        ready_mark.write(layout.ready(environment_id), layout.tmp, durable=durable)
+        ready_mark.write(layout.ready(environment_id), layout.tmp, durable=False)
     except BaseException as error:
         shutil.rmtree(scratch, ignore_errors=True)
         if isinstance(error, OSError):

@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 
 from worker_bootstrap.durable import content_of, publish, sync_file_system
+from worker_bootstrap.mounts import is_local
 
 SIZE_LIMIT_BYTES = 4096
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -26,8 +27,8 @@ def boot_id() -> str | None:
     return raw.decode("ascii", "replace").strip() or None if raw else None
 
 
-def is_valid(path: Path) -> bool:
-    """Whether the mark at *path* is there, whole, and durable or of this boot."""
+def is_valid(path: Path, *, durable: bool = False) -> bool:
+    """Whether the mark at *path* is there, whole, and of this boot or durable (with *durable*, the latter only)."""
     raw = content_of(path, SIZE_LIMIT_BYTES)
     if not raw:
         return False
@@ -35,15 +36,15 @@ def is_valid(path: Path) -> bool:
         made_in = json.loads(raw)["boot_id"]
     except (ValueError, KeyError, TypeError):
         return False
-    return made_in is None or made_in == boot_id()
+    return made_in is None or (made_in == boot_id() and not durable)
 
 
 def write(path: Path, tmp: Path, *, durable: bool) -> None:
     """Mark an environment; *durable*: once everything on its file system is on disk.
 
-    A machine that cannot name its boots gets durable marks only.
+    A machine that cannot name its boots, and a store that other machines may be using, get durable marks only.
     """
-    made_in = None if durable else boot_id()
+    made_in = None if durable or not is_local(tmp) else boot_id()
     if made_in is None:
         sync_file_system(tmp)
     publish(path, json.dumps({"boot_id": made_in}).encode(), tmp, sync=made_in is None)
