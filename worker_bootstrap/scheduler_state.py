@@ -1,7 +1,8 @@
 """What a scheduler hands to its successor when it is re-executed.
 
-Plugins of users (scheduler's, workers', nannies') are carried over, and the coordinator with the swap that it is in
-the middle of. Tasks, futures, datasets, variables, events and queues are not: they belong to the process that ends.
+Plugins of users (scheduler's, workers', nannies') are carried over; metadata, and variables and published datasets that
+hold no futures; the coordinator, with the swap that it is in the middle of. Tasks and futures end with the process,
+and with them queues, locks, events, and the variables and datasets that refer to futures.
 The state lies in a private file for the moment between two processes of the same user; it never travels.
 """
 
@@ -64,6 +65,7 @@ def save(scheduler: Any, coordinator: dict[str, Any], folder: Path) -> Path:
         "scheduler_plugins": dump_plugins(scheduler),
         "worker_plugins": dict(scheduler.worker_plugins),
         "nanny_plugins": dict(scheduler.nanny_plugins),
+        "values": _values(scheduler),
     }
     handle, path = tempfile.mkstemp(dir=folder, suffix=".scheduler")
     with os.fdopen(handle, "wb") as file:
@@ -78,6 +80,7 @@ async def dask_setup(scheduler: Any) -> None:
     state = _take_state()
     scheduler.worker_plugins.update(state["worker_plugins"])
     scheduler.nanny_plugins.update(state["nanny_plugins"])
+    _restore_values(scheduler, state["values"])
     coordinator = Coordinator()
     coordinator.take_over(scheduler, state["coordinator"])
     await scheduler.register_scheduler_plugin(coordinator, name=COORDINATOR, idempotent=False)
@@ -88,6 +91,24 @@ async def dask_setup(scheduler: Any) -> None:
             await scheduler.register_scheduler_plugin(plugin, name=name, idempotent=False)
         except Exception:
             logger.exception("the scheduler plugin %r could not be carried over", name)
+
+
+def _values(scheduler: Any) -> dict[str, Any]:
+    """What users left on *scheduler* that does not depend on its tasks."""
+    variables = getattr(scheduler.extensions.get("variables"), "variables", {})
+    datasets = getattr(scheduler.extensions.get("publish"), "datasets", {})
+    return {
+        "metadata": dict(scheduler.task_metadata),
+        "variables": {name: record for name, record in variables.items() if record["type"] != "Future"},
+        "datasets": {name: record for name, record in datasets.items() if not record["keys"]},
+    }
+
+
+def _restore_values(scheduler: Any, values: dict[str, Any]) -> None:
+    scheduler.task_metadata.update(values["metadata"])
+    for extension, attribute in (("variables", "variables"), ("publish", "datasets")):
+        if extension in scheduler.extensions:
+            getattr(scheduler.extensions[extension], attribute).update(values[attribute])
 
 
 def _take_state() -> dict[str, Any]:
