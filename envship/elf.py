@@ -69,7 +69,7 @@ def _rpath_place(data: bytes) -> int | None:
         place = _file_offset(tags[_DT_STRTAB], segments) + wanted
         data.index(b"\0", place)
         return place
-    except (struct.error, KeyError, ValueError, StopIteration):
+    except (struct.error, KeyError, ValueError):
         return None
 
 
@@ -84,7 +84,9 @@ def _segments(data: bytes) -> Iterator[_Segment]:
 
 
 def _dynamic(data: bytes, segments: list[_Segment]) -> Iterator[tuple[int, int]]:
-    section = next(segment for segment in segments if segment.kind == _PT_DYNAMIC)
+    section = next((segment for segment in segments if segment.kind == _PT_DYNAMIC), None)
+    if section is None:
+        return
     for offset in range(section.offset, section.offset + section.size_bytes, 16):
         tag, value = struct.unpack_from("<QQ", data, offset)
         if tag == _DT_NULL:

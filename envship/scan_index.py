@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import envship
+from envship._version import __version__
 from envship.sources.draft import CodeItem, Draft, FileItem, MadeItem, Plan
 from envship.sources.tree import Root, Trees, is_settled, mark
 from worker_bootstrap.digest import Digest, EnvironmentId, is_digest
@@ -105,7 +105,7 @@ def signature(draft: Draft, plan: Plan, started_ns: int) -> str | None:
 @functools.lru_cache(maxsize=1)
 def rules() -> str:
     """A digest of the code that packs: an index made by other code is not used."""
-    state = hashlib.sha256(envship.__version__.encode())
+    state = hashlib.sha256(__version__.encode())
     for path in _sources(Path(__file__).parent):
         state.update(path.read_bytes())
     return state.hexdigest()

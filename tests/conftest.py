@@ -2,6 +2,43 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+
+from worker_bootstrap.store import Store
+
 from .cluster import base_venv, client_store, lab, onlyhere, packed, prefixes, warm_stores
+from .prefixes import conda_environments, onlyhere_wheel, small_venv
 
 __all__ = ["base_venv", "client_store", "lab", "onlyhere", "packed", "prefixes", "warm_stores"]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """An empty store."""
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture(scope="session")
+def shared_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A store for the session: packing into it a second time is quick."""
+    return Store(tmp_path_factory.mktemp("shared") / "store")
+
+
+@pytest.fixture(scope="session")
+def venv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A venv with nothing but ``onlyhere``. Not to be changed: copy, or make one with `prefixes.small_venv`."""
+    folder = tmp_path_factory.mktemp("venv")
+    return small_venv(folder / "env", [onlyhere_wheel(folder)])
+
+
+@pytest.fixture(scope="session")
+def conda_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same conda packages at two prefixes, of unlike length. Not to be changed."""
+    pytest.importorskip("rattler")
+    pytest.importorskip("rattler_build")
+    folder = tmp_path_factory.mktemp("conda")
+    pair = folder / "env", folder / "at" / "a-longer-path" / "environment"
+    conda_environments(folder, *pair)
+    return pair

@@ -71,7 +71,7 @@ def base_draft(interpreter: Interpreter, trees: Trees, collector: Collector) -> 
 
 def _tree(folder: str, place: str, trees: Trees, interpreter: Interpreter, collector: Collector) -> Iterator[Item]:
     for path, (origin, node) in trees.found(Root(folder, _LEFT_OUT), place).items():
-        if path.endswith((".a", ".pyc")):
+        if path.endswith((".a", ".o", ".pyc")) or ("/config-" in path and path.endswith(".so")):
             continue
         if stat.S_ISLNK(node.st_mode):
             # Distributions link parts of the library elsewhere (Debian: /etc): the content counts.

@@ -107,6 +107,8 @@ def canonical_conda_meta(data: bytes) -> bytes:
         if path.get("path_type") == "unix_python_entry_point":
             # Written by the installer with the prefix in it.
             path.pop("sha256", None)
+        if path.get("path_type") == "unix_python_entry_point" or "prefix_placeholder" in path:
+            # Some installers write the size of the original, others that of the file in the prefix.
             path.pop("size_in_bytes", None)
     return json.dumps(record, sort_keys=True, indent=1).encode()
 

@@ -1,0 +1,150 @@
+"""``python conda_packages.py FOLDER PREFIX…``: true conda packages from source, and environments made of them.
+
+rattler-build makes the packages (with conda's long placeholder, ``paths.json`` and all), rattler installs them; both
+are libraries on PyPI, so that no conda, channel or compiler is needed. The package ``python`` is the interpreter that
+runs this. The others have one of everything that relocation meets: a binary file, text files, a script, a chain of
+links, a ``noarch: python`` package with an entry point, an activation script.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+SHORT = f"{sys.version_info.major}.{sys.version_info.minor}"
+FULL = ".".join(map(str, sys.version_info[:3]))
+LIBRARY = f"lib/python{SHORT}"
+UNNEEDED = (
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idlelib",
+    "turtledemo",
+    "tkinter",
+    "ensurepip",
+    "lib2to3",
+)
+
+INTERPRETER = r"""
+set -e
+mkdir -p "$PREFIX/bin" "$PREFIX/{library}/site-packages"
+cp -L "{executable}" "$PREFIX/bin/python{short}"
+ln -s python{short} "$PREFIX/bin/python"
+ln -s python{short} "$PREFIX/bin/python3"
+tar -C "{stdlib}" {exclude} --exclude=__pycache__ --exclude='*.a' --exclude='config-*' -chf - . \
+  | tar -C "$PREFIX/{library}" -xf -
+ln -sfn site-packages "$PREFIX/{library}/dist-packages"
+if [ -e "{libpython}" ]; then cp -L "{libpython}" "$PREFIX/lib/"; fi
+"{patchelf}" --force-rpath --set-rpath '$ORIGIN/../lib' "$PREFIX/bin/python{short}"
+find "$PREFIX/{library}" -name '_sysconfigdata*.py' -exec sed -i "s|{base}/lib|$PREFIX/lib|g" {{}} +
+"$PREFIX/bin/python" -m compileall -q "$PREFIX/{library}"
+"""
+
+LIBMINI = r"""
+set -e
+mkdir -p $PREFIX/lib $PREFIX/bin $PREFIX/share/libmini $PREFIX/etc/conda/activate.d
+printf '\177MINI\000\001%s/share:%s/lib\000tail\000' "$PREFIX" "$PREFIX" > $PREFIX/lib/libmini.so.1.0.0
+ln -s libmini.so.1.0.0 $PREFIX/lib/libmini.so.1
+ln -s libmini.so.1 $PREFIX/lib/libmini.so
+printf '[libmini]\nprefix=%s\n' "$PREFIX" > $PREFIX/share/libmini/libmini.conf
+printf '#!%s/bin/python\nimport sys\nprint(sys.prefix)\n' "$PREFIX" > $PREFIX/bin/mini-prefix
+chmod +x $PREFIX/bin/mini-prefix
+printf 'export LIBMINI_DATA=%s/share/libmini\n' "$PREFIX" > $PREFIX/etc/conda/activate.d/libmini.sh
+mkdir -p $PREFIX/{library}/site-packages/libmini
+printf 'VERSION = "1.0"\n' > $PREFIX/{library}/site-packages/libmini/__init__.py
+$PREFIX/bin/python -m compileall -q $PREFIX/{library}/site-packages/libmini
+"""
+
+NOARCH = r"""
+set -e
+mkdir -p $SP_DIR/mininoarch
+printf 'import sys\n\n\ndef main():\n    print("mininoarch", sys.prefix)\n' > $SP_DIR/mininoarch/__init__.py
+"""
+
+
+def build(channel: Path, name: str, version: str, script: str, requirements: dict[str, Any], **options: Any) -> None:
+    """Build one package into *channel*."""
+    from rattler_build import PlatformConfig, RenderConfig, Stage0Recipe, ToolConfiguration, VariantConfig
+
+    recipe = {
+        "package": {"name": name, "version": version},
+        "build": {"number": 0, "script": [script], "dynamic_linking": {"binary_relocation": False}, **options},
+        "requirements": requirements,
+    }
+    folder = channel.parent / "recipes" / name
+    folder.mkdir(parents=True)
+    rendered = Stage0Recipe.from_dict(recipe, recipe_dir=folder).render(
+        VariantConfig(), RenderConfig(PlatformConfig(target_platform="linux-64"))
+    )
+    for variant in rendered:
+        variant.run_build(
+            ToolConfiguration(),
+            output_dir=channel,
+            channels=[channel.as_uri()],
+            package_format="conda:1",
+            no_include_recipe=True,
+        )
+
+
+def build_all(channel: Path) -> None:
+    """Build the three packages."""
+    for subdir in ("noarch", "linux-64"):
+        (channel / subdir).mkdir(parents=True)
+        empty = {"info": {"subdir": subdir}, "packages": {}, "packages.conda": {}, "repodata_version": 1}
+        (channel / subdir / "repodata.json").write_text(json.dumps(empty))
+    libpython = Path(str(sysconfig.get_config_var("LIBDIR")), str(sysconfig.get_config_var("INSTSONAME")))
+    interpreter = INTERPRETER.format(
+        short=SHORT,
+        library=LIBRARY,
+        executable=os.path.realpath(sys.executable),
+        stdlib=sysconfig.get_path("stdlib"),
+        exclude=" ".join(f"--exclude={name}" for name in UNNEEDED),
+        libpython=libpython if sysconfig.get_config_var("Py_ENABLE_SHARED") else "",
+        patchelf=Path(sysconfig.get_path("scripts")) / "patchelf",
+        base=sys.base_prefix,
+    )
+    own_code = {"skip_pyc_compilation": ["**/*.py"]}
+    build(channel, "python", FULL, interpreter, {}, python=own_code)
+    pinned = f"python {SHORT}.*"
+    libmini = LIBMINI.replace("{library}", LIBRARY)
+    build(channel, "libmini", "1.0", libmini, {"host": [pinned], "run": [pinned]}, python=own_code)
+    entry = {"entry_points": ["mininoarch = mininoarch:main"]}
+    build(
+        channel, "mininoarch", "1.0", NOARCH, {"host": [pinned], "run": ["python >=3.9"]}, noarch="python", python=entry
+    )
+
+
+async def install_all(channel: Path, folder: Path, prefixes: Sequence[Path]) -> None:
+    """Install the packages at each prefix; each has a package cache of its own, as on another machine."""
+    from rattler import install, solve
+
+    specs = [f"python {SHORT}.*", "libmini", "mininoarch"]
+    records = await solve(sources=[channel.as_uri()], platforms=["linux-64", "noarch"], specs=specs)
+    for number, prefix in enumerate(prefixes):
+        cache = folder / f"pkgs{number}"
+        await install(records, target_prefix=prefix, cache_dir=cache, show_progress=False)
+
+
+def main() -> None:
+    folder, *prefixes = map(Path, sys.argv[1:])
+    build_all(folder / "channel")
+    asyncio.run(install_all(folder / "channel", folder, prefixes))
+    for prefix in prefixes:
+        # As conda does after it has linked a noarch package.
+        compile_all = [str(prefix / "bin" / "python"), "-m", "compileall", "-q", f"{LIBRARY}/site-packages/mininoarch"]
+        subprocess.run(compile_all, cwd=prefix, check=True)
+    sys.stdout.flush()
+    # py-rattler's threads may crash an interpreter that ends in the ordinary way.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Real environments to pack: venvs in a second, and a true conda environment with neither conda nor a channel."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from envship.cli.machines import write_wheel
+
+ONLYHERE = '''"""Only in the packed environment."""
+
+
+def f(x):
+    return x + 41
+'''
+
+
+def small_venv(prefix: Path, wheels: Sequence[Path], *pip_options: str) -> Path:
+    """A venv with nothing but *wheels*, made without the network."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(prefix)], check=True)
+    install(prefix, *pip_options, *map(str, wheels))
+    return prefix
+
+
+def install(prefix: Path, *arguments: str) -> None:
+    """``pip install`` of local files into *prefix*, by the pip that runs the tests."""
+    pip = [sys.executable, "-m", "pip", "--python", str(prefix / "bin" / "python"), "--disable-pip-version-check"]
+    subprocess.run([*pip, "install", "-q", "--no-index", "--no-deps", *arguments], check=True)
+
+
+def onlyhere_wheel(folder: Path, version: str = "1.0", source: str = ONLYHERE) -> Path:
+    """A wheel of the module ``onlyhere``."""
+    return write_wheel(folder, "onlyhere", version, source)
+
+
+def conda_environments(folder: Path, *prefixes: Path) -> None:
+    """The same conda packages, installed at each of *prefixes* from a package cache of its own.
+
+    `conda_packages` says what is in them. In a process of its own, since py-rattler may crash when one ends.
+    """
+    script = Path(__file__).with_name("conda_packages.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder), *map(str, prefixes)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

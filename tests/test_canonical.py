@@ -1,0 +1,137 @@
+"""What files become: recorded originals, text with one placeholder, binary files as they were."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import pytest
+
+from envship import elf
+from envship.canonical import PLACEHOLDER, Own, Recorded, Rewritten, names_prefix
+from worker_bootstrap.digest import digest_of
+from worker_bootstrap.manifest import Relocation
+from worker_bootstrap.relocate import relocate
+
+LONG = "/placeholder/" + "p" * 200
+HERE = "/home/me/env"
+
+
+def test_text_that_names_its_prefix_is_the_same_from_every_prefix() -> None:
+    texts = [
+        f"#!{prefix}/bin/python\nhome = {prefix}/share\n".encode() for prefix in (HERE, "/opt/a/much/longer/place")
+    ]
+    one, other = (
+        Own((prefix,), "bin/x")(text) for prefix, text in zip((HERE, "/opt/a/much/longer/place"), texts, strict=True)
+    )
+    assert one == other
+    assert one.relocation == Relocation("text", PLACEHOLDER)
+    assert relocate(one.data, one.relocation, HERE) == texts[0]
+
+
+@pytest.mark.parametrize("text", ["/home/me/env2/lib", "/home/me/env-old", "/home/me/env.bak/x", "/home/me/envé"])
+def test_longer_names_do_not_name_the_prefix(text: str) -> None:
+    assert Own((HERE,))(text.encode()).relocation is None
+    assert not names_prefix(text.encode(), (HERE,))
+
+
+@pytest.mark.parametrize("text", ["/home/me/env", "in /home/me/env.", "-L/home/me/env/lib", "a:/home/me/env:b"])
+def test_the_prefix_itself_does(text: str) -> None:
+    assert Own((HERE,))(text.encode()).relocation is not None
+    assert names_prefix(text.encode(), (HERE,))
+
+
+def test_a_text_that_holds_the_placeholder_itself_still_comes_back() -> None:
+    text = f"{PLACEHOLDER} is not {HERE}\n".encode()
+    content = Own((HERE,))(text)
+    assert content.relocation is not None
+    assert relocate(content.data, content.relocation, HERE) == text
+    assert relocate(content.data, content.relocation, "/new") == f"{PLACEHOLDER} is not /new\n".encode()
+
+
+def test_of_the_systems_prefix_only_the_interpreter_of_a_script_moves() -> None:
+    script = b"#!/usr/bin/python3.11\nopen('/usr/share/zoneinfo')\n"
+    content = Own(("/usr",), "bin/x")(script)
+    assert content.relocation is not None
+    assert relocate(content.data, content.relocation, "/new") == script.replace(b"#!/usr", b"#!/new")
+    assert Own(("/usr",), "bin/x")(b"#!/usr/bin/env python\n").relocation is None
+    assert Own(("/usr",), "lib/x.py")(script).relocation is None
+
+
+def test_a_script_whose_path_was_too_long_for_a_shebang_gets_its_plain_form_back() -> None:
+    long = "/" + "x" * 150
+    body = b"import sys\n"
+    wrapped = f"#!/bin/sh\n'''exec' {long}/bin/python \"$0\" \"$@\"\n' '''\n".encode() + body
+    assert Own((long,), "bin/x")(wrapped) == Own((HERE,), "bin/x")(f"#!{HERE}/bin/python\n".encode() + body)
+
+
+def test_binary_files_that_nobody_recorded_keep_their_bytes() -> None:
+    data = b"\0pickle\0" + HERE.encode() + b"\0"
+    assert Own((HERE,))(data) == (data, None)
+
+
+@pytest.mark.parametrize("mode", ["text", "binary"])
+def test_a_recorded_file_turns_back_into_its_original(mode: str) -> None:
+    ending = b"\0\0tail" if mode == "binary" else b"\n"
+    original = b"a " + LONG.encode() + b"/lib:" + LONG.encode() + b"/bin" + ending
+    relocation = Relocation(mode, LONG)
+    installed = relocate(original, relocation, HERE)
+    assert installed != original
+    assert Recorded(digest_of(original), relocation, Own((HERE,)))(installed) == (original, relocation)
+
+
+def test_a_recorded_text_that_was_edited_is_content_of_its_own() -> None:
+    relocation = Relocation("text", LONG)
+    content = Recorded(digest_of(b"prefix=" + LONG.encode()), relocation, Own((HERE,)))(b"edited prefix=/home/me/env\n")
+    assert content == (f"edited prefix={PLACEHOLDER}\n".encode(), Relocation("text", PLACEHOLDER))
+
+
+def test_a_recorded_binary_that_was_edited_keeps_its_room() -> None:
+    relocation = Relocation("binary", LONG)
+    original = b"\0" + LONG.encode() + b"/lib\0code"
+    edited = relocate(original, relocation, HERE).replace(b"code", b"sign")
+    content = Recorded(digest_of(original), relocation, Own((HERE,)))(edited)
+    assert content == (original.replace(b"code", b"sign"), relocation)
+
+
+def test_a_file_without_prefix_that_was_edited_is_packed_as_it_is() -> None:
+    assert Recorded(digest_of(b"original"), None, Own((HERE,)))(b"edited") == (b"edited", None)
+
+
+def test_rewritten_content_is_relocated_where_asked() -> None:
+    treatment = Rewritten("upper", bytes.swapcase, Own((HERE,)))
+    assert treatment(HERE.swapcase().encode()) == (PLACEHOLDER.encode(), Relocation("text", PLACEHOLDER))
+    assert "upper" in treatment.key
+
+
+def test_the_search_path_of_a_library_becomes_relative(tmp_path: Path) -> None:
+    data = elf_file("/home/me/env/lib:/usr/lib")
+    changed = elf.with_relative_rpath(data, "bin/python3", [HERE])
+    assert elf.rpath(changed) == "$ORIGIN/../lib:/usr/lib"
+    assert len(changed) == len(data)
+    assert Own((HERE,), "bin/python3")(data) == (changed, None)
+
+
+def test_a_search_path_that_is_too_short_to_take_a_relative_one_stays() -> None:
+    data = elf_file("/e/lib")
+    assert elf.with_relative_rpath(data, "lib/python3.11/lib-dynload/x.so", ["/e"]) == data
+
+
+@pytest.mark.parametrize("length", [0, 4, 63, 70, 130, 200])
+def test_a_broken_elf_file_is_left_as_it_is(length: int) -> None:
+    data = elf_file("/home/me/env/lib")[:length]
+    assert elf.rpath(data) is None
+    assert elf.with_relative_rpath(data, "bin/x", [HERE]) == data
+
+
+def elf_file(rpath: str) -> bytes:
+    """The least that has an RUNPATH: header, two segments, dynamic section, string table."""
+    strings = b"\0" + rpath.encode() + b"\0"
+    dynamic_at, strings_at = 64 + 2 * 56, 64 + 2 * 56 + 3 * 16
+    size = strings_at + len(strings)
+    header = b"\x7fELF\x02\x01\x01" + bytes(9)
+    header += struct.pack("<HHIQQQIHHHHHH", 3, 62, 1, 0, 64, 0, 0, 64, 56, 2, 0, 0, 0)
+    load = struct.pack("<IIQQQQQQ", 1, 4, 0, 0x1000, 0x1000, size, size, 0x1000)
+    dynamic = struct.pack("<IIQQQQQQ", 2, 4, dynamic_at, 0x1000 + dynamic_at, 0x1000 + dynamic_at, 48, 48, 8)
+    tags = struct.pack("<6Q", 5, 0x1000 + strings_at, 29, 1, 0, 0)
+    return header + load + dynamic + tags + strings

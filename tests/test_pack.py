@@ -1,0 +1,143 @@
+"""Packing as such: unchanged means nearly nothing to do, an interruption leaves nothing wrong, progress is told."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from envship.pack import pack
+from envship.scan_index import ScanIndex, index_folder
+from worker_bootstrap.errors import SourceNotFound, StoreFull
+from worker_bootstrap.store import Store
+
+from .contents import contents, package
+from .prefixes import onlyhere_wheel, small_venv
+
+SITE = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    """A venv to change, old enough for its time stamps to be believed."""
+    prefix = small_venv(tmp_path / "env", [onlyhere_wheel(tmp_path)])
+    time.sleep(0.1)
+    return prefix
+
+
+def test_an_unchanged_environment_is_recognised_without_reading_it(
+    mine: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = pack(mine, store=store)
+
+    def planned(*arguments: object, **options: object) -> None:
+        raise AssertionError("planned again")
+
+    monkeypatch.setattr(sys.modules["envship.pack"], "plan_prefix", planned)
+    assert pack(mine, store=store).id == first.id
+
+
+@pytest.mark.parametrize("same_size_and_time", [False, True])
+def test_an_edited_file_is_noticed(mine: Path, store: Store, same_size_and_time: bool) -> None:
+    first = pack(mine, store=store)
+    path = mine / SITE / "onlyhere.py"
+    before = path.stat()
+    path.write_text(path.read_text().replace("41", "40" if same_size_and_time else "4100"))
+    if same_size_and_time:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    second = pack(mine, store=store)
+    assert second.id != first.id
+    (mine_again,) = (p for p in second.packages if p.name == "onlyhere")
+    assert mine_again != package(first, "onlyhere")
+    assert package(second, "python") == package(first, "python")
+
+
+def test_an_edit_just_after_the_pack_is_noticed(mine: Path, store: Store) -> None:
+    """An edit in the same tick of the clock as the file's last change leaves no other trace than its content."""
+    path = mine / SITE / "onlyhere.py"
+    ids = set()
+    for number in range(5):
+        path.write_text(f"N = {number}\n")
+        environment = pack(mine, store=store)
+        assert (
+            contents(environment, package(environment, "onlyhere"))[f"{SITE}/onlyhere.py"] == f"N = {number}\n".encode()
+        )
+        ids.add(environment.id)
+    assert len(ids) == 5
+
+
+def test_added_and_removed_files_are_noticed(mine: Path, store: Store) -> None:
+    ids = [pack(mine, store=store).id]
+    (mine / "extra").write_text("x")
+    ids.append(pack(mine, store=store).id)
+    (mine / "extra").unlink()
+    ids.append(pack(mine, store=store).id)
+    assert ids[0] == ids[2] != ids[1]
+
+
+def test_a_chunk_that_the_store_lost_is_written_again(mine: Path, store: Store) -> None:
+    environment = pack(mine, store=store)
+    for path in itertools.islice(store.layout.chunks.rglob("*.zst"), 5):
+        path.unlink()
+    assert store.missing(environment.chunks)
+    assert pack(mine, store=store).id == environment.id
+    assert not store.missing(environment.chunks)
+
+
+def test_a_damaged_index_is_passed_over(mine: Path, store: Store) -> None:
+    environment = pack(mine, store=store)
+    (path,) = index_folder(store).glob("*.json")
+    for damage in (b"", b"{}", b"[1", path.read_bytes()[:-40], b'{"rules": 1}'):
+        path.write_bytes(damage)
+        assert ScanIndex.load(store, str(mine), ignore_missing=False).environment_id is None
+    assert pack(mine, store=store).id == environment.id
+
+
+def test_progress_ends_where_it_said(mine: Path, store: Store) -> None:
+    told: list[tuple[str, int, int]] = []
+    pack(mine, store=store, report=lambda *row: told.append(row))
+    assert told[0] == ("scan", 0, 0)
+    stage, done, total = told[-1]
+    assert stage == "pack"
+    assert done == total > 0
+
+
+def test_a_pack_that_is_killed_leaves_no_environment_and_the_next_one_finishes(mine: Path, store: Store) -> None:
+    code = (
+        "import sys; from pathlib import Path; from envship.pack import pack; from worker_bootstrap.store import Store;"
+    )
+    code += "pack(sys.argv[1], store=Store(Path(sys.argv[2])))"
+    for delay_s in (0.3, 0.6, 0.9):
+        process = subprocess.Popen([sys.executable, "-c", code, str(mine), str(store.layout.root)])
+        time.sleep(delay_s)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for environment_id in store.environments():
+            assert not store.missing(store.read_manifest(environment_id).chunks)
+    environment = pack(mine, store=store)
+    for digest in environment.chunks:
+        store.read_chunk(digest)
+
+
+def test_an_error_in_a_thread_ends_the_pack(mine: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(data: bytes) -> None:
+        raise StoreFull("here", 0, 0)
+
+    monkeypatch.setattr(store, "write_chunk", full)
+    with pytest.raises(StoreFull):
+        pack(mine, store=store)
+    assert store.environments() == []
+
+
+def test_a_name_that_is_nothing_says_where_it_was_looked_for(store: Store) -> None:
+    with pytest.raises(SourceNotFound) as caught:
+        pack("no-such-environment", store=store)
+    assert caught.value.looked_in
+    with pytest.raises(SourceNotFound):
+        pack("/no/such/prefix", store=store)

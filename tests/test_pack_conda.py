@@ -1,0 +1,192 @@
+"""Packing real conda environments: identity, relocation, what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from envship.canonical import PLACEHOLDER
+from envship.pack import pack
+from envship.sources.conda import canonical_conda_meta
+from worker_bootstrap.errors import NotAnEnvironment, SourceProblems
+from worker_bootstrap.manifest import File, Link
+from worker_bootstrap.materialise import materialise
+from worker_bootstrap.store import Store
+
+from .contents import all_entries, contents, entries, package
+from .prefixes import install, onlyhere_wheel
+
+SITE = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
+
+
+@pytest.fixture
+def copy(conda_pair: tuple[Path, Path], tmp_path: Path) -> Path:
+    """A conda environment to change: moved in place of the original prefix's name, so that its files fit it."""
+    target = tmp_path / "env"
+    original = conda_pair[0]
+    shutil.copytree(original, target, symlinks=True)
+    for path in target.rglob("*"):
+        if path.is_file() and not path.is_symlink() and path.suffix != ".json":
+            data = path.read_bytes()
+            if b"\0" not in data and os.fsencode(original) in data:
+                path.write_bytes(data.replace(os.fsencode(original), os.fsencode(target)))
+    return target
+
+
+def test_the_same_packages_at_two_prefixes_are_the_same_environment(
+    conda_pair: tuple[Path, Path], shared_store: Store, store: Store
+) -> None:
+    one, other = (pack(prefix, store=where) for prefix, where in zip(conda_pair, (shared_store, store), strict=True))
+    assert one.id == other.id
+    assert [p.name for p in one.packages] == ["", "libmini", "mininoarch", "python"]
+    assert one.python == ".".join(map(str, sys.version_info[:3]))
+    assert one.platform == "linux-64"
+
+
+def test_relocation_is_undone_to_what_the_package_recorded(conda_pair: tuple[Path, Path], shared_store: Store) -> None:
+    environment = pack(conda_pair[0], store=shared_store)
+    record = json.loads(next((conda_pair[0] / "conda-meta").glob("libmini-*.json")).read_bytes())
+    packed = entries(environment, package(environment, "libmini"))
+    checked = 0
+    for path in record["paths_data"]["paths"]:
+        if "prefix_placeholder" in path:
+            entry = packed[path["_path"]]
+            assert isinstance(entry, File)
+            assert entry.digest == path["sha256"]
+            assert entry.relocation == (path["file_mode"], path["prefix_placeholder"])
+            checked += 1
+    assert checked == 4
+    assert packed["lib/libmini.so"] == Link("lib/libmini.so", "libmini.so.1")
+
+
+def test_an_entry_point_is_the_same_from_every_prefix(conda_pair: tuple[Path, Path], shared_store: Store) -> None:
+    environment = pack(conda_pair[0], store=shared_store)
+    script = contents(environment, package(environment, "mininoarch"))["bin/mininoarch"]
+    assert script.startswith(f"#!{PLACEHOLDER}/bin/python".encode())
+
+
+def test_a_built_environment_works_and_compiles_nothing(
+    conda_pair: tuple[Path, Path], shared_store: Store, tmp_path: Path
+) -> None:
+    environment = pack(conda_pair[1], store=shared_store)
+    prefix = materialise(shared_store, environment.id)
+    before = {path: path.stat().st_mtime_ns for path in prefix.rglob("*.pyc")}
+    script = "import sys, libmini, json, asyncio; print(sys.prefix, libmini.__file__)"
+    clean = {"PATH": "/usr/bin:/bin"}
+    said = subprocess.run([prefix / "bin" / "python", "-c", script], env=clean, capture_output=True, check=True)
+    assert said.stdout.decode().split() == [str(prefix), f"{prefix}/{SITE}/libmini/__init__.py"]
+    for name, expected in (("mini-prefix", f"{prefix}"), ("mininoarch", f"mininoarch {prefix}")):
+        said = subprocess.run([prefix / "bin" / name], env=clean, capture_output=True, check=True)
+        assert said.stdout.decode().strip() == expected
+    assert {path: path.stat().st_mtime_ns for path in prefix.rglob("*.pyc")} == before
+    library = (prefix / "lib" / "libmini.so").read_bytes()
+    assert f"{prefix}/share:{prefix}/lib\0".encode() in library
+    assert library.endswith(b"tail\0")
+
+
+def test_pip_packages_and_files_of_nobody_come_along(copy: Path, store: Store, tmp_path: Path) -> None:
+    install(copy, str(onlyhere_wheel(tmp_path)))
+    (copy / "share" / "notes.txt").write_text(f"kept in {copy}/share\n")
+    (copy / "share" / "empty").mkdir()
+    (copy / "share" / "absolute").symlink_to(copy / "share" / "notes.txt")
+    (copy / "share" / "debug.log").write_text("left out")
+    environment = pack(copy, store=store)
+    mine = package(environment, "onlyhere")
+    assert (mine.kind, mine.version) == ("pypi", "1.0")
+    files = entries(environment, package(environment, "", "files"))
+    assert files["share/absolute"] == Link("share/absolute", "notes.txt")
+    assert "share/empty" in files
+    assert "share/debug.log" not in files
+    note = files["share/notes.txt"]
+    assert isinstance(note, File)
+    assert note.relocation == ("text", PLACEHOLDER)
+    assert contents(environment, package(environment, "", "files"))["conda-meta/history"] == b""
+    assert not any(path.endswith("CACHEDIR.TAG") for path in all_entries(environment))
+
+
+def test_missing_and_overwritten_files_are_all_listed_and_may_be_ignored(
+    copy: Path, store: Store, tmp_path: Path
+) -> None:
+    (copy / "share" / "libmini" / "libmini.conf").unlink()
+    (copy / SITE / "mininoarch" / "__init__.py").unlink()
+    wheel = onlyhere_wheel(tmp_path, source="VERSION = '2'\n")
+    rename_module(wheel, "onlyhere.py", "libmini/__init__.py")
+    install(copy, str(wheel))
+    with pytest.raises(SourceProblems) as caught:
+        pack(copy, store=store)
+    assert sorted(caught.value.problems) == [
+        f"libmini 1.0: {SITE}/libmini/__init__.py was overwritten by onlyhere 1.0 (pip)",
+        "libmini 1.0: share/libmini/libmini.conf is missing",
+        f"mininoarch 1.0: {SITE}/mininoarch/__init__.py is missing",
+    ]
+    assert "ignore" in caught.value.remedy
+    assert store.environments() == []
+    environment = pack(copy, store=store, ignore_missing=True)
+    assert contents(environment, package(environment, "onlyhere"))[f"{SITE}/libmini/__init__.py"] == b"VERSION = '2'\n"
+    all_entries(environment)
+
+
+def test_a_link_out_of_the_prefix_is_named(copy: Path, store: Store) -> None:
+    (copy / "share" / "outside").symlink_to("/etc/passwd")
+    (copy / "share" / "above").symlink_to("../../other/file")
+    with pytest.raises(SourceProblems) as caught:
+        pack(copy, store=store, ignore_missing=True)
+    assert len(caught.value.problems) == 2
+    assert all("symbolic link" in problem for problem in caught.value.problems)
+
+
+def test_variables_of_the_environment_are_packed(copy: Path, store: Store) -> None:
+    (copy / "conda-meta" / "state").write_text(json.dumps({"env_vars": {"MINE": "1", "GONE": "***unset***"}}))
+    assert pack(copy, store=store).manifest.environ == {"MINE": "1"}
+
+
+def test_an_environment_without_python_is_refused(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "env" / "conda-meta").mkdir(parents=True)
+    (tmp_path / "env" / "conda-meta" / "history").touch()
+    with pytest.raises(NotAnEnvironment, match="python"):
+        pack(tmp_path / "env", store=store)
+
+
+def test_a_damaged_record_is_named(copy: Path, store: Store) -> None:
+    (copy / "conda-meta" / "broken-1.0-0.json").write_text("{")
+    with pytest.raises(SourceProblems, match=re.escape("conda-meta/broken-1.0-0.json")):
+        pack(copy, store=store)
+
+
+def test_records_lose_what_is_true_of_one_machine_only() -> None:
+    record = {
+        "name": "x",
+        "url": "https://me:secret@host/t/token-1/channel/linux-64/x.conda",
+        "channel": "https://host/t/token-1/channel",
+        "extracted_package_dir": "/home/me/pkgs/x",
+        "link": {"source": "/home/me/pkgs/x", "type": 3},
+        "requested_spec": "x",
+        "paths_data": {"paths": [{"_path": "a", "sha256": "s", "sha256_in_prefix": "p", "size_in_bytes": 1}]},
+    }
+    text = canonical_conda_meta(json.dumps(record).encode())
+    assert json.loads(text) == {
+        "name": "x",
+        "url": "https://host/channel/linux-64/x.conda",
+        "channel": "https://host/channel",
+        "link": {"source": "", "type": 1},
+        "paths_data": {"paths": [{"_path": "a", "sha256": "s", "size_in_bytes": 1}]},
+    }
+    assert canonical_conda_meta(text) == text
+
+
+def rename_module(wheel: Path, old: str, new: str) -> None:
+    """Give the module of a wheel another path; pip does not compare the hashes in its RECORD."""
+    import zipfile
+
+    with zipfile.ZipFile(wheel) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name.replace(old, new), data.replace(old.encode(), new.encode()))

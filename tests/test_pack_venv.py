@@ -1,0 +1,165 @@
+"""Packing venvs: identity, the interpreter inside, pip's packages."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from envship.canonical import PLACEHOLDER
+from envship.pack import pack
+from envship.sources.interpreter import ask
+from worker_bootstrap.errors import NotAnEnvironment, SourceProblems
+from worker_bootstrap.manifest import File, Link
+from worker_bootstrap.materialise import materialise
+from worker_bootstrap.store import Store
+
+from .contents import all_entries, contents, entries, package
+from .prefixes import onlyhere_wheel, small_venv
+
+SHORT = f"{sys.version_info.major}.{sys.version_info.minor}"
+SITE = f"lib/python{SHORT}/site-packages"
+
+
+def test_the_same_packages_in_two_venvs_are_the_same_environment(
+    venv: Path, shared_store: Store, store: Store, tmp_path: Path
+) -> None:
+    """At another path, at another time, without byte code on disk, in a store that knows nothing."""
+    other = small_venv(tmp_path / "a-much-longer-path" / "to" / "env", [onlyhere_wheel(tmp_path)], "--no-compile")
+    for path in other.rglob("*.py"):
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+    assert not list(other.rglob("*.pyc"))
+    assert pack(venv, store=shared_store).id == pack(other, store=store).id
+
+
+def test_another_version_is_another_environment(venv: Path, shared_store: Store, tmp_path: Path) -> None:
+    other = small_venv(tmp_path / "env", [onlyhere_wheel(tmp_path, "1.1")])
+    one, two = pack(venv, store=shared_store), pack(other, store=shared_store)
+    assert one.id != two.id
+    assert package(one, "python") == package(two, "python")
+
+
+def test_the_built_prefix_needs_no_other_interpreter(venv: Path, shared_store: Store) -> None:
+    """What the process has mapped and would import from lies in the prefix, or belongs to the system."""
+    environment = pack(venv, store=shared_store)
+    prefix = materialise(shared_store, environment.id)
+    script = (
+        "import sys, ssl, ctypes, onlyhere; print(sys.prefix, sys.base_prefix, onlyhere.f(1)); print(*sys.path[1:]);"
+        "print(*{l.split()[-1] for l in open('/proc/self/maps') if '/' in l})"
+    )
+    said = subprocess.run(
+        [prefix / "bin" / "python", "-c", script], env={"PATH": "/usr/bin:/bin"}, capture_output=True, check=True
+    )
+    first, path, mapped = said.stdout.decode().splitlines()
+    assert first == f"{prefix} {prefix} 42"
+    assert all(entry.startswith(f"{prefix}/") for entry in path.split())
+    outside = [name for name in mapped.split() if not name.startswith((f"{prefix}/", "/usr/lib", "/lib", "/dev/"))]
+    assert outside == []
+    assert not (prefix / "pyvenv.cfg").exists()
+
+
+def test_scripts_run_from_the_built_prefix(venv: Path, shared_store: Store, tmp_path: Path) -> None:
+    mine = small_venv(tmp_path / "env", [onlyhere_wheel(tmp_path)])
+    script = mine / "bin" / "where"
+    script.write_text(f"#!{mine}/bin/python\nimport sys; print(sys.executable)\n")
+    script.chmod(0o755)
+    environment = pack(mine, store=shared_store)
+    entry = entries(environment, package(environment, "", "files"))["bin/where"]
+    assert isinstance(entry, File)
+    assert (entry.executable, entry.relocation) == (True, ("text", PLACEHOLDER))
+    prefix = materialise(shared_store, environment.id)
+    said = subprocess.run([prefix / "bin" / "where"], env={"PATH": "/bin"}, capture_output=True, check=True)
+    assert said.stdout.decode().strip() == f"{prefix}/bin/python"
+
+
+def test_importing_from_the_built_prefix_writes_no_byte_code(venv: Path, shared_store: Store) -> None:
+    prefix = materialise(shared_store, pack(venv, store=shared_store).id)
+    before = set(prefix.rglob("*.pyc"))
+    modules = "onlyhere, asyncio, json, http.client, email, xml.dom.minidom, multiprocessing.pool, unittest"
+    subprocess.run([prefix / "bin" / "python", "-c", f"import {modules}"], env={"PATH": "/bin"}, check=True)
+    assert set(prefix.rglob("*.pyc")) == before
+
+
+def test_what_makes_a_folder_a_venv_is_left_out(venv: Path, shared_store: Store) -> None:
+    paths = all_entries(pack(venv, store=shared_store))
+    assert isinstance(paths["bin/python"], Link)
+    assert isinstance(paths[f"bin/python{SHORT}"], File)
+    assert not paths.keys() & {"pyvenv.cfg", "bin/activate", "bin/Activate.ps1", "lib64"}
+    assert not any(path.endswith(".a") or path.startswith(f"lib/python{SHORT}/test/") for path in paths)
+
+
+def test_records_of_pip_say_nothing_of_machine_and_prefix(venv: Path, shared_store: Store) -> None:
+    environment = pack(venv, store=shared_store)
+    files = contents(environment, package(environment, "onlyhere"))
+    info = f"{SITE}/onlyhere-1.0.dist-info"
+    assert f"{info}/REQUESTED" not in files
+    assert b"pyc" not in files[f"{info}/RECORD"]
+    assert f"{info}/RECORD,," in f"{SITE}/" + files[f"{info}/RECORD"].decode().replace("\n", f"\n{SITE}/")
+    assert files.get(f"{info}/direct_url.json", b"file:///").count(str(venv.parent).encode()) == 0
+    assert f"{SITE}/__pycache__/onlyhere.{sys.implementation.cache_tag}.pyc" in files
+
+
+def test_a_missing_file_of_a_package_is_named(store: Store, tmp_path: Path) -> None:
+    mine = small_venv(tmp_path / "env", [onlyhere_wheel(tmp_path)])
+    (mine / SITE / "onlyhere.py").unlink()
+    with pytest.raises(SourceProblems) as caught:
+        pack(mine, store=store)
+    assert caught.value.problems == [f"onlyhere 1.0: {SITE}/onlyhere.py is missing"]
+    assert pack(mine, store=store, ignore_missing=True).versions["dask"] is None
+
+
+def test_an_editable_installation_is_named(store: Store, tmp_path: Path) -> None:
+    mine = small_venv(tmp_path / "env", [onlyhere_wheel(tmp_path)])
+    info = mine / SITE / "onlyhere-1.0.dist-info"
+    (info / "direct_url.json").write_text('{"url": "file:///home/me/onlyhere", "dir_info": {"editable": true}}')
+    with pytest.raises(SourceProblems, match="editable mode from file:///home/me/onlyhere"):
+        pack(mine, store=store)
+
+
+def test_a_venv_whose_interpreter_is_gone_is_refused(store: Store, tmp_path: Path) -> None:
+    mine = small_venv(tmp_path / "env", [onlyhere_wheel(tmp_path)])
+    for name in ("python", "python3"):
+        (mine / "bin" / name).unlink()
+        (mine / "bin" / name).symlink_to("/nowhere/python3")
+    with pytest.raises(NotAnEnvironment):
+        pack(mine, store=store)
+
+
+def test_an_interpreter_that_does_not_start_is_reported(store: Store, tmp_path: Path) -> None:
+    mine = small_venv(tmp_path / "env", [onlyhere_wheel(tmp_path)])
+    python = mine / "bin" / "python"
+    python.unlink()
+    python.write_text("#!/bin/sh\necho broken >&2\nexit 3\n")
+    python.chmod(0o755)
+    with pytest.raises(NotAnEnvironment, match="broken"):
+        pack(mine, store=store)
+
+
+def test_unreadable_files_are_all_named(store: Store, tmp_path: Path) -> None:
+    if os.getuid() == 0:
+        pytest.skip("root reads everything")
+    mine = small_venv(tmp_path / "env", [onlyhere_wheel(tmp_path)])
+    (mine / "secret").write_text("x")
+    (mine / "secret").chmod(0)
+    with pytest.raises(SourceProblems, match="secret cannot be read"):
+        pack(mine, store=store)
+
+
+def test_other_interpreters_of_this_machine_can_be_packed(store: Store, tmp_path: Path) -> None:
+    """Whatever is on PATH besides the one that runs the tests: its venv runs from where it is built."""
+    found = [shutil.which(f"python3.{minor}") for minor in range(10, 15) if minor != sys.version_info.minor]
+    others = [executable for executable in found if executable and _has_venv(executable)]
+    if not others:
+        pytest.skip("no other interpreter")
+    prefix = tmp_path / "env"
+    subprocess.run([others[-1], "-m", "venv", "--without-pip", str(prefix)], check=True)
+    built = materialise(store, pack(prefix, store=store).id)
+    assert ask(str(built / "bin" / "python"), "").base_prefix == str(built)
+
+
+def _has_venv(executable: str) -> bool:
+    return subprocess.run([executable, "-c", "import venv"], capture_output=True, check=False).returncode == 0
