@@ -19,7 +19,7 @@ from worker_bootstrap.digest import EnvironmentId
 from worker_bootstrap.errors import IncompatibleEnvironment
 from worker_bootstrap.store import Store
 
-from .cluster import DASK_VERSIONS, ONLYHERE, SWAP_MARKS, Cluster, places, variant
+from .cluster import DASK_VERSIONS, ONLYHERE, SWAP_MARKS, Cluster, eventually, places, variant
 
 if TYPE_CHECKING:
     from envship.environment import Environment
@@ -106,9 +106,13 @@ def test_tasks_survive_swaps_under_load(
 def test_environments_left_behind_stay_warm(client: Client, packed: Environment, other: EnvironmentId) -> None:
     client.use_environment(packed, scheduler=False)
     client.use_environment(other, scheduler=False)
-    warm = {name for host in client.environment_status().hosts.values() for name in host.warm}
+
+    def warm() -> bool:
+        hosts = client.environment_status().hosts.values()
+        return all(host.warm == (packed.id,) for host in hosts if host.built)
+
+    eventually(warm, "each host keeps what it left last, and nothing else")
     before = {place.pid for place in places(client).values()}
-    assert warm in ({packed.id}, set()), "one at most, the one used last (it may still be on its way)"
     client.use_environment(packed, scheduler=False)
     assert before.isdisjoint(place.pid for place in places(client).values())
 

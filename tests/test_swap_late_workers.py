@@ -48,19 +48,16 @@ def addresses(client: Client, name: str) -> list[str]:
 
 
 def test_no_task_of_a_late_worker_runs_outside(client: Client, cluster: Cluster, packed: Environment) -> None:
-    """Tasks that wait for the worker by its name are there before it is, so they start as soon as it may."""
+    """Tasks that only the late worker can run are there before it is, so they start as soon as it may."""
 
     def prefix(number: int) -> str:
         import sys
 
         return sys.prefix
 
-    futures = {
-        name: client.map(prefix, range(20), workers=[name], allow_other_workers=False, pure=False)
-        for name in ("nanny", "bare")
-    }
-    cluster.start_worker("nanny")
-    cluster.start_worker("bare", "--no-nanny")
+    futures = {name: client.map(prefix, range(20), resources={name: 0.01}, pure=False) for name in ("nanny", "bare")}
+    cluster.start_worker("nanny", "--resources", "nanny=1")
+    cluster.start_worker("bare", "--no-nanny", "--resources", "bare=1")
     for name, waiting in futures.items():
         prefixes = client.gather(waiting)
         assert all(prefix.endswith(packed.id[:16]) for prefix in prefixes), name
@@ -78,9 +75,15 @@ def test_an_environment_that_takes_long_holds_up_nobody(
     late = Store(tmp_path / "late")
     with Lock(late.layout.lock(packed.id)):
         member = cluster.start_worker(
-            "late", "--death-timeout", str(DEATH_TIMEOUT_S), *options, environ={"ENVSHIP_STORE": str(late.layout.root)}
+            "late",
+            "--death-timeout",
+            str(DEATH_TIMEOUT_S),
+            "--resources",
+            "late=1",
+            *options,
+            environ={"ENVSHIP_STORE": str(late.layout.root)},
         )
-        waiting = client.submit(_prefix(), workers=["late"], allow_other_workers=False, pure=False)
+        waiting = client.submit(_prefix(), resources={"late": 1}, pure=False)
         eventually(lambda: list(late.layout.manifests.iterdir()), "the late worker has heard of the environment")
         plugin = _plugin()
         client.register_plugin(plugin, name="meanwhile")
@@ -100,8 +103,10 @@ def test_a_worker_that_cannot_have_the_environment_leaves_and_says_why(
 ) -> None:
     store = tmp_path / "not a folder"
     store.write_text("")
-    member = cluster.start_worker("unlucky", *options, environ={"ENVSHIP_STORE": str(store)})
-    waiting = client.submit(_prefix(), workers=["unlucky"], allow_other_workers=False, pure=False)
+    member = cluster.start_worker(
+        "unlucky", "--resources", "unlucky=1", *options, environ={"ENVSHIP_STORE": str(store)}
+    )
+    waiting = client.submit(_prefix(), resources={"unlucky": 1}, pure=False)
     eventually(lambda: not member.alive, "the worker leaves")
     assert str(store) in member.log
     assert not addresses(client, "unlucky")
@@ -114,8 +119,8 @@ def test_adaptive_workers_on_a_fresh_host_run_in_the_environment(
     """Several at once, which share a store: it is fetched and built once."""
     fresh = str(tmp_path / "fresh")
     for number in range(2):
-        cluster.start_worker(f"fresh-{number}", environ={"ENVSHIP_STORE": fresh})
-    prefixes = [client.submit(_prefix(), workers=[f"fresh-{n}"], allow_other_workers=False, pure=False) for n in (0, 1)]
+        cluster.start_worker(f"fresh-{number}", "--resources", f"fresh-{number}=1", environ={"ENVSHIP_STORE": fresh})
+    prefixes = [client.submit(_prefix(), resources={f"fresh-{number}": 1}, pure=False) for number in range(2)]
     assert {Path(prefix).parent.parent for prefix in client.gather(prefixes)} == {Path(fresh)}
 
 
