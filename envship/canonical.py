@@ -71,13 +71,17 @@ class Own:
         return f"own {self.path} {self.prefixes}"
 
     def __call__(self, data: bytes) -> Content:
-        if not any(os.fsencode(prefix) in data for prefix in self.prefixes):
+        if not self.occurs(data):
             return Content(data, None)
         if elf.is_elf(data):
             return Content(elf.with_relative_rpath(data, self.path, self.prefixes), None)
         if b"\0" in data:
             return Content(data, None)
         return _canonical_text(data, self.prefixes, is_script=self.path.startswith("bin/"))
+
+    def occurs(self, data: bytes) -> bool:
+        """Whether one of the prefixes stands anywhere in *data*."""
+        return any(os.fsencode(prefix) in data for prefix in self.prefixes)
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,9 @@ class Recorded:
 
     def __call__(self, data: bytes) -> Content:
         if self.relocation is None:
-            return Content(data, None) if digest_of(data) == self.digest else self.own(data)
+            # Hashed only where it matters: searching is several times as fast.
+            unchanged = not self.own.occurs(data) or digest_of(data) == self.digest
+            return Content(data, None) if unchanged else self.own(data)
         for prefix in self.own.prefixes:
             original = restore(data, self.relocation, prefix)
             if digest_of(original) == self.digest:

@@ -19,7 +19,7 @@ from worker_bootstrap.materialise import materialise
 from worker_bootstrap.store import Store
 
 from .contents import all_entries, contents, entries, package
-from .prefixes import onlyhere_wheel, small_venv
+from .prefixes import install, onlyhere_wheel, small_venv
 
 SHORT = f"{sys.version_info.major}.{sys.version_info.minor}"
 SITE = f"lib/python{SHORT}/site-packages"
@@ -118,6 +118,46 @@ def test_an_editable_installation_is_named(store: Store, tmp_path: Path) -> None
     (info / "direct_url.json").write_text('{"url": "file:///home/me/onlyhere", "dir_info": {"editable": true}}')
     with pytest.raises(SourceProblems, match="editable mode from file:///home/me/onlyhere"):
         pack(mine, store=store)
+
+
+def test_a_path_file_that_leads_outside_is_named(store: Store, tmp_path: Path) -> None:
+    mine = small_venv(tmp_path / "env", [onlyhere_wheel(tmp_path)])
+    (tmp_path / "project").mkdir()
+    (mine / SITE / "inside").mkdir()
+    (mine / SITE / "mine.pth").write_text(f"# comment\nimport sys\ninside\n/not/there\n{tmp_path}/project\n")
+    with pytest.raises(SourceProblems) as caught:
+        pack(mine, store=store)
+    (problem,) = caught.value.problems
+    assert f"mine.pth adds {tmp_path}/project to the module path" in problem
+
+
+def test_a_plain_interpreter_can_be_packed(store: Store, tmp_path: Path) -> None:
+    """One that lies in a folder of its own, as pyenv and uv install it, with a package in its own site-packages."""
+    if Path(sys.base_prefix) in (Path("/usr"), Path("/usr/local")):
+        pytest.skip("the interpreter that runs the tests belongs to the system")
+    built = materialise(store, pack(small_venv(tmp_path / "env", [onlyhere_wheel(tmp_path)]), store=store).id)
+    shutil.copytree(built, tmp_path / "plain", symlinks=True)
+    environment = pack(tmp_path / "plain", store=store)
+    assert [(p.name, p.kind) for p in environment.packages] == [("onlyhere", "pypi"), ("python", "python")]
+    again = materialise(store, environment.id)
+    said = subprocess.run(
+        [again / "bin" / "python", "-c", "import sys, onlyhere; print(sys.prefix, onlyhere.f(1))"],
+        env={"PATH": "/bin"},
+        capture_output=True,
+        check=True,
+    )
+    assert said.stdout.decode().split() == [str(again), "42"]
+
+
+def test_a_venv_with_the_packages_of_its_interpreter_has_them(store: Store, tmp_path: Path) -> None:
+    built = materialise(store, pack(small_venv(tmp_path / "a", [onlyhere_wheel(tmp_path)]), store=store).id)
+    shutil.copytree(built, tmp_path / "plain", symlinks=True)
+    mine = tmp_path / "mine"
+    options = ["--without-pip", "--system-site-packages"]
+    subprocess.run([tmp_path / "plain" / "bin" / "python", "-m", "venv", *options, mine], check=True)
+    assert package(pack(mine, store=store), "onlyhere").version == "1.0"
+    install(mine, "--ignore-installed", str(onlyhere_wheel(tmp_path, "2.0")))
+    assert package(pack(mine, store=store), "onlyhere").version == "2.0"
 
 
 def test_a_venv_whose_interpreter_is_gone_is_refused(store: Store, tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ def plan_conda(prefix: Path, trees: Trees, *, ignore_missing: bool) -> Plan:
     files = {path: found for path, found in everything.items() if path in content}
 
     collector = Collector([str(prefix), str(prefix.resolve())])
+    collector.check_path_files(f"{library}/site-packages", files)
     owners = _owners(records, files)
     distributions = _foreign_distributions(prefix, f"{library}/site-packages", files, owners)
     faults = [*_missing(records, files), *_missing_of(distributions, files)]

@@ -12,7 +12,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
@@ -75,14 +75,26 @@ def canonical_installer(data: bytes) -> bytes:
 
 
 def canonical_direct_url(data: bytes) -> bytes:
-    """``direct_url.json`` without paths of this machine: a local archive or folder keeps its digest only."""
+    """``direct_url.json`` without paths of this machine.
+
+    Nor has it the digest of a local archive, which has another one each time that it is built from the same source.
+    """
     try:
         record = json.loads(data)
         if isinstance(record, dict) and str(record.get("url", "")).startswith("file:"):
-            record["url"] = "file:///"
+            record = {"url": "file:///", "dir_info" if "dir_info" in record else "archive_info": {}}
     except ValueError:
         return data
     return json.dumps(record, sort_keys=True).encode()
+
+
+def outside_paths(path_file: str, prefixes: Collection[str]) -> list[str]:
+    """Folders outside of *prefixes* that a ``.pth`` file adds to ``sys.path``. Source: the module ``site``."""
+    with open(path_file, encoding="utf-8", errors="surrogateescape") as file:
+        lines = [line.strip() for line in file if not line.startswith(("#", "import ", "import\t"))]
+    folders = [os.path.normpath(os.path.join(os.path.dirname(path_file), line)) for line in lines if line]
+    inside = tuple(prefix + "/" for prefix in prefixes)
+    return [folder for folder in folders if os.path.exists(folder) and not (folder + "/").startswith(inside)]
 
 
 def _read(site_folder: str, site_path: str, folder: str) -> Distribution:

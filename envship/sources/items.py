@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from envship.canonical import SYSTEM_PREFIXES, Own, Recorded, Treatment
+from envship.sources.distributions import outside_paths
 from envship.sources.draft import CodeItem, FileItem, Item
+from envship.sources.tree import Found
 from worker_bootstrap.errors import ManifestInvalid
 from worker_bootstrap.manifest import Directory, Link, check_link
 
@@ -36,6 +38,13 @@ class Collector:
     def own(self, path: str) -> Own:
         """The treatment of a file of which no installer recorded how it names its prefix."""
         return Own(self.prefixes, path)
+
+    def check_path_files(self, site_path: str, files: Mapping[str, Found]) -> None:
+        """Note the ``.pth`` files in the site folder that lead out of the environment."""
+        for path, found in files.items():
+            if path.endswith(".pth") and os.path.dirname(path) == site_path:
+                for folder in outside_paths(found.origin, self.prefixes):
+                    self.problems.append(f"{path} adds {folder} to the module path, outside of the environment")
 
     def item(self, path: str, origin: str, node: os.stat_result, treatment: Treatment | None = None) -> Iterator[Item]:
         """The item of the file, link or empty folder at *origin*; none, and a problem, if there can be none."""

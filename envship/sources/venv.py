@@ -49,6 +49,7 @@ def plan_venv(prefix: Path, trees: Trees, *, ignore_missing: bool) -> Plan:
         trees.walk(root)
     files, distributions = _installed(prefix, f"{library}/site-packages", interpreter, trees)
     collector = Collector(_spellings(prefix, interpreter))
+    collector.check_path_files(f"{library}/site-packages", files)
     faults = [
         f"{distribution.name} {distribution.version}: {path} is missing"
         for distribution in distributions
