@@ -117,7 +117,7 @@ class LittleCluster:
     def start_worker(self, number: int, *options: str) -> str:
         """Start one more worker, on the machine with that number; return its name. Does not wait for it."""
         name = f"worker-{number}"
-        arguments = ["--name", name, "--nthreads", "1", "--no-dashboard", *options]
+        arguments = ["--name", name, "--nthreads", "1", *options]
         self._start(name, number, ["worker", self.address, *arguments])
         return name
 
@@ -139,8 +139,8 @@ class LittleCluster:
 
     def _start_scheduler(self) -> None:
         file = self.folder / "scheduler.json"
-        where = ["--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(file)]
-        self._start("scheduler", 0, ["scheduler", *where])
+        where = ["--host", "127.0.0.1", "--port", "0", "--dashboard-address", "127.0.0.1:0"]
+        self._start("scheduler", 0, ["scheduler", *where, "--scheduler-file", str(file)])
         deadline = time.monotonic() + START_TIMEOUT_S
         while not file.exists():
             self._check_alive("scheduler")
