@@ -97,8 +97,8 @@ def test_not_an_environment(client: Client, tmp_path: Path) -> None:
     [
         ({"without": "distributed"}, "distributed"),
         ({"without": "dask"}, "dask"),
-        ({"platform": "osx-arm64"}, "osx-arm64"),
-        ({"python": "3.8.1"}, "3.8.1"),
+        ({"platform": "osx-arm64"}, "platform"),
+        ({"python": "3.8.1"}, r"3\.8"),
         ({"versions": {"distributed": "2000.1.0"}}, "2000.1.0"),
         ({"versions": {"dask": "2000.1.0"}}, "2000.1.0"),
     ],
@@ -116,7 +116,7 @@ def test_versions_can_be_overridden_but_not_what_is_missing(
 ) -> None:
     with pytest.raises(EnvshipError, match="distributed"):
         client.use_environment(variant(client_store, packed.manifest, without="distributed"), ignore_versions=True)
-    with pytest.raises(EnvshipError, match="osx-arm64"):
+    with pytest.raises(EnvshipError, match="platform"):
         client.use_environment(variant(client_store, packed.manifest, platform="osx-arm64"), ignore_versions=True)
 
 
@@ -161,10 +161,14 @@ def test_a_chunk_that_is_damaged_on_the_users_machine(client: Client, packed: En
     client.stage_environment(made)
 
 
-def test_a_scheduler_that_refuses_pickles(
+def test_a_scheduler_that_refuses_plugins(
     base_venv: Path, tmp_path: Path, packed: Environment, onlyhere: ModuleType
 ) -> None:
-    with Cluster(base_venv, tmp_path / "c", environ={"DASK_DISTRIBUTED__SCHEDULER__PICKLE": "False"}) as cluster:
+    with Cluster(
+        base_venv,
+        tmp_path / "c",
+        environ={"DASK_DISTRIBUTED__SCHEDULER__BLOCKED_HANDLERS": "['register_scheduler_plugin']"},
+    ) as cluster:
         cluster.start_scheduler()
         with cluster.client() as client, pytest.raises(NotSwappable, match="plugin"):
             client.use_environment(packed)

@@ -57,7 +57,7 @@ def test_packages_fail_before_and_work_afterwards(
     client: Client, cluster: Cluster, packed: Environment, onlyhere: ModuleType
 ) -> None:
     """`submit`, `delayed` and arrays, with a package that only the environment has: the scheduler unpickles graphs."""
-    with pytest.raises(Exception, match="deserialization|onlyhere"):
+    with pytest.raises(Exception, match=r"deserialization|onlyhere"):
         client.submit(onlyhere.f, 1).result(timeout=30)
 
     result = client.use_environment(packed)
