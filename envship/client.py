@@ -21,8 +21,11 @@ from envship.progress import open_display
 from envship.result import EnvironmentStatus, StagedResult, SwapResult
 from envship.status import status_of
 from worker_bootstrap.digest import EnvironmentId
-from worker_bootstrap.errors import IncompatibleEnvironment
+from worker_bootstrap.errors import IncompatibleEnvironment, PrepareFailed
 from worker_bootstrap.interpreter import PROCESS_TOKEN
+
+ATTEMPTS = 3
+"""A chunk that is lost or damaged on the cluster after it was brought there is brought again so often."""
 
 Source = Any
 """None (the environment of this process), a conda environment's name, a prefix, a bundle, an id, an `Environment`."""
@@ -136,6 +139,13 @@ async def _use(
         if environment is not None and not ignore_versions:
             _check_fit(environment)
         await journey.connect()
+        for _ in range(ATTEMPTS - 1):
+            await journey.bring(environment_id, environment)
+            try:
+                return await _move(journey, environment_id, scheduler, timeout)
+            except PrepareFailed as error:
+                if not error.retryable or environment is None:
+                    raise
         await journey.bring(environment_id, environment)
         return await _move(journey, environment_id, scheduler, timeout)
 
@@ -215,17 +225,11 @@ def _options(scheduler: bool | None, timeout: str | float | None) -> dict[str, A
 
 def _check_fit(environment: Environment) -> None:
     """Refuse what would break later: functions pickled by another Python kill workers, and Dask retries that."""
-    mine = {
-        "python": ".".join(platform.python_version_tuple()[:2]),
-        "dask": dask.__version__,
-        "distributed": distributed.__version__,
-    }
+    mine = {"python": platform.python_version(), "dask": dask.__version__, "distributed": distributed.__version__}
     mismatches = []
     for name, expected in mine.items():
         actual = environment.versions.get(name)
-        if name == "python" and actual is not None:
-            actual = ".".join(actual.split(".")[:2])
-        if actual != expected:
+        if actual is None or _compared(name, actual) != _compared(name, expected):
             mismatches.append((name, expected, actual or "not installed"))
     if mismatches:
         raise IncompatibleEnvironment(
@@ -233,3 +237,8 @@ def _check_fit(environment: Environment) -> None:
             mismatches,
             "Install the client's versions there, run the client from it, or pass ignore_versions=True.",
         )
+
+
+def _compared(name: str, version: str) -> str:
+    """What must be equal of a version: major and minor of Python, everything of Dask."""
+    return version.rpartition(".")[0] if name == "python" else version

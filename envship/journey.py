@@ -191,9 +191,11 @@ def _raise_for(status: Mapping[str, Any], address: str) -> None:
         reasons = "; ".join(f"{where}: {cause}" for where, cause in causes.items())
         raise NotSwappable(f"the cluster of {address}", reasons, "Nothing was changed.")
     if status["error"] == "IncompatibleEnvironment":
-        mismatches = [(f"platform of {where}", "the environment's", actual) for where, actual in causes.items()]
+        mismatches = [(f"platform of {where}", there, status["platform"]) for where, there in causes.items()]
         raise IncompatibleEnvironment(status["environment_id"], mismatches, "Pack it on a machine of that platform.")
     if status["error"] == "CommitFailed":
         raise CommitFailed(status["environment_id"], causes, status["outcome"])
     if status["error"] is not None:
-        raise PrepareFailed(status["environment_id"], causes)
+        failed = PrepareFailed(status["environment_id"], causes)
+        failed.retryable = status["chunks_lost"]
+        raise failed

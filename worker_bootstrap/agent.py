@@ -309,8 +309,9 @@ class Agent:
             environment_id=environment_id,
             missing=missing,
         )
+        peers = PeerChunks(self.server.rpc)
         await fetch_chunks(
-            self.store, next_batch=self._next_batch, get=PeerChunks(self.server.rpc).get, report=self._fetched
+            self.store, next_batch=self._next_batch, get=peers.get, report=self._fetched, complain=peers.complain
         )
 
     async def _next_batch(self) -> Offer:

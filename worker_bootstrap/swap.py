@@ -22,7 +22,9 @@ from worker_bootstrap.roster import Gone, Refused, Roster
 
 logger = logging.getLogger("envship.swap")
 
-KEPT_PHASES = ("done", "failed")
+FINAL_PHASES = ("done", "failed")
+LOST_CHUNKS = ("TransferError", "ChunkMissing", "ChunkInvalid")
+"""Errors after which a swap works out if the client brings what has got lost."""
 
 
 class Cluster(Protocol):
@@ -79,6 +81,7 @@ class Swap:
         self.seconds: dict[str, float] = {}
         self.causes: dict[str, str] = {}
         self.error: str | None = None
+        self.chunks_lost = False
         self.outcome = ""
         self.moves = False
         self.scheduler_moves = False
@@ -90,7 +93,7 @@ class Swap:
 
     @property
     def finished(self) -> bool:
-        return self.phase in KEPT_PHASES
+        return self.phase in FINAL_PHASES
 
     def status(self) -> dict[str, Any]:
         """What the client shows: only numbers, texts, lists and mappings."""
@@ -99,11 +102,13 @@ class Swap:
             "version": self.version,
             "environment_id": self.environment_id,
             "previous_id": self.previous_id,
+            "platform": self.options.get("platform"),
             "phase": self.phase,
             "hosts": self.hosts,
             "seconds": self.seconds,
             "causes": self.causes,
             "error": self.error,
+            "chunks_lost": self.chunks_lost,
             "outcome": self.outcome,
             "moves": self.moves,
             "scheduler_moves": self.scheduler_moves,
@@ -185,6 +190,7 @@ class Swap:
         for (host_id, addresses), result in zip(hosts.items(), results):
             if isinstance(result, BaseException):
                 causes[_label(agents[addresses[0]])] = str(result) or repr(result)
+                self.chunks_lost |= getattr(result, "kind", "") in LOST_CHUNKS
                 self.note(host_id, "failed", detail=str(result))
         self.seconds["prepare"] = time.perf_counter() - started
         if causes:
