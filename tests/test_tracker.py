@@ -148,6 +148,14 @@ def test_a_new_store_at_a_known_address_replaces_the_old_one() -> None:
     assert tracker.absent(needed) == list(needed)
 
 
+def test_a_host_that_lost_chunks_says_so_when_it_is_asked_again() -> None:
+    needed = chunks(3)
+    evicted = next(iter(needed))
+    tracker, _ = tracker_with({"a": needed})
+    tracker.add_host("a", "tcp://a:1", have=list(needed)[1:], lacks=[evicted])
+    assert tracker.absent(needed) == [evicted]
+
+
 def test_the_client_uploads_what_is_absent_to_hosts_in_turn() -> None:
     needed = chunks(64)
     there = dict(list(needed.items())[:10])

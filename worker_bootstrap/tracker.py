@@ -106,8 +106,8 @@ class Tracker:
 
     # -- hosts ------------------------------------------------------------------------------------------------------
 
-    def add_host(self, host_id: str, address: str, have: Iterable[Digest] = ()) -> None:
-        """Make the agent at *address* known as one of the host *host_id*, which holds the chunks *have*.
+    def add_host(self, host_id: str, address: str, have: Iterable[Digest] = (), lacks: Iterable[Digest] = ()) -> None:
+        """Make the agent at *address* known as one of the host *host_id*, which holds *have* and not *lacks*.
 
         May be called again, with another address of the same host or with more chunks. An address belongs to one
         host: a new host at a known address replaces the old one.
@@ -117,6 +117,7 @@ class Tracker:
         self._hosts.setdefault(host_id, _Host()).addresses[address] = None
         self._host_of[address] = host_id
         self.received(host_id, have)
+        self._lose(host_id, lacks)
 
     def remove_address(self, address: str) -> None:
         """Forget an agent that left; a host without agents is forgotten with all that it holds. Idempotent."""
@@ -264,11 +265,8 @@ class Tracker:
             elsewhere. Without blame, the source merely lacks the chunks.
         """
         digests = tuple(digests)
-        source_id = self._host_of.get(source)
-        for digest in digests:
-            if source_id is not None:
-                self._hosts[source_id].have.discard(digest)
-                self._drop_holder(digest, source_id)
+        if source in self._host_of:
+            self._lose(self._host_of[source], digests)
         host = self._hosts.get(host_id)
         if host is None:
             return
@@ -358,6 +356,11 @@ class Tracker:
             self._serving[assignment.source] -= 1
             if not self._serving[assignment.source]:
                 del self._serving[assignment.source]
+
+    def _lose(self, host_id: str, digests: Iterable[Digest]) -> None:
+        for digest in digests:
+            self._hosts[host_id].have.discard(digest)
+            self._drop_holder(digest, host_id)
 
     def _drop_holder(self, digest: Digest, host_id: str) -> None:
         holders = self._holders.get(digest, {})
