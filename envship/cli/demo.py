@@ -166,9 +166,9 @@ class _Story:
         from envship.cli.tables import table
 
         status = client.environment_status()
-        keep = (0, 2, 3, 5)  # process, environment, prefix, PID: as much as a narrow terminal can hold
+        keep = (0, 3, 5)  # process, prefix, PID: as much as a narrow terminal can hold
         rows = [tuple(row[i].replace(str(self._folder), "…") for i in keep) for row in status.process_rows()]
-        self._console.print(table(("process", "environment", "prefix", "PID"), rows, right=("PID",)))
+        self._console.print(table(("process", "prefix", "PID"), rows, right=("PID",)))
 
     def _heading(self, text: str) -> None:
         self._console.print()
