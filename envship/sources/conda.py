@@ -63,10 +63,10 @@ def plan_conda(prefix: Path, trees: Trees, *, ignore_missing: bool) -> Plan:
     content = _enumerate(prefix)
     files = {path: found for path, found in everything.items() if path in content}
 
-    collector = Collector([str(prefix), str(prefix.resolve())])
-    collector.check_path_files(f"{library}/site-packages", files)
+    collector = Collector([str(prefix), str(prefix.resolve())], trees)
     owners = _owners(records, files)
     distributions = _foreign_distributions(prefix, f"{library}/site-packages", files, owners)
+    collector.check_path_files(f"{library}/site-packages", files, distributions)
     faults = [*_missing(records, files), *_missing_of(distributions, files)]
     faults += _take_over(prefix, records, owners, distributions)
     drafts = [_package(record, files, owners, collector) for record in records]

@@ -15,6 +15,7 @@ from envship.sources.distributions import (
 )
 from envship.sources.draft import Draft, Item
 from envship.sources.items import Collector
+from envship.sources.projects import Moved, Project
 from envship.sources.tree import Found
 
 
@@ -26,13 +27,15 @@ def distribution_draft(
 ) -> Draft:
     """The draft of *distribution*; takes those of its *files* (by path in the environment) that nobody in *owners* has.
 
-    An editable installation is a problem of the collector.
+    The source tree of a project that is installed in editable mode comes along (`Project`).
     """
-    if distribution.editable is not None:
+    project = Project(distribution, files) if distribution.editable is not None else None
+    if project is not None and not project.is_understood:
         collector.problems.append(
-            f"{distribution.name} {distribution.version} is installed in editable mode from {distribution.editable}: "
-            "install it without -e"
+            f"{distribution.name} {distribution.version} is installed in editable mode from {distribution.editable}, "
+            "in a way that cannot be followed: install it without -e"
         )
+        project = None
     items: list[Item] = []
     info = distribution.info + "/"
     for path in dict.fromkeys((*distribution.files, *(path for path in files if path.startswith(info)))):
@@ -40,8 +43,15 @@ def distribution_draft(
             continue
         owners[path] = distribution.name
         if not (path.startswith(info) and os.path.basename(path) in MACHINE_BOUND):
-            items += collector.item(path, *files[path], _treatment(path, info, collector))
-    return Draft(distribution.name, distribution.version, "", "pypi", items)
+            treatment = _treatment(path, info, collector)
+            if project is not None and path in project.links:
+                treatment = Moved(project.root, project.place, collector.own(path))
+            items += collector.item(path, *files[path], treatment)
+    if project is not None:
+        for path, found in project.files(collector.trees):
+            items += collector.item(path, *found)
+    kind = "pypi" if project is None else "project"
+    return Draft(distribution.name, distribution.version, "", kind, items)
 
 
 def _treatment(path: str, info: str, collector: Collector) -> Treatment | None:

@@ -10,9 +10,10 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from envship.canonical import SYSTEM_PREFIXES, Own, Recorded, Treatment
-from envship.sources.distributions import outside_paths
+from envship.sources.distributions import Distribution, outside_paths
 from envship.sources.draft import CodeItem, FileItem, Item
-from envship.sources.tree import Found
+from envship.sources.projects import PLACE
+from envship.sources.tree import Found, Trees
 from worker_bootstrap.errors import ManifestInvalid
 from worker_bootstrap.manifest import Directory, Link, check_link
 
@@ -24,6 +25,8 @@ class Collector:
     ----------
     prefixes
         All spellings of the absolute paths under which the files may name their own place.
+    trees
+        The walks of this pack.
 
     Attributes
     ----------
@@ -31,7 +34,8 @@ class Collector:
         One line for everything that cannot be packed.
     """
 
-    def __init__(self, prefixes: Sequence[str]) -> None:
+    def __init__(self, prefixes: Sequence[str], trees: Trees) -> None:
+        self.trees = trees
         self.prefixes = tuple(dict.fromkeys(prefixes))
         self.problems: list[str] = []
 
@@ -39,10 +43,11 @@ class Collector:
         """The treatment of a file of which no installer recorded how it names its prefix."""
         return Own(self.prefixes, path)
 
-    def check_path_files(self, site_path: str, files: Mapping[str, Found]) -> None:
-        """Note the ``.pth`` files in the site folder that lead out of the environment."""
+    def check_path_files(self, site_path: str, files: Mapping[str, Found], known: Sequence[Distribution]) -> None:
+        """Note the ``.pth`` files in the site folder that lead out of the environment, except for *known* projects."""
+        followed = {path for distribution in known if distribution.editable is not None for path in distribution.files}
         for path, found in files.items():
-            if path.endswith(".pth") and os.path.dirname(path) == site_path:
+            if path.endswith(".pth") and os.path.dirname(path) == site_path and path not in followed:
                 for folder in outside_paths(found.origin, self.prefixes):
                     self.problems.append(f"{path} adds {folder} to the module path, outside of the environment")
 
@@ -71,16 +76,18 @@ class Collector:
 
 
 def with_byte_code(items: Iterable[Item], library: str, cache_tag: str) -> Iterator[Item]:
-    """*items* and the byte code of the modules among them that lie below *library* (``lib/python3.11``).
+    """*items* and the byte code of the modules among them, in *library* (``lib/python3.11``) and in projects.
 
     Modules that name the prefix get none: their text, and with it their byte code, differs from prefix to prefix.
     """
     for item in items:
         yield item
-        if not isinstance(item, FileItem) or not item.path.startswith(library + "/") or not item.path.endswith(".py"):
+        if not isinstance(item, FileItem) or not item.path.endswith(".py"):
+            continue
+        if not item.path.startswith((library + "/", PLACE + "/")):
             continue
         treatment = item.treatment
-        if isinstance(treatment, Recorded) and treatment.relocation is not None:
+        if not isinstance(treatment, (Own, Recorded)) or getattr(treatment, "relocation", None) is not None:
             continue
         folder, name = os.path.split(item.path)
         cached = f"__pycache__/{name[:-3]}.{cache_tag}.pyc"

@@ -48,8 +48,8 @@ def plan_venv(prefix: Path, trees: Trees, *, ignore_missing: bool) -> Plan:
     for root in base_roots(interpreter):
         trees.walk(root)
     files, distributions = _installed(prefix, f"{library}/site-packages", interpreter, trees)
-    collector = Collector(_spellings(prefix, interpreter))
-    collector.check_path_files(f"{library}/site-packages", files)
+    collector = Collector(_spellings(prefix, interpreter), trees)
+    collector.check_path_files(f"{library}/site-packages", files, distributions)
     faults = [
         f"{distribution.name} {distribution.version}: {path} is missing"
         for distribution in distributions
