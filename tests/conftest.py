@@ -9,9 +9,10 @@ import pytest
 from worker_bootstrap.store import Store
 
 from .cluster import base_venv, client_store, lab, onlyhere, packed, prefixes, warm_stores
+from .leaks import no_leaks
 from .prefixes import conda_environments, onlyhere_wheel, small_venv
 
-__all__ = ["base_venv", "client_store", "lab", "onlyhere", "packed", "prefixes", "warm_stores"]
+__all__ = ["base_venv", "client_store", "lab", "no_leaks", "onlyhere", "packed", "prefixes", "warm_stores"]
 
 
 @pytest.fixture
