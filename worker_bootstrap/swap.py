@@ -146,8 +146,7 @@ class Swap:
             elif agents is not None:
                 await self.commit(cluster, agents)
         except Exception as error:
-            logger.exception("swap %s failed", self.id)
-            self.fail("PrepareFailed", {"scheduler": f"{type(error).__name__}: {error}"})
+            self._break_off(error)
 
     async def prepare(self, cluster: Cluster) -> Mapping[str, Mapping[str, Any]] | None:
         """Get every host ready; returns the agents, or None after a failure that touched nothing."""
@@ -207,14 +206,8 @@ class Swap:
         cluster.leaving = self.scheduler_moves
         causes = await self._commit_all(cluster, agents)
         if self.scheduler_moves and not causes:
-            try:
-                await cluster.tell_newcomers(list(agents))
-                await cluster.replace_scheduler(self.environment_id, self)
-            except Exception as error:
-                logger.exception("the scheduler could not be re-executed")
-                causes = {"scheduler": str(error)}
-        if cluster.leaving:
-            cluster.leaving = self.scheduler_moves = False
+            causes = await self._replace_scheduler(cluster, self.environment_id, agents)
+        cluster.leaving = self.scheduler_moves = False
         await self._settle(cluster, agents, causes)
 
     async def resume(self, cluster: Cluster, agents: Mapping[str, Mapping[str, Any]]) -> None:
@@ -226,8 +219,7 @@ class Swap:
         try:
             await self._settle(cluster, agents, causes)
         except Exception as error:
-            logger.exception("swap %s failed after the scheduler was re-executed", self.id)
-            self.fail("CommitFailed", {"scheduler": f"{type(error).__name__}: {error}"})
+            self._break_off(error)
 
     async def _prepare_host(self, cluster: Cluster, host_id: str, addresses: Sequence[str]) -> None:
         self.note(host_id, "waiting")
@@ -302,7 +294,7 @@ class Swap:
             missing = await cluster.workers_in_target(self.expected, self.options["commit_timeout_s"])
             failed.update(missing)
         if self.error is not None:  # this was the way back
-            self._set_phase("failed")
+            self._end_of_way_back(failed)
         elif failed:
             await self._go_back(cluster, failed)
         else:
@@ -322,13 +314,28 @@ class Swap:
         cluster.leaving = self.scheduler_moves
         problems = await self._commit_all(cluster, agents)
         if self.scheduler_moves:
-            await cluster.tell_newcomers(list(agents))
-            await cluster.replace_scheduler(self.previous_id, self)
+            problems.update(await self._replace_scheduler(cluster, self.previous_id, agents))
+            cluster.leaving = self.scheduler_moves = False
         problems.update(await cluster.workers_in_target(self.expected, self.options["commit_timeout_s"]))
+        self._end_of_way_back(problems)
+
+    def _end_of_way_back(self, problems: Mapping[str, str]) -> None:
         if problems:
-            self.outcome = f"some workers are lost; all others were moved back to {_name(self.previous_id)}"
+            self.outcome = f"the cluster was moved back to {_name(self.previous_id)}, but not all of it came along"
             self.causes.update(problems)
         self._set_phase("failed")
+
+    async def _replace_scheduler(
+        self, cluster: Cluster, environment_id: EnvironmentId | None, agents: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, str]:
+        """Returns only if the scheduler could not be replaced, with the cause."""
+        try:
+            await cluster.tell_newcomers(list(agents))
+            await cluster.replace_scheduler(environment_id, self)
+        except Exception as error:
+            logger.exception("the scheduler could not be re-executed")
+            return {"scheduler": str(error) or repr(error)}
+        return {}
 
     async def _discard(self, cluster: Cluster, addresses: Sequence[str]) -> None:
         await asyncio.gather(
@@ -354,6 +361,15 @@ class Swap:
 
     def _plain_options(self) -> dict[str, Any]:
         return {name: value for name, value in self.options.items() if name != "manifest"}
+
+    def _break_off(self, error: Exception) -> None:
+        """An error that nobody foresaw: the client, who waits, is told at least that."""
+        logger.error("swap %s failed", self.id, exc_info=error)
+        began = self.committed_at > 0
+        if began:
+            self.outcome = "the swap broke off in the middle; the status says who runs where"
+        causes = {**self.causes, "scheduler": f"{type(error).__name__}: {error}"}
+        self.fail("CommitFailed" if began else "PrepareFailed", causes)
 
     def fail(self, error: str, causes: Mapping[str, str]) -> None:
         """Give up: *error* names the error's class, *causes* says where and why."""
