@@ -16,16 +16,16 @@ SETTLE_TIMEOUT_S = 5.0
 POLL_S = 0.02
 
 
-def descriptors() -> dict[str, str]:
+def descriptors() -> dict[int, str]:
     """What every open descriptor of this process refers to. Empty where there is no ``/proc``."""
-    found = {}
+    found: dict[int, str] = {}
     try:
         numbers = os.listdir("/proc/self/fd")
     except FileNotFoundError:
         return found
     for number in numbers:
         try:
-            found[number] = os.readlink(f"/proc/self/fd/{number}")
+            found[int(number)] = os.readlink(f"/proc/self/fd/{number}")
         except OSError:  # the one that listed the others
             continue
     return found
@@ -43,14 +43,18 @@ def threads() -> dict[int, str]:
 @pytest.fixture
 def no_leaks() -> Iterator[None]:
     """Fails the test if it leaves a process (or a zombie), a descriptor or a thread behind."""
-    looks = (children, descriptors, threads)
-    before = [set(look()) for look in looks]
+    before = set(_all())
     yield
     deadline = time.monotonic() + SETTLE_TIMEOUT_S
     while True:
         gc.collect()
-        left = [{k: v for k, v in look().items() if k not in old} for look, old in zip(looks, before, strict=True)]
-        if not any(left):
+        left = {what: detail for what, detail in _all().items() if what not in before}
+        if not left:
             return
         assert time.monotonic() < deadline, f"left behind: {left}"
         time.sleep(POLL_S)
+
+
+def _all() -> dict[tuple[str, int], str]:
+    looks = {"process": children, "descriptor": descriptors, "thread": threads}
+    return {(kind, number): detail for kind, look in looks.items() for number, detail in look().items()}

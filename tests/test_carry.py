@@ -1,0 +1,214 @@
+"""The package travels inside its plugins, to processes that have never heard of it."""
+
+from __future__ import annotations
+
+import glob
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import worker_bootstrap
+from worker_bootstrap import carry
+from worker_bootstrap.carry import Carried, package_digest, package_sources, publish
+from worker_bootstrap.errors import StoreFull
+from worker_bootstrap.store import Store
+
+
+class Parcel(Carried):
+    """Travels with its arguments; on the other side it is a class that the standard library is enough for."""
+
+    def __init__(self, sent: type[Any], *values: Any) -> None:
+        self.sent = sent
+        self.values = values
+
+    def arguments(self) -> tuple[Any, ...]:
+        return self.values
+
+    def pickled(self) -> bytes:
+        function, (call, scope) = self.__reduce__()
+        return pickle.dumps(_Reduced(function, (call, {**scope, **self._named()})), protocol=4)
+
+    def _named(self) -> dict[str, str]:
+        return {"module": self.sent.__module__, "name": self.sent.__qualname__}
+
+
+class _Reduced:
+    def __init__(self, *reduced: Any) -> None:
+        self.reduced = reduced
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.reduced
+
+
+def interpreters() -> list[str]:
+    """This interpreter, and one of every other version that there is."""
+    versions = os.environ.get("PYENV_ROOT", os.path.expanduser("~/.pyenv"))
+    found = [sys.executable]
+    for minor in (9, 10, 11, 12, 13, 14):
+        there = [shutil.which(f"python3.{minor}"), *sorted(glob.glob(f"{versions}/versions/3.{minor}.*/bin/python"))]
+        started = [python for python in there if python and _starts(python)]
+        if minor != sys.version_info[1]:
+            found += started[:1]
+    return found
+
+
+def _starts(python: str) -> bool:
+    return subprocess.run([python, "-I", "-S", "-c", ""], capture_output=True).returncode == 0
+
+
+def unpickle(data: bytes, then: str, folder: Path, python: str = sys.executable, before: str = "") -> str:
+    """What a fresh interpreter prints that unpickles *data* with nothing but the standard library."""
+    script = f"import pickle, sys\n{before}\nthing = pickle.loads(sys.stdin.buffer.read())\n{textwrap.dedent(then)}"
+    done = subprocess.run([python, "-I", "-S", "-c", script], input=data, capture_output=True, cwd=folder, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode()
+
+
+@pytest.mark.parametrize("python", interpreters(), ids=lambda path: path if path != sys.executable else "this")
+def test_the_standard_library_is_enough(python: str, tmp_path: Path) -> None:
+    sent = Parcel(StoreFull, "/store", 2_000_000, 1_000_000)
+    then = """
+        import worker_bootstrap.tracker
+        import worker_bootstrap as package
+        print(thing.path, thing.needed_bytes, package.__spec__.origin, sep="|")
+    """
+    assert unpickle(sent.pickled(), then, tmp_path, python) == "/store|2000000|carried:worker_bootstrap/__init__.py\n"
+
+
+def test_nothing_is_written_where_it_is_unpickled(tmp_path: Path) -> None:
+    unpickle(Parcel(StoreFull, "/store").pickled(), "", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_carried_can_be_carried_on(tmp_path: Path) -> None:
+    """A coordinator that was unpickled sends plugins to the workers."""
+    then = f"""
+        from worker_bootstrap import carry
+        assert carry.package_digest() == {package_digest()!r}
+        carry.Carried.__reduce__(carry.Carried())
+        from pathlib import Path
+        from worker_bootstrap.layout import Layout
+        Path("store/tmp").mkdir(parents=True)
+        print(carry.publish(Layout(Path("store"))))
+    """
+    folder = tmp_path / unpickle(Parcel(StoreFull, "/store").pickled(), then, tmp_path).strip()
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*.py")} == set(package_sources())
+
+
+def test_tracebacks_show_lines_of_the_carried_code(tmp_path: Path) -> None:
+    then = """
+        import traceback
+        from worker_bootstrap.layout import Layout
+        try:
+            Layout("/").chunk("../escape", "")
+        except ValueError:
+            print(traceback.format_exc())
+    """
+    shown = unpickle(Parcel(StoreFull).pickled(), then, tmp_path)
+    assert "carried:worker_bootstrap/layout.py" in shown
+    assert "name = _checked(digest)" in shown
+
+
+OTHER_CODE = """
+import types
+for name in ("worker_bootstrap", "worker_bootstrap.errors", "worker_bootstrap.gone"):
+    sys.modules[name] = types.ModuleType(name)
+old = sys.modules["worker_bootstrap.errors"]
+old.StoreFull = type("StoreFull", (), {"says": lambda self: "old"})
+kept = old.StoreFull()
+sys.modules["worker_bootstrap"].carried_digest = "0" * 64
+"""
+
+
+def test_a_process_with_other_code_of_that_name_gets_this_one(tmp_path: Path) -> None:
+    """Objects of the older code go on working."""
+    then = """
+        assert "worker_bootstrap.gone" not in sys.modules
+        print(thing.path, kept.says(), sum(getattr(f, "envship_carried", False) for f in sys.meta_path))
+    """
+    assert unpickle(Parcel(StoreFull, "/new").pickled(), then, tmp_path, before=OTHER_CODE) == "/new old 1\n"
+
+
+def test_code_that_is_there_already_is_not_loaded_again(tmp_path: Path) -> None:
+    then = "again = pickle.loads(data)\nprint(type(again) is type(thing))"
+    before = "import io; data = sys.stdin.buffer.read(); sys.stdin = io.TextIOWrapper(io.BytesIO(data))"
+    assert unpickle(Parcel(StoreFull, "/new").pickled(), then, tmp_path, before=before) == "True\n"
+
+
+def test_a_process_that_has_the_package_installed_uses_that() -> None:
+    again = pickle.loads(Parcel(StoreFull, "/here").pickled())
+    assert type(again) is StoreFull
+
+
+def test_the_plugins_travel_with_their_classes() -> None:
+    from worker_bootstrap.plugins import NannyAgentPlugin, WorkerAgentPlugin
+
+    for kind in (NannyAgentPlugin, WorkerAgentPlugin):
+        assert type(pickle.loads(pickle.dumps(kind()))) is kind
+
+
+def test_the_digest_names_the_sources_wherever_they_lie() -> None:
+    root = Path(worker_bootstrap.__file__).parent
+    assert set(package_sources()) == {f"worker_bootstrap/{path.name}" for path in root.glob("*.py")}
+    text = package_sources()["worker_bootstrap/carry.py"]
+    assert text == Path(carry.__file__).read_text(encoding="utf-8")
+
+
+# -- in the store
+
+
+def test_the_published_package_can_be_imported(store: Store) -> None:
+    folder = publish(store.layout)
+    script = f"import sys; sys.path.insert(0, {str(folder)!r}); import worker_bootstrap.store; print(sys.path[0])"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(folder)
+
+
+def test_it_is_published_once(store: Store) -> None:
+    folder = publish(store.layout)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.py")}
+    assert publish(store.layout) == folder
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.py")} == before
+    assert list(store.layout.tmp.iterdir()) == []
+
+
+def test_many_may_publish_at_once(store: Store) -> None:
+    script = textwrap.dedent("""
+        import sys
+        from pathlib import Path
+        from worker_bootstrap import carry
+        from worker_bootstrap.layout import Layout
+        sys.stdin.readline()
+        print(carry.publish(Layout(Path(sys.argv[1]))))
+    """)
+    command = [sys.executable, "-c", script, str(store.layout.root)]
+    pipe = subprocess.PIPE
+    processes = [subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda process: process.communicate("go\n"), processes))
+    assert {out.strip() for out, _ in results} == {str(store.layout.carried(package_digest()))}, results
+    assert list(store.layout.tmp.iterdir()) == []
+    folder = store.layout.carried(package_digest())
+    assert digest_of((folder / "worker_bootstrap/carry.py").read_bytes()) == digest_of(
+        Path(carry.__file__).read_bytes()
+    )
+
+
+def test_a_store_that_cannot_be_written_says_so(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="No space"):
+            publish(store.layout)
+    assert list(store.layout.tmp.iterdir()) == []
+    assert publish(store.layout).exists()
