@@ -198,7 +198,8 @@ class Stream:
     """Tiny tasks, one every `STREAM_INTERVAL_S`: the cluster as its user sees it.
 
     A task counts as completed when this client hears of it. Where it ran it has written to *journal* by then, because
-    its result may be lost, and computed again elsewhere, when its worker leaves.
+    its result may be lost, and computed again elsewhere, when its worker leaves. Results are let go of at once: those
+    that are held are computed again after a swap, before anything new.
     """
 
     def __init__(self, address: str, journal: Path) -> None:
@@ -207,7 +208,8 @@ class Stream:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._submit, name="stream")
         self._heard: dict[int, float] = {}
-        self._futures: list[Any] = []
+        self._submitted = 0
+        self._pending: dict[int, Any] = {}
 
     def __enter__(self) -> Stream:
         self._client = Client(self._address, set_as_default=False)
@@ -222,7 +224,7 @@ class Stream:
 
     def until_served(self) -> None:
         """Wait until a task submitted from now on is computed."""
-        number = len(self._futures)
+        number = self._submitted
         until(lambda: number in self._heard, "no task was computed after the swap")
 
     def gaps_s(self) -> tuple[float, float]:
@@ -244,14 +246,16 @@ class Stream:
 
     def _submit(self) -> None:
         while not self._over.wait(STREAM_INTERVAL_S):
-            number = len(self._futures)
+            number = self._submitted
             future = self._client.submit(report, number, str(self._journal), pure=False)
-            self._futures.append(future)
+            self._pending[number] = future
+            self._submitted += 1
             future.add_done_callback(functools.partial(self._hear, number))
 
     def _hear(self, number: int, future: Any) -> None:
         if future.status == "finished":
             self._heard[number] = time.time()
+            self._pending.pop(number, None)
 
 
 def report(number: int, journal: str) -> None:

@@ -38,6 +38,8 @@ RELEASE_TIMEOUT_S = 2.0
 POLL_INTERVAL_S = 0.005
 IDENTIFY_TIMEOUT_S = 10.0
 """An agent that does not even say who it is for so long counts as gone."""
+PARK_DELAY_S = 1.0
+"""Starting interpreters takes both cores of a small machine; the tasks that waited for the swap come first."""
 SUCCESSION_TIMEOUT_S = 60.0
 """So long an agent waits for the scheduler's successor."""
 KEPT_SWAPS = 20
@@ -314,6 +316,9 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
 
     async def _park(self, swap: Swap) -> None:
         """A way back that takes no time: every nanny keeps a standby of the environment just left."""
+        await asyncio.sleep(PARK_DELAY_S)
+        if self.target != swap.environment_id:
+            return
         options = {"start_timeout_s": swap.options["start_timeout_s"]}
         await asyncio.gather(
             *(

@@ -7,6 +7,7 @@ import fails, it executes the interpreter that we came from.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
@@ -85,6 +86,7 @@ def main() -> None:
     try:
         _hold(orders.lease)
         command = importlib.import_module(launch.module).main
+        _import_services(launch.kind)
         gc.freeze()
         gc.enable()
         if orders.wait_for is not None:
@@ -94,6 +96,16 @@ def main() -> None:
         if Arrival.done or orders.fallback is None or (isinstance(error, SystemExit) and not error.code):
             raise
         _go_back(orders, launch, error, path.parent)
+
+
+def _import_services(kind: str) -> None:
+    """Import what a scheduler or worker serves over HTTP, the dashboard if there is one, while this is cheap."""
+    import dask
+
+    routes = dask.config.get(f"distributed.{kind}.http.routes", [])
+    for name in (*routes, f"distributed.dashboard.{kind}"):
+        with contextlib.suppress(ImportError):  # whoever needs it says so later
+            importlib.import_module(name)
 
 
 def _go_back(orders: Orders, launch: Launch, error: BaseException, folder: Path) -> NoReturn:
