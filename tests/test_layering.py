@@ -23,7 +23,7 @@ WITHOUT_DASK = (
 )
 """Modules that must not import Dask: they run in processes that have to start at once, and in tests without it."""
 DASK = {"distributed", "dask", "tornado", "psutil", "cloudpickle", "click", "msgpack"}
-OPTIONAL = {"zstandard", "filelock"}
+OPTIONAL = {"zstandard"}
 MODULES = sorted(module.name for module in pkgutil.iter_modules([str(PACKAGE)]))
 
 
@@ -57,7 +57,7 @@ sys.path.insert(0, sys.argv[1])
 import worker_bootstrap
 for module in pkgutil.iter_modules(worker_bootstrap.__path__):
     importlib.import_module("worker_bootstrap." + module.name)
-for name in ("zstandard", "filelock", "envship"):
+for name in ("zstandard", "envship"):
     assert name not in sys.modules, name
 from worker_bootstrap import codec
 print(*codec.available())
