@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import pickle
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
@@ -92,6 +93,9 @@ class ScriptedCluster:
         self.expected: list[int] = []
         self.replace: Callable[[], Any] = lambda: None
         self._missing = list(missing)
+
+    def blameless(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     async def workers_in_target(self, count: int, timeout_s: float) -> Mapping[str, str]:
         self.events.append(("wait for workers in", self.target))

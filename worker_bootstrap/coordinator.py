@@ -7,11 +7,13 @@ It hears agents that join, answers the client, hands out chunks (`worker_bootstr
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import inspect
 import logging
+import sys
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from distributed.core import Status
@@ -98,7 +100,9 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
         self.agent.proven.update(state["proven"])
 
     def remove_worker(self, scheduler: Any, worker: str, **kwargs: Any) -> None:
-        """SchedulerPlugin hook: a worker is gone."""
+        """SchedulerPlugin hook: a worker is gone; without nanny it was an agent, and comes back at another address."""
+        self.roster.members.pop(worker, None)
+        self.exchange.tracker.remove_address(worker)
         self.reports.pop(worker, None)
         self._reported.set()
 
@@ -176,6 +180,19 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
                 break
             await asyncio.sleep(POLL_INTERVAL_S)
         await _remove_worker(self.scheduler, address)
+
+    @contextlib.contextmanager
+    def blameless(self) -> Iterator[None]:
+        """Tasks that lose their worker to a swap are not charged for it (``allowed-failures``)."""
+        scheduler = self.scheduler
+        allowed, scheduler.allowed_failures = scheduler.allowed_failures, sys.maxsize
+        charged = {task: task.suspicious for task in scheduler.tasks.values()}
+        try:
+            yield
+        finally:
+            scheduler.allowed_failures = allowed
+            for task in scheduler.tasks.values():
+                task.suspicious = charged.get(task, 0)
 
     async def fetched(self, host_id: str, **outcome: Any) -> None:
         """A host reports what became of a batch; see `Exchange.fetched`."""

@@ -120,7 +120,8 @@ class Exchange:
                 )
             if missing is not None:
                 lacks = set(missing)
-                self.tracker.add_host(host_id, address, [digest for digest in manifest.chunks if digest not in lacks])
+                have = [digest for digest in manifest.chunks if digest not in lacks]
+                self.tracker.add_host(host_id, address, have, lacks)
 
         await asyncio.gather(*(look(host_id, address) for host_id, address in hosts.items()))
         self._known.add(wanted)

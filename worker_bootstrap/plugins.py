@@ -58,9 +58,18 @@ class WorkerAgentPlugin(Carried, WorkerPlugin):  # type: ignore[misc]  # distrib
             return await getattr(worker.scheduler, operation)(**arguments)
 
         self.agent: Any = None
-        if worker.nanny is None:
-            await self._make_agent(worker, call)
-        answer = await call("envship_hello", report=_report(worker))
+        try:
+            if worker.nanny is None:
+                await self._make_agent(worker, call)
+            answer = await call("envship_hello", report=_report(worker))
+        except Exception as error:
+            # The worker only logs what a plugin raises, and would go on in the base environment.
+            target = await call("envship_target")
+            if target != own_environment_id():
+                logger.error("worker %s leaves: it must run in environment %s: %s", worker.address, target, error)
+                worker.status = Status.closing_gracefully
+                await worker.close(nanny=True, reason="envship-environment-unavailable")
+            raise
         Arrival.done = True
         if not answer["welcome"] and worker.nanny is not None:
             logger.error(

@@ -39,6 +39,9 @@ class Cluster(Protocol):
     def scheduler_environment(self) -> EnvironmentId | None:
         """Where the scheduler itself runs."""
 
+    def blameless(self) -> contextlib.AbstractContextManager[None]:
+        """As long as it is open, tasks are not charged for workers that they lose."""
+
     async def workers_in_target(self, count: int, timeout_s: float) -> Mapping[str, str]:
         """Wait until *count* workers report from the target and none from elsewhere; returns who does not."""
 
@@ -144,7 +147,8 @@ class Swap:
             if agents is not None and self.options.get("stage_only"):
                 self._set_phase("done")
             elif agents is not None:
-                await self.commit(cluster, agents)
+                with cluster.blameless():
+                    await self.commit(cluster, agents)
         except Exception as error:
             self._break_off(error)
 
