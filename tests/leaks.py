@@ -14,6 +14,8 @@ import pytest
 SETTLE_TIMEOUT_S = 5.0
 """Threads and descriptors of an event loop that was closed go a moment later."""
 POLL_S = 0.02
+KEPT_THREADS = ("Dask-Offload", "Profile")
+"""Dask starts them once for the life of the process."""
 
 
 def descriptors() -> dict[int, str]:
@@ -37,7 +39,9 @@ def children() -> dict[int, str]:
 
 
 def threads() -> dict[int, str]:
-    return {thread.ident or 0: thread.name for thread in threading.enumerate()}
+    """Threads of this process, without those that Dask keeps."""
+    running = [thread for thread in threading.enumerate() if not thread.name.startswith(KEPT_THREADS)]
+    return {thread.ident or 0: thread.name for thread in running}
 
 
 @pytest.fixture
