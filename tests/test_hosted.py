@@ -69,7 +69,7 @@ class Lab:
 
 @contextlib.asynccontextmanager
 async def laboratory(store: Store, folder: Path) -> AsyncIterator[Lab]:
-    async with Scheduler(port=0, host="127.0.0.1", dashboard=False) as scheduler:
+    async with Scheduler(port=0, host="127.0.0.1", dashboard=False, dashboard_address=":0") as scheduler:
         yield Lab(scheduler, str(carry.publish(store.layout)), folder)
 
 
@@ -124,7 +124,7 @@ async def test_a_worker_that_dies_is_reported_and_its_folder_removed(lab: Lab) -
     os.kill(process.pid, signal.SIGKILL)
     await asyncio.wait_for(process.stopped.wait(), TIMEOUT_S)
     assert lab.exits == [-signal.SIGKILL]
-    assert not os.path.exists(folder)
+    assert not await asyncio.to_thread(folder.exists)
     await process.start()
     assert process.is_alive()
     await process.kill()
