@@ -76,7 +76,7 @@ def main() -> None:
         for plugin_name, data in options["plugins"]:
             _check_unpickles(plugin_name, data)
     except BaseException as error:
-        channel.send_json({"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()})
+        channel.send_json({"error": _in_words(error), "trace": traceback.format_exc()})
         sys.exit(1)
     channel.send_json({"ready": _description()})
     gc.freeze()
@@ -195,10 +195,18 @@ async def _serve(worker_class: Any, kwargs: dict[str, Any], channel: Channel) ->
         await worker
     except Exception as error:
         logger.exception("the worker does not start in this environment")
-        channel.send_json({"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()})
+        channel.send_json({"error": _in_words(error), "trace": traceback.format_exc()})
         return
     channel.send_json({"address": worker.address, "dir": worker.local_directory})
     await worker.finished()
+
+
+def _in_words(error: BaseException) -> str:
+    """What went wrong, with its causes: Dask's own error says no more than that the worker failed to start."""
+    words = f"{type(error).__name__}: {error}"
+    if error.__cause__ is None or str(error.__cause__) in words:
+        return words
+    return f"{words} ({_in_words(error.__cause__)})"
 
 
 def _obey(channel: Channel, worker: Any, loop: asyncio.AbstractEventLoop) -> None:
