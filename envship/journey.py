@@ -16,7 +16,7 @@ from envship import config
 from envship.environment import Environment, resolve
 from envship.progress import Display, HostProgress
 from envship.reconnect import reconnect, until_listening
-from worker_bootstrap.coordinator import Coordinator
+from worker_bootstrap.coordinator import PROTOCOL, Coordinator
 from worker_bootstrap.digest import Digest, EnvironmentId, is_digest
 from worker_bootstrap.errors import (
     CommitFailed,
@@ -101,6 +101,14 @@ class Journey:
                 f"its scheduler does not accept plugins ({error})",
                 "Ask whoever runs it to allow them (distributed.scheduler.blocked-handlers).",
             ) from error
+
+        theirs = await self.ask("envship_protocol")
+        if theirs != PROTOCOL:
+            raise NotSwappable(
+                f"the cluster of {self.client.scheduler.address}",
+                f"it is coordinated by another version of envship (protocol {theirs}, here {PROTOCOL})",
+                "Install that version, or restart the cluster.",
+            )
 
     async def bring(self, environment_id: EnvironmentId, environment: Environment | None) -> None:
         """Upload each chunk that the cluster lacks, once."""

@@ -52,6 +52,11 @@ threading.Thread(target=arm, daemon=True).start()
 """
 
 
+def at_start(code: bytes) -> dict[str, bytes]:
+    """Files that make every interpreter of an environment run *code* first; ``sitecustomize`` may be the system's."""
+    return {"{site}/sabotage.pth": b"import sabotage\n", "{site}/sabotage.py": code}
+
+
 @pytest.fixture(scope="module")
 def cluster(base_venv: Path, lab: Path, warm_stores: Path) -> Iterator[Cluster]:
     """A scheduler, a nanny and a worker without one, on two hosts."""
@@ -123,7 +128,7 @@ def test_versions_can_be_overridden_but_not_what_is_missing(
 def test_an_environment_that_cannot_import_distributed(
     client: Client, packed: Environment, client_store: Store
 ) -> None:
-    broken = variant(client_store, packed.manifest, {"{site}/sitecustomize.py": NO_DISTRIBUTED})
+    broken = variant(client_store, packed.manifest, at_start(NO_DISTRIBUTED))
     with pytest.raises(PrepareFailed, match="distributed") as caught:
         client.use_environment(broken)
     assert len(caught.value.causes) >= 1
@@ -133,7 +138,7 @@ def test_an_environment_that_cannot_import_distributed(
 def test_an_environment_that_fails_on_one_host_only(
     client: Client, cluster: Cluster, packed: Environment, client_store: Store
 ) -> None:
-    broken = variant(client_store, packed.manifest, {"{site}/sitecustomize.py": ONLY_ON_B})
+    broken = variant(client_store, packed.manifest, at_start(ONLY_ON_B))
     with pytest.raises(PrepareFailed) as caught:
         client.use_environment(broken)
     assert str(cluster.store("b")) in str(caught.value)
@@ -141,7 +146,7 @@ def test_an_environment_that_fails_on_one_host_only(
 
 
 def test_an_environment_that_hangs_while_it_starts(client: Client, packed: Environment, client_store: Store) -> None:
-    hanging = variant(client_store, packed.manifest, {"{site}/sitecustomize.py": HANGS})
+    hanging = variant(client_store, packed.manifest, at_start(HANGS))
     with dask.config.set({"envship.timeouts.start": "3s"}), pytest.raises(PrepareFailed):
         client.use_environment(hanging)
 
@@ -178,7 +183,7 @@ def test_workers_that_crash_after_the_swap_began_bring_the_old_environment_back(
     base_venv: Path, tmp_path: Path, warm_stores: Path, packed: Environment, client_store: Store, onlyhere: ModuleType
 ) -> None:
     """From the base environment, and from another one; the cluster works afterwards."""
-    crashing = variant(client_store, packed.manifest, {"{site}/sitecustomize.py": CRASHES_LATER})
+    crashing = variant(client_store, packed.manifest, at_start(CRASHES_LATER))
     with Cluster(base_venv, tmp_path / "c", stores=warm_stores) as cluster:
         cluster.start_scheduler()
         cluster.start_worker("w1")

@@ -37,6 +37,8 @@ logger = logging.getLogger("envship.coordinator")
 
 RELEASE_TIMEOUT_S = 2.0
 """A worker that was told to close and has not said so by then hangs; the scheduler lets go of it anyway."""
+PROTOCOL = 1
+"""Of the operations that clients and agents call; a client of another one is told so."""
 POLL_INTERVAL_S = 0.005
 IDENTIFY_TIMEOUT_S = 10.0
 """An agent that does not even say who it is for so long counts as gone."""
@@ -129,6 +131,7 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
             "envship_report": self.report,
         }
         answered: dict[str, Callable[..., Awaitable[Any]]] = {
+            "envship_protocol": self.protocol,
             "envship_offer": self.exchange.offer,
             "envship_uploaded": self.exchange.uploaded,
             "envship_use": self.use,
@@ -206,6 +209,10 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
                 swap.note(host_id, state, done_bytes, total_bytes)
 
     # -- what the client asks
+
+    async def protocol(self) -> int:
+        """Which operations this coordinator understands."""
+        return PROTOCOL
 
     async def use(self, environment_id: str | None, options: dict[str, Any]) -> str:
         """Begin a swap; returns its id. Swaps of several clients take turns."""

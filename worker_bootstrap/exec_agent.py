@@ -13,6 +13,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import dask
+import psutil
+from dask.utils import parse_timedelta
 from distributed.core import Status
 
 from worker_bootstrap import launch, reexec, scheduler_state
@@ -164,3 +167,13 @@ class SchedulerAgent(ExecAgent):
         finally:
             del os.environ[reexec.STATE_VARIABLE]
             path.unlink()
+
+
+def _remaining_lifetime(own: launch.Launch) -> list[str]:
+    """What is left of ``--lifetime``, as arguments: it counts from the start of the process, whatever runs in it."""
+    given = reexec.option(own.arguments, "--lifetime") or dask.config.get("distributed.worker.lifetime.duration")
+    lifetime = parse_timedelta(given)
+    if not lifetime:
+        return []
+    age = time.time() - psutil.Process().create_time()
+    return ["--lifetime", f"{max(1.0, lifetime - age)} s"]

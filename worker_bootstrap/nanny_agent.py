@@ -50,6 +50,7 @@ class NannyAgent(Agent):
         self._prepared: dict[EnvironmentId | None, Standby] = {}
         self._start_timeout_s = 60.0
         self._held: Any = None
+        self._watcher: asyncio.Task[Any] | None = None
         self._moving = asyncio.Lock()
 
     @property
@@ -79,7 +80,9 @@ class NannyAgent(Agent):
         standby = self.parked.pop(name, None) or self._prepared.pop(name, None)
         if standby is None or not standby.alive:
             standby = await self._start_standby(name)
-        self._prepared[name] = standby
+        abandoned, self._prepared = self._prepared, {name: standby}
+        for other in abandoned.values():
+            await other.discard()
         return dict(standby.description)
 
     async def discard(self, environment_id: str | None) -> None:
@@ -108,7 +111,8 @@ class NannyAgent(Agent):
         self._start_timeout_s = float(prepare["start_timeout_s"])
         if keep > 0 and name not in self.parked and name != self.environment_id and not _memory_is_short():
             self.parked[name] = await self._start_standby(name)
-            self.in_background(self._watch_memory())
+            if self._watcher is None or self._watcher.done():
+                self._watcher = self.in_background(self._watch_memory())
         while len(self.parked) > keep:
             _, standby = self.parked.popitem(last=False)
             await standby.discard()

@@ -154,12 +154,12 @@ def _wait_for(host: str, port: int, timeout_s: float) -> None:
 def pinned(launch: Launch, port: int, dashboard_port: int | None) -> list[str]:
     """Arguments that make a scheduler come back at the ports that it has now; later options win."""
     extra: list[str] = []
-    given = _option(launch.arguments, "--port")
-    host = _option(launch.arguments, "--host") or ""
+    given = option(launch.arguments, "--port")
+    host = option(launch.arguments, "--host") or ""
     if (given is None or "," not in given) and str(port) != (given or "8786") and not _has_port(host):
         extra += ["--port", str(port)]
     if dashboard_port:
-        address = _option(launch.arguments, "--dashboard-address") or ""
+        address = option(launch.arguments, "--dashboard-address") or ""
         host_part = address.rpartition(":")[0]
         extra += ["--dashboard-address", f"{host_part}:{dashboard_port}"]
     return extra
@@ -170,7 +170,8 @@ def _has_port(host: str) -> bool:
     return last.isdigit() and last != "0"
 
 
-def _option(arguments: Sequence[str], name: str) -> str | None:
+def option(arguments: Sequence[str], name: str) -> str | None:
+    """The value that *arguments* give to the option *name*: the last one, as click has it."""
     found: str | None = None
     for index, argument in enumerate(arguments):
         if argument == name and index + 1 < len(arguments):

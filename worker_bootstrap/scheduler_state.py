@@ -69,7 +69,7 @@ def save(scheduler: Any, coordinator: dict[str, Any], folder: Path) -> Path:
     }
     handle, path = tempfile.mkstemp(dir=folder, suffix=".scheduler")
     with os.fdopen(handle, "wb") as file:
-        pickle.dump(state, file, protocol=4)
+        _StatePickler(file, protocol=4).dump(state)
     return Path(path)
 
 
@@ -131,6 +131,13 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is not
 
     def persistent_id(self, value: Any) -> str | None:
         return "scheduler" if value is self.scheduler else None
+
+
+class _StatePickler(pickle.Pickler):
+    """Published datasets are kept as frames that are views of what came over the wire."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (bytes, (value.tobytes(),)) if isinstance(value, memoryview) else NotImplemented
 
 
 class _Unpickler(pickle.Unpickler):
