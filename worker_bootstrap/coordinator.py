@@ -293,7 +293,19 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
             "proven": list(self.agent.proven),
             "waiting": [other.to_dict() for other in self.swaps.values() if not other.finished and other is not swap],
         }
+        await self._until_left()
         await self.agent.succeed(environment_id, state)
+
+    async def _until_left(self) -> None:
+        """Workers without nanny that lost their scheduler before they have begun to leave would end for good."""
+
+        async def gone() -> None:
+            while any(worker.nanny is None for worker in self.scheduler.workers.values()):
+                self._reported.clear()
+                await self._reported.wait()
+
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(gone(), RELEASE_TIMEOUT_S)
 
     async def tell_newcomers(self, known: Sequence[str]) -> None:
         newcomers = [a for a, who in self.roster.members.items() if a not in known and who["role"] != "scheduler"]

@@ -236,8 +236,8 @@ class NannyAgent(Agent):
     def _has_fixed_ports(self) -> bool:
         """Whether the new worker needs a port that the old one still listens on."""
         kwargs = self.server.worker_kwargs
-        fixed = kwargs.get("port") not in (None, 0, "0")
-        return fixed or self.server.contact_address is not None or bool(kwargs.get("dashboard_address"))
+        ports = [str(kwargs.get(name) or "").rpartition(":")[2] for name in ("port", "dashboard_address")]
+        return any(port not in ("", "0") for port in ports) or self.server.contact_address is not None
 
     async def _watch_memory(self) -> None:
         while self.parked:
