@@ -13,16 +13,15 @@ import asyncio
 import contextlib
 import logging
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from worker_bootstrap.digest import EnvironmentId
 from worker_bootstrap.roster import Gone, Refused, Roster
+from worker_bootstrap.swap_account import SwapAccount
 
 logger = logging.getLogger("envship.swap")
 
-FINAL_PHASES = ("done", "failed")
 LOST_CHUNKS = ("TransferError", "ChunkMissing", "ChunkInvalid")
 """Errors after which a swap works out if the client brings what has got lost."""
 
@@ -55,97 +54,15 @@ class Cluster(Protocol):
         """See to agents that joined meanwhile, all but the *known* ones."""
 
 
-class Swap:
-    """A swap, its progress and its outcome.
-
-    Parameters
-    ----------
-    environment_id, previous_id
-        Where to, and from where; None is the base environment.
-    options
-        ``prepare_timeout_s``, ``start_timeout_s``, ``commit_timeout_s``, ``keep_warm``, ``link_mode``, ``scheduler``
-        (move it: True, False, or None for "if it is a process of its own"), ``client_token``, ``manifest`` (canonical
-        bytes), ``platform`` (what the environment is for; None if any).
-    """
-
-    def __init__(
-        self,
-        environment_id: EnvironmentId | None,
-        previous_id: EnvironmentId | None,
-        options: Mapping[str, Any],
-    ) -> None:
-        self.id = uuid.uuid4().hex
-        self.environment_id = environment_id
-        self.previous_id = previous_id
-        self.options = dict(options)
-        self.phase = "check"
-        self.hosts: dict[str, dict[str, Any]] = {}
-        self.labels: dict[str, str] = {}
-        self.seconds: dict[str, float] = {}
-        self.causes: dict[str, str] = {}
-        self.error: str | None = None
-        self.chunks_lost = False
-        self.outcome = ""
-        self.moves = False
-        self.scheduler_moves = False
-        self.expected = 0
-        self.committed_at = 0.0
-        self.downtime_s = 0.0
-        self.version = 0
-        self._changed = asyncio.Event()
-
-    @property
-    def finished(self) -> bool:
-        return self.phase in FINAL_PHASES
-
-    def status(self) -> dict[str, Any]:
-        """What the client shows: only numbers, texts, lists and mappings."""
-        return {
-            "id": self.id,
-            "version": self.version,
-            "environment_id": self.environment_id,
-            "previous_id": self.previous_id,
-            "platform": self.options.get("platform"),
-            "phase": self.phase,
-            "hosts": self.hosts,
-            "seconds": self.seconds,
-            "causes": self.causes,
-            "error": self.error,
-            "chunks_lost": self.chunks_lost,
-            "outcome": self.outcome,
-            "moves": self.moves,
-            "scheduler_moves": self.scheduler_moves,
-            "workers": self.expected,
-            "downtime_s": self.downtime_s,
-        }
-
-    async def changed(self, version: int, timeout_s: float) -> dict[str, Any]:
-        """The status, as soon as it is newer than *version*, at the latest after *timeout_s*."""
-        if self.version <= version and not self.finished:
-            self._changed.clear()
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), timeout_s)
-        return self.status()
-
-    def note(self, host_id: str, state: str, done_bytes: int = 0, total_bytes: int = 0, detail: str = "") -> None:
-        """Record how far a host is."""
-        self.hosts[host_id] = {
-            "label": self.labels.get(host_id, host_id[:8]),
-            "state": state,
-            "done_bytes": done_bytes,
-            "total_bytes": total_bytes,
-            "detail": detail,
-        }
-        self._touch()
-
-    # -- the phases
+class Swap(SwapAccount):
+    """A swap: where to, how, and how far it is."""
 
     async def run(self, cluster: Cluster) -> None:
         """Prepare, then commit. Never raises: the outcome is in `status`."""
         try:
             agents = await self.prepare(cluster)
             if agents is not None and self.options.get("stage_only"):
-                self._set_phase("done")
+                self.set_phase("done")
             elif agents is not None:
                 with cluster.blameless():
                     await self.commit(cluster, agents)
@@ -181,10 +98,10 @@ class Swap:
         if not moving:
             for host_id in hosts:
                 self.note(host_id, "ready")
-            self._set_phase("done")
+            self.set_phase("done")
             return None
         self.moves = True
-        self._set_phase("prepare")
+        self.set_phase("prepare")
         causes: dict[str, str] = {}
         results = await asyncio.gather(
             *(self._prepare_host(cluster, host_id, addresses) for host_id, addresses in hosts.items()),
@@ -205,7 +122,7 @@ class Swap:
     async def commit(self, cluster: Cluster, agents: Mapping[str, Mapping[str, Any]]) -> None:
         """Move everybody; back again if that does not work out."""
         self.committed_at = time.time()
-        self._set_phase("commit")
+        self.set_phase("commit")
         cluster.target = self.environment_id
         cluster.leaving = self.scheduler_moves
         causes = await self._commit_all(cluster, agents)
@@ -304,7 +221,7 @@ class Swap:
         else:
             self.downtime_s = time.time() - self.committed_at
             self.seconds["commit"] = self.downtime_s
-            self._set_phase("done")
+            self.set_phase("done")
         cluster.conform_late(list(agents))
 
     async def _go_back(self, cluster: Cluster, causes: Mapping[str, str]) -> None:
@@ -313,7 +230,7 @@ class Swap:
         self.error = "CommitFailed"
         self.outcome = f"the cluster was moved back to {_name(self.previous_id)}"
         cluster.target = self.previous_id
-        self._set_phase("back")
+        self.set_phase("back")
         agents = await cluster.roster.agents()
         cluster.leaving = self.scheduler_moves
         problems = await self._commit_all(cluster, agents)
@@ -327,7 +244,7 @@ class Swap:
         if problems:
             self.outcome = f"the cluster was moved back to {_name(self.previous_id)}, but not all of it came along"
             self.causes.update(problems)
-        self._set_phase("failed")
+        self.set_phase("failed")
 
     async def _replace_scheduler(
         self, cluster: Cluster, environment_id: EnvironmentId | None, agents: Mapping[str, Mapping[str, Any]]
@@ -374,33 +291,6 @@ class Swap:
             self.outcome = "the swap broke off in the middle; the status says who runs where"
         causes = {**self.causes, "scheduler": f"{type(error).__name__}: {error}"}
         self.fail("CommitFailed" if began else "PrepareFailed", causes)
-
-    def fail(self, error: str, causes: Mapping[str, str]) -> None:
-        """Give up: *error* names the error's class, *causes* says where and why."""
-        self.error, self.causes = error, dict(causes)
-        self._set_phase("failed")
-
-    def _set_phase(self, phase: str) -> None:
-        self.phase = phase
-        self._touch()
-
-    def _touch(self) -> None:
-        self.version += 1
-        self._changed.set()
-
-    # -- across the scheduler's replacement
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything that the scheduler's successor needs to `resume`."""
-        state = {name: value for name, value in vars(self).items() if not name.startswith("_")}
-        return {**state, "options": {**self.options, "manifest": None}}
-
-    @classmethod
-    def from_dict(cls, state: Mapping[str, Any]) -> Swap:
-        """The inverse of `to_dict`."""
-        swap = cls(state["environment_id"], state["previous_id"], state["options"])
-        vars(swap).update(state)
-        return swap
 
 
 def _label(identity: Mapping[str, Any]) -> str:
