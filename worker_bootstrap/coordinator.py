@@ -23,15 +23,14 @@ from distributed.protocol.pickle import dumps
 from worker_bootstrap.agent import answering
 from worker_bootstrap.carry import Carried
 from worker_bootstrap.digest import EnvironmentId
-from worker_bootstrap.errors import EnvshipError
 from worker_bootstrap.exchange import Exchange
 from worker_bootstrap.exec_agent import SchedulerAgent
 from worker_bootstrap.location import open_store
-from worker_bootstrap.manifest import Manifest
 from worker_bootstrap.plugins import NannyAgentPlugin, WorkerAgentPlugin
 from worker_bootstrap.roster import Roster
 from worker_bootstrap.scheduler_state import COORDINATOR
 from worker_bootstrap.swap import Swap
+from worker_bootstrap.swap_queue import SwapQueue
 
 logger = logging.getLogger("envship.coordinator")
 
@@ -40,13 +39,10 @@ RELEASE_TIMEOUT_S = 2.0
 PROTOCOL = 1
 """Of the operations that clients and agents call; a client of another one is told so."""
 POLL_INTERVAL_S = 0.005
-IDENTIFY_TIMEOUT_S = 10.0
-"""An agent that does not even say who it is for so long counts as gone."""
-PARK_DELAY_S = 1.0
-"""Starting interpreters takes both cores of a small machine; the tasks that waited for the swap come first."""
 SUCCESSION_TIMEOUT_S = 60.0
 """So long an agent waits for the scheduler's successor."""
-KEPT_SWAPS = 20
+EVENTS = "envship"
+"""Topic of the scheduler's event log: ``client.get_events("envship")``."""
 DEFAULT_OPTIONS = {"link_mode": "auto", "start_timeout_s": 60.0}
 
 
@@ -64,12 +60,12 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
         self.target: EnvironmentId | None = None
         self.reports: dict[str, dict[str, Any]] = {}
         self.troubles: dict[str, str] = {}
-        self.swaps: dict[str, Swap] = {}
+        self.queue: SwapQueue
         self.options: dict[str, Any] = dict(DEFAULT_OPTIONS)
-        self._turn = asyncio.Lock()
         self._reported = asyncio.Event()
         self.leaving = False
         self._resumed: tuple[Swap, dict[str, dict[str, Any]]] | None = None
+        self._waiting: list[Mapping[str, Any]] = []
 
     # -- life
 
@@ -83,21 +79,15 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
             gate = WorkerAgentPlugin()
             await scheduler.register_worker_plugin(comm=None, plugin=dumps(gate), name=gate.name, idempotent=True)
         if self._resumed is not None:
-            resumed, agents = self._resumed
-            self.agent.in_background(self._resume(resumed, agents))
-            for swap in self.swaps.values():
-                if swap is not resumed:
-                    self.agent.in_background(self._take_turn(swap))
+            self.queue.resume(*self._resumed)
+            self.queue.take_over(self._waiting)
 
     def take_over(self, scheduler: Any, state: Mapping[str, Any]) -> None:
         """Continue what the predecessor of *scheduler* wrote down; before anybody can connect."""
         self.target = state["target"]
         self.options = state["options"]
-        swap = Swap.from_dict(state["swap"])
-        self.swaps[swap.id] = swap
-        self._resumed = (swap, state["agents"])
-        for waiting in map(Swap.from_dict, state["waiting"]):
-            self.swaps[waiting.id] = waiting
+        self._resumed = (Swap.from_dict(state["swap"]), state["agents"])
+        self._waiting = state["waiting"]
         self._install(scheduler)
         self.agent.proven.update(state["proven"])
 
@@ -119,6 +109,7 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
         self.agent = SchedulerAgent(scheduler, open_store(), self._call_self)
         self.roster = Roster(scheduler)
         self.exchange = Exchange(self.roster, self.agent.store)
+        self.queue = SwapQueue(self, self.agent.store, self.agent.in_background, self._log)
         operations = {
             "envship_join": self.join,
             "envship_hello": self.hello,
@@ -136,7 +127,7 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
             "envship_uploaded": self.exchange.uploaded,
             "envship_use": self.use,
             "envship_stage": self.stage,
-            "envship_wait": self.wait,
+            "envship_wait": self.queue.wait,
             "envship_status": self.status,
         }
         scheduler.handlers.update(self.agent.handlers())
@@ -153,7 +144,7 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
         if self.leaving:
             return {"wait": True, "timeout_s": SUCCESSION_TIMEOUT_S}
         self.roster.add(identity)
-        manifest = await self._manifest(self.target) if identity["environment_id"] != self.target else None
+        manifest = await self.queue.manifest(self.target) if identity["environment_id"] != self.target else None
         return {"target": self.target, "manifest": manifest and manifest.to_bytes(), "options": self.options}
 
     async def hello(self, report: dict[str, Any]) -> dict[str, Any]:
@@ -204,9 +195,7 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
 
     async def report(self, host_id: str, state: str, done_bytes: int, total_bytes: int) -> None:
         """A host tells how far it is."""
-        for swap in self.swaps.values():
-            if not swap.finished and host_id in swap.labels:
-                swap.note(host_id, state, done_bytes, total_bytes)
+        self.queue.report(host_id, state, done_bytes, total_bytes)
 
     # -- what the client asks
 
@@ -216,25 +205,11 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
 
     async def use(self, environment_id: str | None, options: dict[str, Any]) -> str:
         """Begin a swap; returns its id. Swaps of several clients take turns."""
-        wanted = None if environment_id is None else EnvironmentId(environment_id)
-        swap = Swap(wanted, self.target, options)
-        self.swaps[swap.id] = swap
-        for old in list(self.swaps)[:-KEPT_SWAPS]:
-            if self.swaps[old].finished:
-                del self.swaps[old]
-        self.agent.in_background(self._take_turn(swap))
-        return swap.id
+        return self.queue.begin(None if environment_id is None else EnvironmentId(environment_id), options)
 
     async def stage(self, environment_id: str, options: dict[str, Any]) -> str:
         """Bring an environment to every host and build it there, without moving anybody."""
-        swap = Swap(EnvironmentId(environment_id), self.target, {**options, "stage_only": True})
-        self.swaps[swap.id] = swap
-        self.agent.in_background(self._take_turn(swap))
-        return swap.id
-
-    async def wait(self, swap_id: str, version: int) -> dict[str, Any]:
-        """The status of a swap, as soon as it is newer than *version*."""
-        return await self.swaps[swap_id].changed(version, timeout_s=5.0)
+        return self.queue.begin(EnvironmentId(environment_id), {**options, "stage_only": True})
 
     async def status(self) -> dict[str, Any]:
         """Who runs what, who holds what."""
@@ -291,7 +266,7 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
             "swap": swap.to_dict(),
             "agents": agents,
             "proven": list(self.agent.proven),
-            "waiting": [other.to_dict() for other in self.swaps.values() if not other.finished and other is not swap],
+            "waiting": self.queue.unfinished(but=swap),
         }
         await self._until_left()
         await self.agent.succeed(environment_id, state)
@@ -321,53 +296,8 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
 
     # -- own
 
-    async def _take_turn(self, swap: Swap) -> None:
-        async with self._turn:
-            swap.previous_id = self.target
-            self.options = {name: swap.options[name] for name in ("link_mode", "start_timeout_s")}
-            try:
-                manifest = await self._manifest(swap.environment_id)
-            except EnvshipError as error:
-                swap.fail("PrepareFailed", {"scheduler": str(error)})
-                return
-            swap.options["platform"] = manifest and manifest.platform
-            swap.options["manifest"] = manifest and manifest.to_bytes()
-            await swap.run(self)
-            swap.options["manifest"] = None
-        await self._after(swap)
-
-    async def _manifest(self, environment_id: EnvironmentId | None) -> Manifest | None:
-        if environment_id is None:
-            return None
-        return await asyncio.to_thread(self.agent.store.read_manifest, environment_id)
-
-    async def _resume(self, swap: Swap, agents: Mapping[str, Mapping[str, Any]]) -> None:
-        async with self._turn:
-            await swap.resume(self, agents)
-        await self._after(swap)
-
-    async def _after(self, swap: Swap) -> None:
-        if swap.phase == "done" and swap.previous_id != swap.environment_id:
-            await self._park(swap)
-
-    async def _park(self, swap: Swap) -> None:
-        """A way back that takes no time: every nanny keeps a standby of the environment just left."""
-        await asyncio.sleep(PARK_DELAY_S)
-        if self.target != swap.environment_id:
-            return
-        options = {"start_timeout_s": swap.options["start_timeout_s"]}
-        await asyncio.gather(
-            *(
-                self.roster.ask_quietly(
-                    address,
-                    "envship_park",
-                    environment_id=swap.previous_id,
-                    keep=swap.options["keep_warm"],
-                    prepare=options,
-                )
-                for address in list(self.roster.members)
-            )
-        )
+    def _log(self, stage: str, **what: Any) -> None:
+        self.scheduler.log_event(EVENTS, {"stage": stage, **what})
 
 
 async def _remove_worker(scheduler: Any, address: str) -> None:

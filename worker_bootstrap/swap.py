@@ -31,6 +31,8 @@ class Cluster(Protocol):
 
     roster: Roster
     target: EnvironmentId | None
+    options: dict[str, Any]
+    """What processes that come late are told about how to get to the target."""
     leaving: bool
     """The scheduler is about to be replaced: agents that ask shall wait for its successor."""
 

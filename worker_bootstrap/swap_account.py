@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from worker_bootstrap.digest import EnvironmentId
@@ -56,6 +56,11 @@ class SwapAccount:
         self.downtime_s = 0.0
         self.version = 0
         self._changed = asyncio.Event()
+        self._log: Callable[..., None] = _nowhere
+
+    def tell_stages(self, log: Callable[..., None]) -> None:
+        """Have *log* called with a stage, and keywords that describe it, whenever the swap or a host gets further."""
+        self._log = log
 
     @property
     def finished(self) -> bool:
@@ -92,6 +97,8 @@ class SwapAccount:
 
     def note(self, host_id: str, state: str, done_bytes: int = 0, total_bytes: int = 0, detail: str = "") -> None:
         """Record how far a host is."""
+        if self.hosts.get(host_id, {}).get("state") != state:
+            self._tell(f"host {state}", host=self.labels.get(host_id, ""), host_id=host_id, detail=detail)
         self.hosts[host_id] = {
             "label": self.labels.get(host_id, host_id[:8]),
             "state": state,
@@ -109,7 +116,12 @@ class SwapAccount:
     def set_phase(self, phase: str) -> None:
         """Enter a phase; ``done`` and ``failed`` are final."""
         self.phase = phase
+        self._tell(phase, **({"error": self.error, "causes": dict(self.causes)} if self.error else {}))
         self._touch()
+
+    def _tell(self, stage: str, **what: Any) -> None:
+        kind = "staging" if self.options.get("stage_only") else "swap"
+        self._log(stage, swap=self.id, kind=kind, environment_id=self.environment_id, **what)
 
     def _touch(self) -> None:
         self.version += 1
@@ -128,3 +140,7 @@ class SwapAccount:
         swap = cls(state["environment_id"], state["previous_id"], state["options"])
         vars(swap).update(state)
         return swap
+
+
+def _nowhere(stage: str, **what: Any) -> None:
+    pass
