@@ -7,6 +7,7 @@ Importing this package adds `use_environment`, `stage_environment`, `environment
 from envship import client as _client
 from envship._version import __version__
 from envship.environment import Environment
+from envship.options import PackOptions
 from envship.pack import pack
 from envship.result import EnvironmentStatus, StagedResult, SwapResult
 from worker_bootstrap.errors import EnvshipError
@@ -17,6 +18,7 @@ __all__ = [
     "Environment",
     "EnvironmentStatus",
     "EnvshipError",
+    "PackOptions",
     "StagedResult",
     "SwapResult",
     "__version__",

@@ -17,6 +17,7 @@ from distributed import Client
 from envship import config
 from envship.environment import Environment
 from envship.journey import Journey
+from envship.options import NO_OPTIONS, PackOptions
 from envship.progress import open_display
 from envship.result import EnvironmentStatus, StagedResult, SwapResult
 from envship.status import status_of
@@ -37,7 +38,7 @@ def use_environment(
     *,
     scheduler: bool | None = None,
     ignore_versions: bool = False,
-    ignore_missing: bool = False,
+    options: PackOptions = NO_OPTIONS,
     timeout: str | float | None = None,
     progress: bool | None = None,
 ) -> SwapResult:
@@ -52,8 +53,8 @@ def use_environment(
         Whether the scheduler moves as well. None: it does if it is a process of its own. Futures do not survive that.
     ignore_versions
         Go on although Python, dask or distributed differ from this client's.
-    ignore_missing
-        Go on although files of packages are missing from the source, or were overwritten.
+    options
+        How the source is packed, if it is: which files stay away, which faults to put up with.
     timeout
         For the commit: how long the workers may take to come back (default: ``envship.timeouts.commit``).
     progress
@@ -80,7 +81,7 @@ def use_environment(
     -----
     Idempotent: a cluster that runs there already is left alone, and no byte moves. Swaps of several clients take turns.
     """
-    result: SwapResult = _sync(client, _use, source, scheduler, ignore_versions, ignore_missing, timeout, progress)
+    result: SwapResult = _sync(client, _use, source, scheduler, ignore_versions, options, timeout, progress)
     return result
 
 
@@ -88,14 +89,14 @@ def stage_environment(
     client: Client,
     source: Source = None,
     *,
-    ignore_missing: bool = False,
+    options: PackOptions = NO_OPTIONS,
     progress: bool | None = None,
 ) -> StagedResult:
     """Bring an environment to every host of the cluster and build it there, without moving anybody.
 
     Parameters and errors as for `use_environment`.
     """
-    result: StagedResult = _sync(client, _stage, source, ignore_missing, progress)
+    result: StagedResult = _sync(client, _stage, source, options, progress)
     return result
 
 
@@ -129,13 +130,13 @@ async def _use(
     source: Source,
     scheduler: bool | None,
     ignore_versions: bool,
-    ignore_missing: bool,
+    options: PackOptions,
     timeout: str | float | None,
     show: bool | None,
 ) -> SwapResult:
     with open_display(show) as display:
         journey = Journey(client, display)
-        environment_id, environment = await journey.find(source, ignore_missing)
+        environment_id, environment = await journey.find(source, options)
         if environment is not None and not ignore_versions:
             _check_fit(environment)
         await journey.connect()
@@ -158,14 +159,14 @@ async def _reset(client: Client, timeout: str | float | None, show: bool | None)
         return await _move(journey, None, None, timeout)
 
 
-async def _stage(client: Client, source: Source, ignore_missing: bool, show: bool | None) -> StagedResult:
+async def _stage(client: Client, source: Source, options: PackOptions, show: bool | None) -> StagedResult:
     with open_display(show) as display:
         journey = Journey(client, display)
-        environment_id, environment = await journey.find(source, ignore_missing)
+        environment_id, environment = await journey.find(source, options)
         await journey.connect()
         await journey.bring(environment_id, environment)
-        options = _options(None, None)
-        swap_id = await journey.ask("envship_stage", environment_id=environment_id, options=options)
+        terms = _terms(None, None)
+        swap_id = await journey.ask("envship_stage", environment_id=environment_id, options=terms)
         status = await journey.follow(swap_id)
         return StagedResult(
             environment_id=environment_id,
@@ -184,8 +185,8 @@ async def _move(
     timeout: str | float | None,
 ) -> SwapResult:
     futures = len(journey.client.futures)
-    options = _options(scheduler, timeout)
-    swap_id = await journey.ask("envship_use", environment_id=environment_id, options=options)
+    terms = _terms(scheduler, timeout)
+    swap_id = await journey.ask("envship_use", environment_id=environment_id, options=terms)
     status = await journey.follow(swap_id)
     return SwapResult(
         environment_id=status["environment_id"],
@@ -210,7 +211,7 @@ async def _status(client: Client) -> EnvironmentStatus:
         return status_of(await journey.ask("envship_status"))
 
 
-def _options(scheduler: bool | None, timeout: str | float | None) -> dict[str, Any]:
+def _terms(scheduler: bool | None, timeout: str | float | None) -> dict[str, Any]:
     commit = config.timeout_s("commit") if timeout is None else parse_timedelta(timeout)
     return {
         "scheduler": scheduler,

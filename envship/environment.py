@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from dask.utils import format_bytes
 
 from envship.bundle import SUFFIX, read_bundle, write_bundle
+from envship.options import NO_OPTIONS, PackOptions
 from worker_bootstrap.digest import Digest, EnvironmentId, is_digest
 from worker_bootstrap.errors import EnvironmentMissing, SourceNotFound
 from worker_bootstrap.location import open_store
@@ -167,7 +168,7 @@ def resolve(
     source: Environment | str | os.PathLike[str] | None,
     *,
     store: Store | None = None,
-    ignore_missing: bool = False,
+    options: PackOptions = NO_OPTIONS,
     report: Report | None = None,
 ) -> Environment:
     """The environment that *source* means, packed or loaded where it is not in the store yet.
@@ -178,7 +179,7 @@ def resolve(
         An `Environment`; None for the one that this process runs in; a bundle (``*.envship``); an environment id that
         the store holds, or at least eight digits that only one id begins with; the name of a conda environment; the
         path of a prefix.
-    store, ignore_missing, report
+    store, options, report
         As for `envship.pack.pack`.
 
     Raises
@@ -207,4 +208,4 @@ def resolve(
                 raise SourceNotFound(text, [f"{store.layout.root}, where {len(matches)} ids begin with it"])
     from envship.pack import pack  # Packing makes environments, so it imports this module.
 
-    return pack(source, store=store, ignore_missing=ignore_missing, report=report)
+    return pack(source, store=store, options=options, report=report)

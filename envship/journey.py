@@ -14,6 +14,7 @@ from distributed import Client
 
 from envship import config
 from envship.environment import Environment, resolve
+from envship.options import PackOptions
 from envship.progress import Display, HostProgress
 from envship.reconnect import reconnect, until_listening
 from worker_bootstrap.coordinator import PROTOCOL, Coordinator
@@ -74,14 +75,14 @@ class Journey:
             raise EnvshipError(f"the coordinator on {self.client.scheduler.address}: {answer['error']}")
         return answer["ok"]
 
-    async def find(self, source: Any, ignore_missing: bool) -> tuple[EnvironmentId, Environment | None]:
+    async def find(self, source: Any, options: PackOptions) -> tuple[EnvironmentId, Environment | None]:
         """The environment that *source* names; None if only the cluster can hold it."""
 
         def report(stage: str, done_bytes: int, total_bytes: int) -> None:
             self.show(stage, done_bytes, total_bytes, "building")
 
         try:
-            environment = await asyncio.to_thread(resolve, source, ignore_missing=ignore_missing, report=report)
+            environment = await asyncio.to_thread(resolve, source, options=options, report=report)
         except (EnvironmentMissing, SourceNotFound):
             if not is_digest(source):
                 raise

@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from envship.chunking import LIMIT_BYTES, Cutter, is_large
 from envship.environment import Environment
+from envship.options import NO_OPTIONS, PackOptions
 from envship.reading import Reader, is_streamed
 from envship.scan_index import Packed, ScanIndex, index_folder, signature
 from envship.sources.draft import CodeItem, Draft, FileItem, Item, MadeItem, Plan
@@ -41,7 +42,7 @@ def pack(
     source: str | os.PathLike[str] | None = None,
     *,
     store: Store | None = None,
-    ignore_missing: bool = False,
+    options: PackOptions = NO_OPTIONS,
     report: Report | None = None,
 ) -> Environment:
     """Pack an environment into the store of this machine.
@@ -53,8 +54,8 @@ def pack(
         environment, a venv, or an interpreter's prefix.
     store
         Where the chunks go; None for `worker_bootstrap.location.open_store`.
-    ignore_missing
-        Pack the environment as it is where files of packages are missing or were overwritten by another package.
+    options
+        Which files stay away, and which faults to put up with.
     report
         Told about progress.
 
@@ -78,7 +79,7 @@ def pack(
     store = store or open_store()
     progress = _Progress(report)
     trees = Trees()
-    index = ScanIndex.load(store, str(prefix), ignore_missing=ignore_missing)
+    index = ScanIndex.load(store, str(prefix), options)
     known = index.unchanged(trees)
     if known is not None:
         manifest = _held(store, known)
@@ -86,7 +87,7 @@ def pack(
             return Environment(manifest, store)
     else:
         trees = Trees()
-    plan = plan_prefix(prefix, trees, ignore_missing=ignore_missing)
+    plan = plan_prefix(prefix, trees, options)
     with Reader(plan, index_folder(store) / "bytecode", store.layout.tmp) as reader:
         packer = _Packer(store, plan, reader, progress)
         packages = packer.pack(index, trees.started_ns)

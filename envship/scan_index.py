@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from envship._version import __version__
+from envship.options import PackOptions
 from envship.sources.draft import CodeItem, Draft, FileItem, MadeItem, Plan
 from envship.sources.tree import Root, Trees, is_settled, mark
 from worker_bootstrap.digest import Digest, EnvironmentId, is_digest
@@ -46,9 +47,9 @@ class ScanIndex:
     packages: Mapping[str, Packed] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, store: Store, prefix: str, *, ignore_missing: bool) -> ScanIndex:
-        """The index of *prefix* in *store*; an empty one if there is none that can be used."""
-        key = hashlib.sha256(f"{prefix}\0{ignore_missing}".encode("utf-8", "surrogateescape")).hexdigest()
+    def load(cls, store: Store, prefix: str, options: PackOptions) -> ScanIndex:
+        """The index of *prefix*, packed with *options*, in *store*; an empty one if there is none that can be used."""
+        key = hashlib.sha256(f"{prefix}\0{options.key}".encode("utf-8", "surrogateescape")).hexdigest()
         index = cls(index_folder(store) / f"{key}.json", store.layout.tmp)
         try:
             raw = json.loads(index.path.read_bytes())

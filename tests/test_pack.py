@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from envship.options import NO_OPTIONS
 from envship.pack import pack
 from envship.scan_index import ScanIndex, index_folder
 from worker_bootstrap.errors import SourceNotFound, StoreFull
@@ -95,7 +96,7 @@ def test_a_damaged_index_is_passed_over(mine: Path, store: Store) -> None:
     (path,) = index_folder(store).glob("*.json")
     for damage in (b"", b"{}", b"[1", path.read_bytes()[:-40], b'{"rules": 1}'):
         path.write_bytes(damage)
-        assert ScanIndex.load(store, str(mine), ignore_missing=False).environment_id is None
+        assert ScanIndex.load(store, str(mine), NO_OPTIONS).environment_id is None
     assert pack(mine, store=store).id == environment.id
 
 

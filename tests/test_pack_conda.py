@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from envship.canonical import PLACEHOLDER
+from envship.options import PackOptions
 from envship.pack import pack
 from envship.sources.conda import canonical_conda_meta
 from worker_bootstrap.errors import NotAnEnvironment, SourceProblems
@@ -128,7 +129,7 @@ def test_missing_and_overwritten_files_are_all_listed_and_may_be_ignored(
     ]
     assert "ignore" in caught.value.remedy
     assert store.environments() == []
-    environment = pack(copy, store=store, ignore_missing=True)
+    environment = pack(copy, store=store, options=PackOptions(ignore_missing=True))
     assert contents(environment, package(environment, "onlyhere"))[f"{SITE}/libmini/__init__.py"] == b"VERSION = '2'\n"
     all_entries(environment)
 
@@ -137,7 +138,7 @@ def test_a_link_out_of_the_prefix_is_named(copy: Path, store: Store) -> None:
     (copy / "share" / "outside").symlink_to("/etc/passwd")
     (copy / "share" / "above").symlink_to("../../other/file")
     with pytest.raises(SourceProblems) as caught:
-        pack(copy, store=store, ignore_missing=True)
+        pack(copy, store=store, options=PackOptions(ignore_missing=True))
     assert len(caught.value.problems) == 2
     assert all("symbolic link" in problem for problem in caught.value.problems)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from envship.canonical import PLACEHOLDER
+from envship.options import PackOptions
 from envship.pack import pack
 from envship.sources.interpreter import ask
 from worker_bootstrap.errors import NotAnEnvironment, SourceProblems
@@ -109,7 +110,7 @@ def test_a_missing_file_of_a_package_is_named(store: Store, tmp_path: Path) -> N
     with pytest.raises(SourceProblems) as caught:
         pack(mine, store=store)
     assert caught.value.problems == [f"onlyhere 1.0: {SITE}/onlyhere.py is missing"]
-    assert pack(mine, store=store, ignore_missing=True).versions["dask"] is None
+    assert pack(mine, store=store, options=PackOptions(ignore_missing=True)).versions["dask"] is None
 
 
 def test_an_editable_installation_that_cannot_be_followed_is_named(store: Store, tmp_path: Path) -> None:

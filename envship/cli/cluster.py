@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from envship.cli.packed_as import PackingCommand
+
 if TYPE_CHECKING:
     from distributed import Client
 
+    from envship.options import PackOptions
     from envship.result import EnvironmentStatus
 
 CONNECT_TIMEOUT_S = 10
@@ -111,18 +114,17 @@ _timeout = click.option("--timeout", metavar="DURATION", help="Give up after, fo
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
-@click.command()
+@click.command(cls=PackingCommand)
 @click.argument("source", required=False)
 @connected
 @click.option("--ignore-versions", is_flag=True, help="Go on if Python or Dask differ from those that envship runs in.")
-@click.option("--ignore-missing", is_flag=True, help="Go on if files of packages are missing or were overwritten.")
 @_timeout
 @_as_json
 def use(
     source: str | None,
     connection: Connection,
     ignore_versions: bool,
-    ignore_missing: bool,
+    packed_as: PackOptions,
     timeout: str | None,
     as_json: bool,
 ) -> None:
@@ -132,9 +134,7 @@ def use(
     the environment that envship itself runs in.
     """
     with connection.open() as client:
-        result = client.use_environment(
-            source, ignore_versions=ignore_versions, ignore_missing=ignore_missing, timeout=timeout
-        )
+        result = client.use_environment(source, ignore_versions=ignore_versions, options=packed_as, timeout=timeout)
     _print_result(result, as_json)
 
 

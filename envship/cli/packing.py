@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from envship.cli.packed_as import PackingCommand
+
 if TYPE_CHECKING:
     from envship.environment import Environment
+    from envship.options import PackOptions
     from worker_bootstrap.store import Store
 
 PACKAGES_SHOWN = 15
@@ -20,18 +23,16 @@ PACKAGES_SHOWN = 15
 
 _output = click.Path(path_type=Path, dir_okay=False)
 _folder = click.Path(path_type=Path, file_okay=False)
-_ignore_missing = click.option(
-    "--ignore-missing", is_flag=True, help="Go on if files of packages are missing or were overwritten."
-)
 
 
-@click.command()
+@click.command(cls=PackingCommand)
 @click.argument("source", required=False)
 @click.option("-o", "--output", type=_output, help="Save a bundle (.envship) as well.")
-@_ignore_missing
 @click.option("--store", "store_path", type=_folder, help="Pack into this store instead of your own.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def pack(source: str | None, output: Path | None, ignore_missing: bool, store_path: Path | None, as_json: bool) -> None:
+def pack(
+    source: str | None, output: Path | None, packed_as: PackOptions, store_path: Path | None, as_json: bool
+) -> None:
     """Pack SOURCE into the store of this machine, and into a bundle with -o.
 
     SOURCE is a conda environment's name or the path of a prefix (conda or venv); without it, the environment that
@@ -41,9 +42,7 @@ def pack(source: str | None, output: Path | None, ignore_missing: bool, store_pa
 
     began = time.monotonic()
     with _reported("packing") as report:
-        environment = pack_environment(
-            source, store=_open_store(store_path), ignore_missing=ignore_missing, report=report
-        )
+        environment = pack_environment(source, store=_open_store(store_path), options=packed_as, report=report)
         saved = environment.save(output) if output is not None else None
     seconds = time.monotonic() - began
     if as_json:
@@ -57,13 +56,12 @@ def pack(source: str | None, output: Path | None, ignore_missing: bool, store_pa
         click.echo(f"bundle       {saved} ({format_bytes(saved.stat().st_size)})")
 
 
-@click.command()
+@click.command(cls=PackingCommand)
 @click.argument("source")
-@_ignore_missing
 @click.option("--store", "store_path", type=_folder, help="Look in this store instead of your own.")
 @click.option("--all", "show_all", is_flag=True, help=f"List every package, not only the {PACKAGES_SHOWN} largest.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with every package.")
-def show(source: str, ignore_missing: bool, store_path: Path | None, show_all: bool, as_json: bool) -> None:
+def show(source: str, packed_as: PackOptions, store_path: Path | None, show_all: bool, as_json: bool) -> None:
     """Show what SOURCE holds: versions, packages by size, where the bytes are.
 
     SOURCE is a bundle (.envship), an environment id that the store holds, a conda environment's name or the path of a
@@ -72,7 +70,7 @@ def show(source: str, ignore_missing: bool, store_path: Path | None, show_all: b
     from envship.environment import resolve
 
     with _reported("reading") as report:
-        environment = resolve(source, store=_open_store(store_path), ignore_missing=ignore_missing, report=report)
+        environment = resolve(source, store=_open_store(store_path), options=packed_as, report=report)
     if as_json:
         packages = [
             {"name": p.name, "version": p.version, "build": p.build, "kind": p.kind, "size_bytes": p.size_bytes}

@@ -16,6 +16,7 @@ from typing import Any
 from conda_pack import CondaEnv, CondaPackException
 
 from envship.canonical import Recorded, Rewritten
+from envship.options import PackOptions
 from envship.sources.distributions import Distribution, read_distributions
 from envship.sources.draft import CodeItem, Draft, Item, MadeItem, Plan
 from envship.sources.installed import distribution_draft
@@ -39,11 +40,11 @@ _MACHINE_BOUND = (
 )
 _REMEDY = (
     "Repair the packages (conda install --force-reinstall NAME; remove what pip put in the place of conda's files), "
-    "or pack what is there: ignore_missing=True, --ignore-missing."
+    "or pack what is there: PackOptions(ignore_missing=True), --ignore-missing."
 )
 
 
-def plan_conda(prefix: Path, trees: Trees, *, ignore_missing: bool) -> Plan:
+def plan_conda(prefix: Path, trees: Trees, options: PackOptions) -> Plan:
     """What a pack of the conda environment at *prefix* will do.
 
     Raises
@@ -51,7 +52,7 @@ def plan_conda(prefix: Path, trees: Trees, *, ignore_missing: bool) -> Plan:
     NotAnEnvironment
         If there is no Python in it, or conda-pack does not accept it.
     SourceProblems
-        If files are missing or were overwritten (unless *ignore_missing*), or cannot be packed.
+        If files are missing or were overwritten (unless *options* ignore that), or cannot be packed.
     """
     records = _read_records(prefix)
     python = next((record for record in records if record["name"] == "python"), None)
@@ -63,7 +64,7 @@ def plan_conda(prefix: Path, trees: Trees, *, ignore_missing: bool) -> Plan:
     content = _enumerate(prefix)
     files = {path: found for path, found in everything.items() if path in content}
 
-    collector = Collector([str(prefix), str(prefix.resolve())], trees)
+    collector = Collector([str(prefix), str(prefix.resolve())], trees, options)
     owners = _owners(records, files)
     distributions = _foreign_distributions(prefix, f"{library}/site-packages", files, owners)
     collector.check_path_files(f"{library}/site-packages", files, distributions)
@@ -79,7 +80,7 @@ def plan_conda(prefix: Path, trees: Trees, *, ignore_missing: bool) -> Plan:
         )
         for draft in drafts
     ]
-    problems = collector.problems + ([] if ignore_missing else faults)
+    problems = collector.problems + ([] if options.ignore_missing else faults)
     if problems:
         raise SourceProblems(str(prefix), problems, _REMEDY)
     return Plan(

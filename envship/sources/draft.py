@@ -12,7 +12,7 @@ from typing import NamedTuple, Union
 
 from envship.canonical import Treatment
 from worker_bootstrap.digest import Digest
-from worker_bootstrap.manifest import Directory, Link
+from worker_bootstrap.manifest import Directory, HardLink, Link
 
 
 class Draft(NamedTuple):
@@ -57,7 +57,7 @@ class MadeItem(NamedTuple):
     data: bytes
 
 
-Item = Union[FileItem, CodeItem, MadeItem, Link, Directory]
+Item = Union[FileItem, CodeItem, MadeItem, Link, HardLink, Directory]
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,13 @@ def distribution_draft(
 ) -> Draft:
     """The draft of *distribution*; takes those of its *files* (by path in the environment) that nobody in *owners* has.
 
-    The source tree of a project that is installed in editable mode comes along (`Project`).
+    The source tree of a project that is installed in editable mode comes along (`Project`), unless the user wants none.
     """
+    if distribution.editable is not None and collector.options.ignore_editable:
+        info = distribution.info + "/"
+        mine = {*distribution.files, *(path for path in files if path.startswith(info))}
+        owners.update((path, distribution.name) for path in mine if path not in owners)
+        return Draft(distribution.name, distribution.version, "", "project", [])
     project = Project(distribution, files) if distribution.editable is not None else None
     if project is not None and not project.is_understood:
         collector.problems.append(

@@ -10,6 +10,7 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from envship.canonical import SYSTEM_PREFIXES, Own, Recorded, Treatment
+from envship.options import NO_OPTIONS, PackOptions
 from envship.sources.distributions import Distribution, outside_paths
 from envship.sources.draft import CodeItem, FileItem, Item
 from envship.sources.projects import PLACE
@@ -27,6 +28,8 @@ class Collector:
         All spellings of the absolute paths under which the files may name their own place.
     trees
         The walks of this pack.
+    options
+        What the user said.
 
     Attributes
     ----------
@@ -34,8 +37,9 @@ class Collector:
         One line for everything that cannot be packed.
     """
 
-    def __init__(self, prefixes: Sequence[str], trees: Trees) -> None:
+    def __init__(self, prefixes: Sequence[str], trees: Trees, options: PackOptions = NO_OPTIONS) -> None:
         self.trees = trees
+        self.options = options
         self.prefixes = tuple(dict.fromkeys(prefixes))
         self.problems: list[str] = []
 
@@ -45,6 +49,8 @@ class Collector:
 
     def check_path_files(self, site_path: str, files: Mapping[str, Found], known: Sequence[Distribution]) -> None:
         """Note the ``.pth`` files in the site folder that lead out of the environment, except for *known* projects."""
+        if self.options.ignore_editable:
+            return
         followed = {path for distribution in known if distribution.editable is not None for path in distribution.files}
         for path, found in files.items():
             if path.endswith(".pth") and os.path.dirname(path) == site_path and path not in followed:

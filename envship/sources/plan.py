@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+from envship.options import PackOptions
 from envship.sources.conda import plan_conda
 from envship.sources.draft import Plan
 from envship.sources.locate import checked, is_conda
@@ -11,7 +13,7 @@ from envship.sources.tree import Trees
 from envship.sources.venv import plan_venv
 
 
-def plan(prefix: Path, trees: Trees, *, ignore_missing: bool) -> Plan:
+def plan(prefix: Path, trees: Trees, options: PackOptions) -> Plan:
     """What a pack of the environment at *prefix* will do; *trees* keeps what was seen of it.
 
     Raises
@@ -19,8 +21,8 @@ def plan(prefix: Path, trees: Trees, *, ignore_missing: bool) -> Plan:
     NotAnEnvironment
         If there is no Python environment, or its interpreter does not run.
     SourceProblems
-        If files are missing or were overwritten (unless *ignore_missing*), or cannot be packed.
+        If files are missing or were overwritten (unless *options* ignore that), or cannot be packed.
     """
-    if is_conda(checked(prefix)):
-        return plan_conda(prefix, trees, ignore_missing=ignore_missing)
-    return plan_venv(prefix, trees, ignore_missing=ignore_missing)
+    of_kind = plan_conda if is_conda(checked(prefix)) else plan_venv
+    made = of_kind(prefix, trees, options)
+    return replace(made, drafts=options.chosen(made.drafts))

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from envship.options import PackOptions
 from envship.sources.base import base_draft, base_roots
 from envship.sources.distributions import Distribution, read_distributions
 from envship.sources.draft import Draft, Item, Plan
@@ -26,11 +27,11 @@ _LEFT_OUT = re.compile(
 """What makes a folder a venv, which the prefix is not any more; caches and logs."""
 _REMEDY = (
     "Reinstall the packages named (pip install --force-reinstall NAME), or, where files are missing only, pack what is "
-    "there: ignore_missing=True, --ignore-missing."
+    "there: PackOptions(ignore_missing=True), --ignore-missing."
 )
 
 
-def plan_venv(prefix: Path, trees: Trees, *, ignore_missing: bool) -> Plan:
+def plan_venv(prefix: Path, trees: Trees, options: PackOptions) -> Plan:
     """What a pack of the venv, or the plain interpreter, at *prefix* will do.
 
     Raises
@@ -38,7 +39,7 @@ def plan_venv(prefix: Path, trees: Trees, *, ignore_missing: bool) -> Plan:
     NotAnEnvironment
         If its interpreter does not run.
     SourceProblems
-        If files are missing (unless *ignore_missing*) or cannot be packed.
+        If files are missing (unless *options* ignore that) or cannot be packed.
     """
     executable = next((path for path in (prefix / "bin/python", prefix / "bin/python3") if path.exists()), None)
     if executable is None:
@@ -48,7 +49,7 @@ def plan_venv(prefix: Path, trees: Trees, *, ignore_missing: bool) -> Plan:
     for root in base_roots(interpreter):
         trees.walk(root)
     files, distributions = _installed(prefix, f"{library}/site-packages", interpreter, trees)
-    collector = Collector(_spellings(prefix, interpreter), trees)
+    collector = Collector(_spellings(prefix, interpreter), trees, options)
     collector.check_path_files(f"{library}/site-packages", files, distributions)
     faults = [
         f"{distribution.name} {distribution.version}: {path} is missing"
@@ -60,7 +61,7 @@ def plan_venv(prefix: Path, trees: Trees, *, ignore_missing: bool) -> Plan:
     owners = {item.path: "python" for item in drafts[0].items}
     drafts += [distribution_draft(distribution, files, owners, collector) for distribution in distributions]
     drafts.append(_unowned(files, owners, collector))
-    problems = collector.problems + ([] if ignore_missing else faults)
+    problems = collector.problems + ([] if options.ignore_missing else faults)
     if problems:
         raise SourceProblems(str(prefix), problems, _REMEDY)
     return Plan(

@@ -1,0 +1,83 @@
+"""What a user may say about a pack: filters as conda-pack has them, editable projects left out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from envship.cli.packed_as import PackingCommand
+from envship.options import Filter, PackOptions
+from envship.pack import pack
+from worker_bootstrap.errors import SourceProblems
+from worker_bootstrap.store import Store
+
+from .contents import all_entries
+from .prefixes import onlyhere_wheel, small_venv
+
+SITE = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
+
+
+def paths(prefix: Path, store: Store, *filters: Filter, ignore_editable: bool = False) -> set[str]:
+    """What of ``onlyhere`` a pack with these options holds, besides its metadata."""
+    environment = pack(prefix, store=store, options=PackOptions(filters, ignore_editable=ignore_editable))
+    return {
+        path.rpartition("/")[2] for path in all_entries(environment) if "onlyhere" in path and ".dist-info" not in path
+    }
+
+
+@pytest.mark.parametrize(
+    ("filters", "left"),
+    [
+        ([("exclude", "*/onlyhere.py")], set()),
+        ([("exclude", "*.pyc")], {"onlyhere.py"}),
+        ([("exclude", "lib/*"), ("include", "*/onlyhere.py")], {"onlyhere.py"}),
+        ([("include", "*/onlyhere.py"), ("exclude", "lib/*")], set()),
+        ([("exclude", "onlyhere.py")], {"onlyhere.py", f"onlyhere.{sys.implementation.cache_tag}.pyc"}),
+    ],
+)
+def test_filters_work_in_their_order_and_byte_code_goes_with_its_module(
+    venv: Path, shared_store: Store, filters: Sequence[Filter], left: set[str]
+) -> None:
+    assert paths(venv, shared_store, *filters) == left
+
+
+def test_options_do_not_mix_in_the_index(venv: Path, store: Store) -> None:
+    filters: list[Filter] = [("exclude", "*/onlyhere.py")]
+    assert paths(venv, store) != set()
+    for _ in range(2):
+        assert paths(venv, store, *filters) == set()
+        assert paths(venv, store) != set()
+
+
+def test_editable_projects_may_stay_away(tmp_path: Path, store: Store) -> None:
+    prefix = small_venv(tmp_path / "env", [onlyhere_wheel(tmp_path)])
+    info = prefix / SITE / "onlyhere-1.0.dist-info"
+    (info / "direct_url.json").write_text('{"url": "file:///home/me/onlyhere", "dir_info": {"editable": true}}')
+    (tmp_path / "elsewhere").mkdir()
+    (prefix / SITE / "elsewhere.pth").write_text(f"{tmp_path}/elsewhere\n")
+    with pytest.raises(SourceProblems) as caught:
+        pack(prefix, store=store)
+    assert len(caught.value.problems) == 2
+    assert paths(prefix, store, ignore_editable=True) == set()
+
+
+def test_the_command_line_keeps_the_order_of_filters() -> None:
+    told: list[Any] = []
+
+    @click.command(cls=PackingCommand)
+    @click.argument("source", required=False)
+    def command(source: str | None, packed_as: PackOptions) -> None:
+        told.append((source, packed_as))
+
+    line = ["--exclude", "a*", "here", "--include", "ab", "--ignore-editable", "--exclude=b"]
+    result = CliRunner().invoke(command, line)
+    assert result.exit_code == 0, result.output
+    filters: tuple[Filter, ...] = (("exclude", "a*"), ("include", "ab"), ("exclude", "b"))
+    assert told == [("here", PackOptions(filters, ignore_editable=True))]
+    assert CliRunner().invoke(command, ["--include"]).exit_code == 2
