@@ -19,7 +19,19 @@ import worker_bootstrap
 PACKAGE = Path(worker_bootstrap.__file__).parent
 WITHOUT_DASK = (
     *("errors", "digest", "manifest", "layout", "codec", "lock", "relocate", "blueprint", "activation"),
-    *("store", "location", "donor", "durable", "mounts", "ready_mark", "writer", "materialise", "verify", "tracker"),
+    *(
+        "store",
+        "location",
+        "donor",
+        "durable",
+        "mounts",
+        "ready_mark",
+        "arrivals",
+        "writer",
+        "materialise",
+        "verify",
+        "tracker",
+    ),
 )
 """Modules that must not import Dask: they run in processes that have to start at once, and in tests without it."""
 DASK = {"distributed", "dask", "tornado", "psutil", "cloudpickle", "click", "msgpack"}

@@ -14,14 +14,12 @@ import os
 import platform
 import socket
 import sys
-import time
 from collections.abc import Awaitable, Mapping
 from typing import Any, Callable
 
 from worker_bootstrap import activation, carry, codec
-from worker_bootstrap.build import build
 from worker_bootstrap.digest import Digest, EnvironmentId
-from worker_bootstrap.errors import ChunkInvalid, ChunkMissing, EnvironmentMissing, EnvshipError, TransferError
+from worker_bootstrap.errors import EnvironmentMissing, EnvshipError
 from worker_bootstrap.interpreter import (
     PROCESS_TOKEN,
     Interpreter,
@@ -31,19 +29,12 @@ from worker_bootstrap.interpreter import (
     python_of,
 )
 from worker_bootstrap.manifest import Manifest
+from worker_bootstrap.provision import Call, Provision
 from worker_bootstrap.standby import Standby, StartRequest
 from worker_bootstrap.store import Store
-from worker_bootstrap.tracker import Batch, Offer
-from worker_bootstrap.transfer import ChunkServer, Outcome, PeerChunks, fetch_chunks
+from worker_bootstrap.transfer import ChunkServer
 
 logger = logging.getLogger("envship.agent")
-
-Call = Callable[..., Awaitable[Any]]
-"""Calls an operation of the coordinator by name, with keyword arguments."""
-
-PROVIDE_ATTEMPTS = 3
-"""A chunk that turns out damaged while it is unpacked is dropped and fetched again this often."""
-REPORT_INTERVAL_S = 0.2
 
 _LEAVING: set[asyncio.Task[Any]] = set()
 
@@ -87,8 +78,8 @@ class Agent:
         self.call = call
         self.code = str(carry.publish(store.layout))
         self.base = base_interpreter()
+        self.provision = Provision(server, store, self.code, call)
         self.tasks: set[asyncio.Task[Any]] = set()
-        self._reported_at = 0.0
 
     def handlers(self) -> dict[str, Callable[..., Any]]:
         """The operations that this agent adds to its server."""
@@ -106,7 +97,8 @@ class Agent:
             "envship_rejoin": self.rejoin,
             "envship_wait_out": self.wait_out,
         }
-        return {**{name: answering(method) for name, method in own.items()}, **ChunkServer(self.store).handlers()}
+        chunks = ChunkServer(self.store, on_received=self.provision.arrived)
+        return {**{name: answering(method) for name, method in own.items()}, **chunks.handlers()}
 
     # -- what the coordinator asks for
 
@@ -151,31 +143,7 @@ class Agent:
         self, environment_id: str, manifest: bytes | None = None, link_mode: str = "auto"
     ) -> dict[str, Any]:
         """Fetch what is missing and build; returns the seconds that each took."""
-        wanted = EnvironmentId(environment_id)
-        seconds = {"fetch": 0.0, "build": 0.0}
-        if manifest is not None:
-            await asyncio.to_thread(self.store.write_manifest, Manifest.from_bytes(manifest, wanted))
-        for attempt in range(1, PROVIDE_ATTEMPTS + 1):
-            try:
-                built = await asyncio.to_thread(self.store.built, wanted)
-                if built is not None and os.access(python_of(built), os.X_OK):
-                    return {"prefix": str(built), "seconds": seconds}
-                started = time.perf_counter()
-                await self._fetch(wanted)
-                fetched = time.perf_counter()
-                seconds["fetch"] += fetched - started
-                await self._report("building", 0, 0)
-                prefix = await build(
-                    self.store, wanted, self.code, link_mode, lambda done, total: self._tell("building", done, total)
-                )
-                seconds["build"] += time.perf_counter() - fetched
-                await self._report("ready", 0, 0)
-                return {"prefix": prefix, "seconds": seconds}
-            except (ChunkMissing, ChunkInvalid) as error:
-                if attempt == PROVIDE_ATTEMPTS:
-                    raise
-                logger.warning("environment %s: %s; fetching it again", environment_id[:16], error)
-        raise AssertionError("unreachable")
+        return await self.provision.provide(EnvironmentId(environment_id), manifest, link_mode)
 
     async def prepare(self, environment_id: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
         """Prove that the environment's interpreter starts; returns the standby's description."""
@@ -289,6 +257,7 @@ class Agent:
 
     async def close(self) -> None:
         """End what this agent started."""
+        await self.provision.close()
         for task in list(self.tasks):
             task.cancel()
 
@@ -296,47 +265,3 @@ class Agent:
         self.tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             logger.error("work in the background failed", exc_info=task.exception())
-
-    async def _fetch(self, environment_id: EnvironmentId) -> None:
-        found = await asyncio.to_thread(self.store.read_manifest, environment_id)
-        missing = await asyncio.to_thread(self.store.missing, found.chunks)
-        if not missing:
-            return
-        await self.call(
-            "envship_want",
-            host_id=self.store.host_id,
-            address=self.server.address,
-            environment_id=environment_id,
-            missing=missing,
-        )
-        peers = PeerChunks(self.server.rpc)
-        await fetch_chunks(
-            self.store, next_batch=self._next_batch, get=peers.get, report=self._fetched, complain=peers.complain
-        )
-
-    async def _next_batch(self) -> Offer:
-        answer = await self.call("envship_next_batch", host_id=self.store.host_id)
-        if answer["lost"]:
-            raise TransferError("the cluster", f"{answer['lost']} chunks are on no host any more; pack and try again")
-        batch = Batch(answer["source"], tuple(answer["digests"])) if answer["digests"] else None
-        return Offer(batch, answer["outstanding"])
-
-    async def _fetched(self, outcome: Outcome) -> None:
-        await self.call("envship_fetched", host_id=self.store.host_id, **outcome._asdict())
-
-    def _tell(self, state: str, done_bytes: int, total_bytes: int) -> None:
-        if time.monotonic() - self._reported_at > REPORT_INTERVAL_S:
-            self.in_background(self._report(state, done_bytes, total_bytes))
-
-    async def _report(self, state: str, done_bytes: int, total_bytes: int) -> None:
-        self._reported_at = time.monotonic()
-        try:
-            await self.call(
-                "envship_report",
-                host_id=self.store.host_id,
-                state=state,
-                done_bytes=done_bytes,
-                total_bytes=total_bytes,
-            )
-        except OSError as error:
-            logger.debug("progress not reported: %s", error)

@@ -53,8 +53,15 @@ class Exchange:
         """The client has brought these chunks to the agent at *address*."""
         self.tracker.received(self._roster.members[address]["host_id"], digests)
 
-    async def want(self, host_id: str, address: str, environment_id: str, missing: list[Digest]) -> None:
-        """A host is about to fetch the *missing* chunks of an environment."""
+    async def want(
+        self,
+        host_id: str,
+        address: str,
+        environment_id: str,
+        missing: list[Digest],
+        first: Sequence[Digest] | None = None,
+    ) -> None:
+        """A host lacks the *missing* chunks of an environment, and is about to fetch them, or only those of *first*."""
         wanted = EnvironmentId(environment_id)
         chunks = (await asyncio.to_thread(self._store.read_manifest, wanted)).chunks
         absent_here = set(missing)
@@ -63,7 +70,7 @@ class Exchange:
             hosts = await self._hosts()
             hosts.pop(host_id, None)
             await self._survey(wanted, hosts)
-        self._wanted[host_id] = {digest: chunks[digest] for digest in missing}
+        self._wanted[host_id] = {digest: chunks[digest] for digest in (missing if first is None else first)}
         self.tracker.want(host_id, self._wanted[host_id])
 
     async def next_batch(self, host_id: str) -> dict[str, Any]:

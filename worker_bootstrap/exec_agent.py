@@ -19,9 +19,10 @@ from dask.utils import parse_timedelta
 from distributed.core import Status
 
 from worker_bootstrap import launch, reexec, scheduler_state
-from worker_bootstrap.agent import Agent, Call
+from worker_bootstrap.agent import Agent
 from worker_bootstrap.digest import EnvironmentId
 from worker_bootstrap.interpreter import FAILED_VARIABLE, Interpreter
+from worker_bootstrap.provision import Call
 from worker_bootstrap.store import Store
 
 logger = logging.getLogger("envship.exec")

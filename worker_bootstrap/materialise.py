@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from worker_bootstrap import donor, errors, ready_mark, verify
+from worker_bootstrap.arrivals import Arrivals
 from worker_bootstrap.blueprint import Blueprint, draw
 from worker_bootstrap.digest import EnvironmentId, is_digest
 from worker_bootstrap.donor import LINK_MODES, Donors
@@ -53,6 +54,7 @@ def materialise(
     link_mode: str = "auto",
     report: Report | None = None,
     durable: bool = False,
+    arrivals: Arrivals | None = None,
 ) -> Path:
     """Build an environment, or find it built; return its prefix.
 
@@ -70,11 +72,15 @@ def materialise(
     durable
         Wait until all is on disk, so that it counts after a crash of the machine, and on other machines that see the
         store. Without it, it is checked before it is used again.
+    arrivals
+        Tells which chunks have come, where some are still being fetched; without it, all of them are there.
 
     Raises
     ------
     EnvironmentMissing, ChunkMissing
         If the manifest or a chunk is not in the store (any more).
+    TransferError
+        If chunks were still to come, and will not.
     ManifestInvalid
         If the environment breaks the format or would write outside of its prefix. Nothing was written.
     PrefixTooLong
@@ -96,7 +102,7 @@ def materialise(
         with Lock(store.layout.lock(environment_id)):
             prefix = store.built(environment_id) or _restored(store, environment_id)
             if prefix is None:
-                prefix = _build(store, environment_id, link_mode, report or _silent)
+                prefix = _build(store, environment_id, link_mode, report or _silent, arrivals or Arrivals.none())
     mark = store.layout.ready(environment_id)
     if durable and mark.exists() and not ready_mark.is_valid(mark, durable=True):
         ready_mark.write(mark, store.layout.tmp, durable=True)
@@ -120,10 +126,11 @@ def _restored(store: Store, environment_id: EnvironmentId) -> Path | None:
     return prefix
 
 
-def _build(store: Store, environment_id: EnvironmentId, link_mode: str, report: Report) -> Path:
+def _build(store: Store, environment_id: EnvironmentId, link_mode: str, report: Report, arrivals: Arrivals) -> Path:
     layout = store.layout
     prefix = layout.prefix(environment_id)
     manifest = store.read_manifest(environment_id)
+    arrivals.until([package.listing.digest for package in manifest.packages], store.has_chunk)
     listings = [Listing.from_bytes(store.read_chunk(package.listing.digest)) for package in manifest.packages]
     blueprint = draw(manifest, listings, str(prefix))
     donors = Donors(donor.find(store, manifest, listings), link_mode)
@@ -132,7 +139,7 @@ def _build(store: Store, environment_id: EnvironmentId, link_mode: str, report: 
     _check_room(layout, blueprint, donors)
     scratch = tempfile.mkdtemp(prefix=_scratch_name(environment_id), dir=layout.tmp)
     try:
-        Writer(store, blueprint, donors, scratch, str(prefix), report).write()
+        Writer(store, blueprint, donors, scratch, str(prefix), report, arrivals).write()
         os.chmod(scratch, 0o755)
         os.rename(scratch, prefix)
         ready_mark.write(layout.ready(environment_id), layout.tmp, durable=False)
@@ -194,18 +201,23 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
     ``{"done_bytes": …, "total_bytes": …}`` at most ten times a second, then ``{"prefix": …}`` or
     ``{"error": {"type": …, "values": […]}}`` (see `read_error`). Ends when standard input is a pipe whose other end
-    has closed: the parent is gone then.
+    has closed: the parent is gone then. With ``--arriving``, chunks still come, and standard input tells of them
+    (`worker_bootstrap.arrivals`).
     """
     parser = argparse.ArgumentParser(prog="worker_bootstrap.materialise")
     parser.add_argument("store", type=Path)
     parser.add_argument("environment_id", type=EnvironmentId)
     parser.add_argument("--read-only", type=Path, action="append", default=[])
     parser.add_argument("--link-mode", choices=LINK_MODES, default="auto")
+    parser.add_argument("--arriving", action="store_true")
     options = parser.parse_args(arguments)
-    _end_with_parent()
+    arrivals = Arrivals() if options.arriving else Arrivals.none()
+    _end_with_parent(arrivals)
     try:
         store = Store(options.store, options.read_only)
-        prefix = materialise(store, options.environment_id, link_mode=options.link_mode, report=_Lines())
+        prefix = materialise(
+            store, options.environment_id, link_mode=options.link_mode, report=_Lines(), arrivals=arrivals
+        )
     except Exception as error:
         if not isinstance(error, EnvshipError):
             error = MaterialiseError(options.environment_id, "", f"{type(error).__name__}: {error}")
@@ -244,13 +256,14 @@ def _tell(message: dict[str, Any]) -> None:
     print(json.dumps(message), flush=True)  # noqa: T201 - the protocol with the parent
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(arrivals: Arrivals) -> None:
     mode = os.fstat(0).st_mode
     if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
-        threading.Thread(target=_wait_for_end, name="envship-parent", daemon=True).start()
+        threading.Thread(target=_wait_for_end, args=[arrivals], name="envship-parent", daemon=True).start()
 
 
-def _wait_for_end() -> None:
-    while os.read(0, 1024):
-        pass
-    os._exit(1)
+def _wait_for_end(arrivals: Arrivals) -> None:
+    try:
+        arrivals.listen(0)
+    finally:
+        os._exit(1)

@@ -20,10 +20,11 @@ import psutil
 from dask.utils import parse_timedelta
 from distributed.core import Status
 
-from worker_bootstrap.agent import Agent, Call
+from worker_bootstrap.agent import Agent
 from worker_bootstrap.digest import EnvironmentId
 from worker_bootstrap.errors import NotSwappable
 from worker_bootstrap.hosted import HostedProcess, PendingProcess, RefusedProcess
+from worker_bootstrap.provision import Call
 from worker_bootstrap.reexec import dialled
 from worker_bootstrap.standby import Standby
 from worker_bootstrap.store import Store

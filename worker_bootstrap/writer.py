@@ -11,9 +11,10 @@ import hashlib
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Callable
 
+from worker_bootstrap.arrivals import Arrivals
 from worker_bootstrap.blueprint import Blueprint, Run
 from worker_bootstrap.digest import Digest, digest_of
 from worker_bootstrap.donor import Donors, seal
@@ -46,10 +47,19 @@ class Writer:
         Where *scratch* will be renamed to.
     report
         Told about the progress.
+    arrivals
+        Tells which chunks are there, while others still come.
     """
 
     def __init__(
-        self, store: Store, blueprint: Blueprint, donors: Donors, scratch: str, prefix: str, report: Report
+        self,
+        store: Store,
+        blueprint: Blueprint,
+        donors: Donors,
+        scratch: str,
+        prefix: str,
+        report: Report,
+        arrivals: Arrivals,
     ) -> None:
         self.store = store
         self.blueprint = blueprint
@@ -57,6 +67,7 @@ class Writer:
         self.scratch = scratch
         self.prefix = prefix
         self.report = report
+        self.arrivals = arrivals
         self._total_bytes = blueprint.size_bytes
         self._done_bytes = 0
         self._reporting = threading.Lock()
@@ -68,6 +79,8 @@ class Writer:
         ------
         ChunkMissing
             If the store does not hold a chunk.
+        TransferError
+            If chunks were still to come, and will not.
         ManifestInvalid
             If content is not what its listing says.
         OSError
@@ -83,12 +96,23 @@ class Writer:
             os.symlink(link.target, self._at(link.path))
 
     def _write_runs(self, runs: Sequence[Run]) -> None:
-        # Decompression, hashing and system calls release the GIL. The largest first: no long one is left for the end.
-        ordered = sorted(runs, key=lambda run: run.size_bytes, reverse=True)
+        # Decompression, hashing and system calls release the GIL.
         pool = ThreadPoolExecutor(THREADS, thread_name_prefix="envship-build")
+        writing: list[Future[None]] = []
+        failed: list[Future[None]] = []
+
+        def look(done: Future[None]) -> None:
+            if not done.cancelled() and done.exception() is not None:
+                failed.append(done)
+
         try:
-            for _ in pool.map(self._write_run, ordered):
-                pass
+            for run in self.arrivals.as_they_come(runs, self.store.has_chunk):
+                if failed:
+                    break
+                writing.append(pool.submit(self._write_run, run))
+                writing[-1].add_done_callback(look)
+            for future in [*failed, *writing]:
+                future.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
