@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from dask.utils import format_bytes
 
 from envship.bundle import SUFFIX, read_bundle, write_bundle
+from envship.difference import Difference, difference
 from envship.options import NO_OPTIONS, PackOptions
 from worker_bootstrap.digest import Digest, EnvironmentId, is_digest
 from worker_bootstrap.errors import EnvironmentMissing, SourceNotFound
@@ -132,6 +133,36 @@ class Environment:
         target = Path(path)
         write_bundle(self.manifest, self.store, target)
         return target
+
+    def export(self, path: str | os.PathLike[str]) -> Path:
+        """Write an archive as conda-pack makes it (``.tar.gz``, ``.tar.zst``, ``.zip``…) to *path*; return the path.
+
+        Once unpacked, ``bin/activate`` and ``bin/conda-unpack`` work. The same environment gives the same archive.
+
+        Raises
+        ------
+        ExportError
+            If the suffix is of no known kind, or the environment does not fit into such an archive.
+        ChunkMissing
+            If the store lost a chunk: pack again.
+        StoreFull
+            If there is no room.
+        """
+        from envship.exporting import export  # conda-pack takes a while to import.
+
+        target = Path(path)
+        export(self.manifest, self.store, target)
+        return target
+
+    def diff(self, other: Environment) -> Difference:
+        """What *other* has that this one has not, and the other way round; what a cluster with this one lacks of it.
+
+        Raises
+        ------
+        ChunkMissing
+            If a store lost a listing: pack again.
+        """
+        return difference(self, other)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Environment) and other.id == self.id

@@ -10,20 +10,24 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 from envship.chunking import LIMIT_BYTES, Cutter, is_large
 from envship.environment import Environment
 from envship.options import NO_OPTIONS, PackOptions
 from envship.reading import Reader, is_streamed
 from envship.scan_index import Packed, ScanIndex, index_folder, signature
+from envship.sources.archive import is_archive, unpacked
 from envship.sources.draft import CodeItem, Draft, FileItem, Item, MadeItem, Plan
 from envship.sources.locate import find_prefix
 from envship.sources.plan import plan as plan_prefix
-from envship.sources.tree import Trees
+from envship.sources.tree import Root, Trees
 from worker_bootstrap.digest import Digest, EnvironmentId, digest_of
-from worker_bootstrap.errors import EnvironmentMissing, ManifestInvalid, SourceProblems
+from worker_bootstrap.errors import EnvironmentMissing, ManifestInvalid, NotAnEnvironment, SourceProblems
 from worker_bootstrap.location import open_store
 from worker_bootstrap.manifest import Chunk, Entry, File, Listing, Manifest, Package, Relocation
 from worker_bootstrap.store import Store
@@ -34,6 +38,8 @@ Report = Callable[[str, int, int], None]
 _READERS = 2
 _WRITERS = max(2, min(4, os.cpu_count() or 2))
 _REPORT_EVERY_S = 0.1
+_ATTEMPTS = 3
+"""So often is a prefix packed that changes meanwhile."""
 _LISTING_LIMIT = 50_000
 """Entries of one listing, which must fit into a chunk."""
 
@@ -51,7 +57,7 @@ def pack(
     ----------
     source
         None for the environment that this process runs in; the name of a conda environment; the path of a conda
-        environment, a venv, or an interpreter's prefix.
+        environment, a venv, an interpreter's prefix, or an archive that conda-pack made.
     store
         Where the chunks go; None for `worker_bootstrap.location.open_store`.
     options
@@ -66,7 +72,9 @@ def pack(
     NotAnEnvironment
         If there is no Python environment, or its interpreter does not run.
     SourceProblems
-        If it cannot be packed as it is; lists everything that is wrong.
+        If it cannot be packed as it is, or goes on changing while it is; lists everything that is wrong.
+    ArchiveInvalid
+        If it is an archive that is damaged, cut short, or a bomb.
     StoreFull
         If there is no room.
 
@@ -75,28 +83,74 @@ def pack(
     Idempotent: the same packages give the same environment, and what the store has is not written again. May be
     interrupted at any point. Several processes may pack at once.
     """
-    prefix = find_prefix(source)
     store = store or open_store()
-    progress = _Progress(report)
+    place = _place(source)
     trees = Trees()
-    index = ScanIndex.load(store, str(prefix), options)
+    index = ScanIndex.load(store, str(place), options)
     known = index.unchanged(trees)
     if known is not None:
         manifest = _held(store, known)
         if manifest is not None:
             return Environment(manifest, store)
+    work = _Work(store, options, _Progress(report))
+    if place.is_dir():
+        done = work.pack(place, trees if known is not None else Trees(), index)
+        seen, signed = done.trees, done.signed
     else:
-        trees = Trees()
-    plan = plan_prefix(prefix, trees, options)
-    with Reader(plan, index_folder(store) / "bytecode", store.layout.tmp) as reader:
-        packer = _Packer(store, plan, reader, progress)
-        packages = packer.pack(index, trees.started_ns)
-    if reader.problems:
-        raise SourceProblems(str(prefix), sorted(reader.problems), "Make these files readable, or remove them.")
-    manifest = Manifest(plan.platform, plan.python, packages, plan.environ)
-    store.write_manifest(manifest)
-    index.save(trees, manifest.id, packer.signed if reader.is_stable else {}, whole=reader.is_stable)
-    return Environment(manifest, store)
+        seen, signed = Trees(), {}
+        seen.walk(Root(str(place)))
+        done = work.pack_archive(place)
+    store.write_manifest(done.manifest)
+    index.save(seen, done.manifest.id, signed)
+    return Environment(done.manifest, store)
+
+
+class _Done(NamedTuple):
+    """A pack: what came of it, what it saw, and the packages by signature."""
+
+    manifest: Manifest
+    trees: Trees
+    signed: Mapping[str, Packed]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What all attempts of one call have in common."""
+
+    store: Store
+    options: PackOptions
+    progress: _Progress
+
+    def pack(self, prefix: Path, trees: Trees, index: ScanIndex) -> _Done:
+        """Pack the prefix, again if it changed meanwhile: what is packed was there at one moment."""
+        for _ in range(_ATTEMPTS):
+            done, changed = self._attempt(prefix, trees, index)
+            if not changed:
+                return done
+            trees = Trees()
+        remedy = "Pack again when nothing writes to it any more."
+        raise SourceProblems(str(prefix), [f"{path} changed while it was packed" for path in changed], remedy)
+
+    def pack_archive(self, archive: Path) -> _Done:
+        """Pack what is in an archive."""
+        with unpacked(archive, self.store.layout.tmp) as prefix:
+            try:
+                return self.pack(prefix, Trees(), ScanIndex.none(self.store))
+            except SourceProblems as error:
+                raise SourceProblems(str(archive), error.problems, error.remedy) from error
+            except NotAnEnvironment as error:
+                raise NotAnEnvironment(str(archive), error.reason) from error
+
+    def _attempt(self, prefix: Path, trees: Trees, index: ScanIndex) -> tuple[_Done, list[str]]:
+        plan = plan_prefix(prefix, trees, self.options)
+        with Reader(plan, index_folder(self.store) / "bytecode", self.store.layout.tmp) as reader:
+            packer = _Packer(self.store, plan, reader, self.progress)
+            packages = packer.pack(index, trees.started_ns)
+        changed = [*reader.changed, *trees.changed()]
+        if reader.problems and not changed:
+            raise SourceProblems(str(prefix), sorted(reader.problems), "Make these files readable, or remove them.")
+        manifest = Manifest(plan.platform, plan.python, packages, plan.environ)
+        return _Done(manifest, trees, packer.signed), sorted(set(changed))
 
 
 class _Packer:
@@ -172,7 +226,7 @@ class _Packer:
         try:
             digest, size_bytes = stream.add_pieces(self._reader.pieces(item))
         except OSError as error:
-            self._reader.problems.append(f"{item.path} cannot be read: {error.strerror}")
+            self._reader.note(item, error)
             return None
         return File(item.path, size_bytes, digest, executable, None)
 
@@ -258,6 +312,15 @@ class _Progress:
     def _tell(self) -> None:
         if self._report is not None:
             self._report(self._stage, self._done_bytes, self._total_bytes)
+
+
+def _place(source: str | os.PathLike[str] | None) -> Path:
+    """Where the environment lies: a prefix, or an archive."""
+    if source is not None:
+        path = Path(source).expanduser().absolute()
+        if (os.sep in os.fspath(source) or path.suffix) and is_archive(path):
+            return path
+    return find_prefix(source)
 
 
 def _file(path: str, data: bytes, executable: bool, relocation: Relocation | None, stream: _ChunkStream) -> File:

@@ -24,13 +24,13 @@ class Reader:
     ----------
     problems
         One line for every file that could not be read.
-    is_stable
-        False once a file turned out to have changed since the walk.
+    changed
+        Paths of files that turned out to have changed since the walk.
     """
 
     def __init__(self, plan: Plan, kept: Path, tmp: Path) -> None:
         self.problems: list[str] = []
-        self.is_stable = True
+        self.changed: list[str] = []
         self._plan = plan
         self._kept = kept
         self._tmp = tmp
@@ -72,16 +72,22 @@ class Reader:
                 yield piece
             self._compare(item, os.fstat(file.fileno()))
 
+    def note(self, item: FileItem | CodeItem, error: OSError) -> None:
+        """A file could not be read: it is gone since the walk, or there is something wrong with it."""
+        if isinstance(error, FileNotFoundError):
+            self.changed.append(item.path)
+        else:
+            self.problems.append(f"{item.path} cannot be read: {error.strerror}")
+
     def _read(self, item: FileItem | CodeItem) -> bytes | None:
         try:
             with open(item.origin, "rb", buffering=0) as file:
                 self._compare(item, os.fstat(file.fileno()))
                 data = file.readall()
-                if len(data) != item.node.st_size:
-                    self.is_stable = False
+                self._compare(item, os.fstat(file.fileno()))
                 return data
         except OSError as error:
-            self.problems.append(f"{item.path} cannot be read: {error.strerror}")
+            self.note(item, error)
             return None
 
     def _compare(self, item: FileItem | CodeItem, now: os.stat_result) -> None:
@@ -89,7 +95,7 @@ class Reader:
         if (now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns) != (
             *(seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns),
         ):
-            self.is_stable = False
+            self.changed.append(item.path)
 
     def _compiler(self) -> Compiler:
         me = threading.get_ident()

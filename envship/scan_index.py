@@ -63,6 +63,11 @@ class ScanIndex:
             return cls(index.path, index.tmp)
         return index
 
+    @classmethod
+    def none(cls, store: Store) -> ScanIndex:
+        """An index that knows nothing."""
+        return cls(index_folder(store) / "none.json", store.layout.tmp)
+
     def unchanged(self, trees: Trees) -> EnvironmentId | None:
         """The environment that was packed, if *trees* finds every file that it came from as it was."""
         if self.environment_id is None:
@@ -74,9 +79,9 @@ class ScanIndex:
             return None
         return self.environment_id if trees.fingerprint() == self.fingerprint else None
 
-    def save(self, trees: Trees, environment_id: EnvironmentId, packages: Mapping[str, Packed], *, whole: bool) -> None:
-        """Keep what *trees* saw; the environment itself only if the pack was of the *whole* of it, and certain."""
-        certain = whole and trees.is_settled
+    def save(self, trees: Trees, environment_id: EnvironmentId, packages: Mapping[str, Packed]) -> None:
+        """Keep what *trees* saw; the environment itself only if that is certain."""
+        certain = trees.is_settled
         raw = {
             "rules": rules(),
             "roots": [list(root) for root in trees.roots],

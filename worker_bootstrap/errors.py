@@ -10,13 +10,15 @@
     ├── ContentError                 bytes are not what their name or format says
     │   ├── ChunkInvalid             a chunk's bytes do not match its digest
     │   ├── ManifestInvalid          a manifest or listing breaks the format
-    │   └── BundleInvalid            a bundle breaks the format
+    │   ├── BundleInvalid            a bundle breaks the format
+    │   └── ArchiveInvalid           an archive is damaged, or grows beyond all measure
     ├── StoreError                   the store cannot be used
     │   ├── StoreUntrusted           somebody else could write to it
     │   ├── StoreFull                no room left on its file system
     │   ├── StoreBusy                somebody else holds a lock for too long
     │   ├── ChunkMissing             a chunk is not there (any more)
     │   └── EnvironmentMissing       no manifest under this environment id
+    ├── ExportError                  the environment cannot be written as an archive
     ├── MaterialiseError             the prefix cannot be built
     │   └── PrefixTooLong            a placeholder is shorter than the new prefix
     ├── StartError                   the new interpreter did not get ready
@@ -155,6 +157,17 @@ class BundleInvalid(ContentError):
         return f"{self.path} is not a usable bundle: {self.reason}. Copy it again, or save the environment again."
 
 
+class ArchiveInvalid(ContentError):
+    """An archive of an environment is damaged, cut short, of no known kind, or a bomb."""
+
+    fields = ("path", "reason")
+    path: str
+    reason: str
+
+    def describe(self) -> str:
+        return f"{self.path} cannot be unpacked: {self.reason}. Copy it again, or make it again with conda-pack."
+
+
 class StoreError(EnvshipError):
     """The store cannot be used for what was asked."""
 
@@ -228,6 +241,17 @@ class EnvironmentMissing(StoreError):
 
     def describe(self) -> str:
         return f"environment {self.environment_id} is not in {self.where}. Pack it, or load its bundle."
+
+
+class ExportError(EnvshipError):
+    """The environment cannot be written as an archive of that kind, or under that name."""
+
+    fields = ("path", "reason")
+    path: str
+    reason: str
+
+    def describe(self) -> str:
+        return f"{self.path} cannot be written: {self.reason}"
 
 
 class MaterialiseError(EnvshipError):

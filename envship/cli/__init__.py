@@ -1,4 +1,4 @@
-"""The command line: ``envship pack | show | use | status | reset | demo``.
+"""The command line: ``envship pack | show | diff | export | use | status | reset | demo``.
 
 Only here, in `envship.progress` and in a notebook does envship print. Commands import what they need when they run, so
 that ``envship --help`` stays quick. Errors of ours end as a message and exit code 1, Ctrl-C as 130.
@@ -13,7 +13,8 @@ import click
 from envship._version import __version__
 from envship.cli.cluster import reset, status, use
 from envship.cli.demo import demo
-from envship.cli.packing import pack, show
+from envship.cli.inspecting import diff, show
+from envship.cli.packing import export, pack
 from worker_bootstrap.errors import EnvshipError
 
 INTERRUPTED = 130
@@ -39,5 +40,5 @@ def main() -> None:
     """Move a running Dask cluster into your software environment."""
 
 
-for command in (pack, show, use, status, reset, demo):
+for command in (pack, show, diff, export, use, status, reset, demo):
     main.add_command(command)

@@ -23,6 +23,7 @@ from envship.sources.installed import distribution_draft
 from envship.sources.interpreter import ask
 from envship.sources.items import Collector, with_byte_code
 from envship.sources.tree import Found, Root, Trees
+from envship.sources.unpacked import read_unpacked
 from worker_bootstrap.digest import Digest, digest_of_file, is_digest
 from worker_bootstrap.errors import NotAnEnvironment, SourceProblems
 from worker_bootstrap.manifest import Relocation
@@ -64,7 +65,9 @@ def plan_conda(prefix: Path, trees: Trees, options: PackOptions) -> Plan:
     content = _enumerate(prefix)
     files = {path: found for path, found in everything.items() if path in content}
 
-    collector = Collector([str(prefix), str(prefix.resolve())], trees, options)
+    before = read_unpacked(prefix, _placeholders(records))
+    older = before.older_prefixes if before is not None else ()
+    collector = Collector([str(prefix), str(prefix.resolve()), *older], trees, options, before)
     owners = _owners(records, files)
     distributions = _foreign_distributions(prefix, f"{library}/site-packages", files, owners)
     collector.check_path_files(f"{library}/site-packages", files, distributions)
@@ -145,6 +148,16 @@ def _enumerate(prefix: Path) -> frozenset[str]:
     except (CondaPackException, KeyError, TypeError) as error:
         raise NotAnEnvironment(str(prefix), f"conda-pack says: {error}") from error
     return frozenset(file.target for file in found)
+
+
+def _placeholders(records: Sequence[Mapping[str, Any]]) -> frozenset[str]:
+    """The placeholders that packages recorded."""
+    return frozenset(
+        str(entry["prefix_placeholder"])
+        for record in records
+        for entry in _paths(record)
+        if "prefix_placeholder" in entry
+    )
 
 
 def _paths(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -265,7 +278,10 @@ def _recorded_code(draft: Draft, records: Sequence[Mapping[str, Any]], items: It
 def _unowned(files: Mapping[str, Found], owners: Mapping[str, str], collector: Collector) -> Draft:
     items: list[Item] = [MadeItem("conda-meta/history", b"")]
     for path, found in files.items():
-        if path not in owners and _LEFT_OUT.fullmatch(path) is None:
+        left_out = _LEFT_OUT.fullmatch(path) is not None or (
+            collector.unpacked is not None and collector.unpacked.added(path)
+        )
+        if path not in owners and not left_out:
             items += collector.item(path, *found)
     return Draft("", "", "", "files", items)
 

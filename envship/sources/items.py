@@ -15,6 +15,7 @@ from envship.sources.distributions import Distribution, outside_paths
 from envship.sources.draft import CodeItem, FileItem, Item
 from envship.sources.projects import PLACE
 from envship.sources.tree import Found, Trees
+from envship.sources.unpacked import Unpacked
 from worker_bootstrap.errors import ManifestInvalid
 from worker_bootstrap.manifest import Directory, Link, check_link
 
@@ -30,6 +31,8 @@ class Collector:
         The walks of this pack.
     options
         What the user said.
+    unpacked
+        What conda-pack did to the prefix, if it did.
 
     Attributes
     ----------
@@ -37,9 +40,16 @@ class Collector:
         One line for everything that cannot be packed.
     """
 
-    def __init__(self, prefixes: Sequence[str], trees: Trees, options: PackOptions = NO_OPTIONS) -> None:
+    def __init__(
+        self,
+        prefixes: Sequence[str],
+        trees: Trees,
+        options: PackOptions = NO_OPTIONS,
+        unpacked: Unpacked | None = None,
+    ) -> None:
         self.trees = trees
         self.options = options
+        self.unpacked = unpacked
         self.prefixes = tuple(dict.fromkeys(prefixes))
         self.problems: list[str] = []
 
@@ -60,7 +70,10 @@ class Collector:
     def item(self, path: str, origin: str, node: os.stat_result, treatment: Treatment | None = None) -> Iterator[Item]:
         """The item of the file, link or empty folder at *origin*; none, and a problem, if there can be none."""
         if stat.S_ISREG(node.st_mode):
-            yield FileItem(path, origin, node, treatment or self.own(path))
+            treatment = treatment or self.own(path)
+            if self.unpacked is not None:
+                treatment = self.unpacked.treatment(path, treatment)
+            yield FileItem(path, origin, node, treatment)
         elif stat.S_ISDIR(node.st_mode):
             yield Directory(path)
         elif stat.S_ISLNK(node.st_mode):

@@ -74,6 +74,19 @@ class Trees:
             state.update("".join(mark(path, node) for path, node in nodes.items()).encode("utf-8", "surrogateescape"))
         return state.hexdigest()
 
+    def changed(self) -> list[str]:
+        """Absolute paths of what was added, removed, replaced or written to since the walks."""
+        found = []
+        for root, before in self._walked.items():
+            try:
+                now = _walk(root)
+            except OSError as error:
+                found.append(str(error.filename or root.path))
+                continue
+            marks = [{path: mark(path, node) for path, node in nodes.items()} for nodes in (before, now)]
+            found += [f"{root.path}/{path}".rstrip("/") for path, _ in marks[0].items() ^ marks[1].items()]
+        return sorted(set(found))
+
     @property
     def is_settled(self) -> bool:
         """Whether every file was last changed long enough before the walk for its time stamp to tell of a change."""

@@ -1,0 +1,94 @@
+"""Environments written as conda-pack writes them: unpacked, activated, moved by conda-unpack, packed again."""
+
+from __future__ import annotations
+
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from envship.environment import Environment
+from envship.pack import pack
+from worker_bootstrap.errors import ChunkMissing, ExportError
+from worker_bootstrap.store import Store
+
+from .environments import PLACEHOLDER, tiny_environment
+
+ACTIVATE = """
+set -e
+. {prefix}/bin/activate
+{unpack}
+echo $CONDA_PREFIX
+mini-prefix
+mininoarch
+echo $LIBMINI_DATA
+python -c 'import libmini; print(libmini.__file__)'
+"""
+
+
+def unpack(archive: Path, prefix: Path) -> Path:
+    """As a user would, without us."""
+    prefix.mkdir(parents=True)
+    command = (
+        ["unzip", "-q", archive, "-d", prefix] if archive.suffix == ".zip" else ["tar", "-xf", archive, "-C", prefix]
+    )
+    subprocess.run(command, check=True)
+    return prefix
+
+
+def test_an_exported_environment_works_where_it_is_unpacked_and_is_the_same_packed_again(
+    conda_pair: tuple[Path, Path], shared_store: Store, store: Store, tmp_path: Path
+) -> None:
+    environment = pack(conda_pair[0], store=shared_store)
+    archive = environment.export(tmp_path / "mine.tar.gz")
+    prefix = unpack(archive, tmp_path / "some" / "where")
+    script = ACTIVATE.format(prefix=prefix, unpack="conda-unpack")
+    said = subprocess.run(
+        ["bash", "-c", script], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=True
+    )
+    assert said.stdout.splitlines()[:4] == [str(prefix), str(prefix), f"mininoarch {prefix}", f"{prefix}/share/libmini"]
+    assert said.stdout.splitlines()[4].startswith(f"{prefix}/lib/")
+    assert f"{prefix}/share:{prefix}/lib\0".encode() in (prefix / "lib" / "libmini.so").read_bytes()
+    assert pack(archive, store=store).id == environment.id
+
+
+@pytest.mark.parametrize("name", ["tiny.tar.gz", "tiny.tar.zst", "tiny.tar", "tiny.zip"])
+def test_every_kind_of_archive_holds_every_kind_of_entry_and_is_the_same_each_time(
+    store: Store, tmp_path: Path, name: str
+) -> None:
+    environment = Environment(store.read_manifest(tiny_environment(store)), store)
+    archive = environment.export(tmp_path / name)
+    prefix = unpack(archive, tmp_path / "env")
+    assert (prefix / "bin" / "alias").readlink() == Path("tool")
+    assert (prefix / "bin" / "tool").stat().st_mode & 0o111 == 0o111
+    assert (prefix / "bin" / "tool-1").read_bytes() == (prefix / "bin" / "tool").read_bytes()
+    assert (prefix / "lib" / "data" / "large.bin").read_bytes() == bytes(range(256)) * 10
+    assert (prefix / "lib" / "empty").read_bytes() == b""
+    assert (prefix / "lib" / "nothing-inside").is_dir()
+    if not name.endswith(".zip"):  # unzip makes two characters of a newline
+        assert (prefix / "share" / "naïve name\nwith newline.txt").read_text() == "text"
+    assert "bin/tool" not in (prefix / "bin" / "conda-unpack").read_text()  # its interpreter was left to PATH instead
+    assert f"('lib/libx.so', '{PLACEHOLDER}', 'binary')" in (prefix / "bin" / "conda-unpack").read_text()
+    assert environment.export(tmp_path / f"again-{name}").read_bytes() == archive.read_bytes()
+
+
+def test_an_export_that_fails_leaves_nothing(store: Store, tmp_path: Path) -> None:
+    environment = Environment(store.read_manifest(tiny_environment(store)), store)
+    target = tmp_path / "tiny.tar.gz"
+    target.write_text("before")
+    store.layout.chunk(environment.packages[0].chunks[-1].digest, ".zst").unlink()
+    with pytest.raises(ChunkMissing):
+        environment.export(target)
+    assert target.read_text() == "before"
+    with pytest.raises(ExportError, match="rar"):
+        environment.export(tmp_path / "tiny.rar")
+    taken = Environment(store.read_manifest(tiny_environment(store, {"bin/conda-unpack": b""})), store)
+    with pytest.raises(ExportError, match="conda-unpack"):
+        taken.export(target)
+    odd = Environment(store.read_manifest(tiny_environment(store, {"lib/\udcff": b""})), store)
+    with pytest.raises(ExportError, match="zip"):
+        odd.export(tmp_path / "odd.zip")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["store", "tiny.tar.gz"]
+    with tarfile.open(odd.export(tmp_path / "odd.tar.gz")) as tar:
+        assert "lib/\udcff" in tar.getnames()
