@@ -197,7 +197,7 @@ def test_a_blamed_source_is_left_out_where_there_is_another() -> None:
     tracker.want("b", needed)
     batches = [tracker.next_batch("b"), tracker.next_batch("b")]
     lies = next(batch for batch in batches if batch and batch.source == "tcp://liar:1")
-    tracker.failed("b", lies.source, lies.digests, blame=True)
+    tracker.failed("b", lies.source, lies.digests, fault="lied")
     assert tracker.next_batch("b") is None, "the good source is busy, and the liar is not asked"
     for batch in batches:
         if batch and batch is not lies:
@@ -213,7 +213,7 @@ def test_one_bad_chunk_of_the_only_source_costs_that_chunk_only() -> None:
     assert batch is not None
     bad = batch.digests[0]
     tracker.received("b", batch.digests[1:])
-    tracker.failed("b", batch.source, [bad], blame=True)
+    tracker.failed("b", batch.source, [bad], fault="lied")
     while batch := tracker.next_batch("b"):
         assert bad not in batch.digests
         tracker.received("b", batch.digests)
@@ -230,7 +230,7 @@ def test_a_source_that_lacks_a_chunk_stays_a_source_of_others() -> None:
     tracker.want("b", needed)
     batch = tracker.next_batch("b")
     assert batch is not None
-    tracker.failed("b", batch.source, [evicted], blame=False)
+    tracker.failed("b", batch.source, [evicted], fault="lacks")
     tracker.received("b", [kept])
     assert tracker.absent(needed) == [evicted]
     assert tracker.next_batch("b") is None
@@ -282,7 +282,7 @@ def test_a_receiver_that_dies_frees_its_source() -> None:
 def test_reports_of_unknown_hosts_are_ignored() -> None:
     tracker, _ = tracker_with({"a": {}})
     tracker.received("gone", chunks(1))
-    tracker.failed("gone", "tcp://nobody:1", chunks(1), blame=True)
+    tracker.failed("gone", "tcp://nobody:1", chunks(1), fault="lied")
     tracker.remove_address("tcp://nobody:1")
     assert tracker.next_batch("gone") is None
     assert tracker.outstanding("gone") == 0
@@ -304,7 +304,7 @@ def test_a_holder_that_lost_and_regained_a_chunk_is_counted_once() -> None:
     tracker, _ = tracker_with({"a": needed, "b": {}, "c": {}})
     tracker.want("b", needed)
     exchange(tracker, ["b"])
-    tracker.failed("c", "tcp://b:1", list(needed), blame=False)
+    tracker.failed("c", "tcp://b:1", list(needed), fault="lacks")
     tracker.received("b", needed)
     assert tracker.progress("b") == (2 * MIB, 2 * MIB)
 
@@ -317,7 +317,7 @@ def test_decisions_do_not_depend_on_the_hash_seed_of_the_process() -> None:
         "tracker = Tracker(clock=lambda: 0.0)\n"
         "tracker.add_host('a', 'tcp://a:1', needed); tracker.add_host('c', 'tcp://c:1', needed)\n"
         "tracker.add_host('b', 'tcp://b:1'); tracker.want('b', needed)\n"
-        "batch = tracker.next_batch('b'); tracker.failed('b', batch.source, batch.digests, blame=True)\n"
+        "batch = tracker.next_batch('b'); tracker.failed('b', batch.source, batch.digests, fault='lied')\n"
         "print(batch, tracker.next_batch('b'), tracker.next_batch('b'))\n"
     )
     answers = {

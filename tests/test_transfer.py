@@ -82,16 +82,15 @@ async def exchange(tracker: Tracker, store: Store, get: transfer.GetChunks, **op
     """Fetch with a tracker in this process, the way an agent does; return what was reported."""
     outcomes = []
 
-    async def next_batch() -> Offer:
+    async def trade(outcome: Outcome | None) -> Offer:
+        if outcome is not None:
+            outcomes.append(outcome)
+            tracker.received(store.host_id, outcome.received)
+            if outcome.failed:
+                tracker.failed(store.host_id, outcome.source, outcome.failed, fault=outcome.fault)
         return tracker.offer(store.host_id)
 
-    async def report(outcome: Outcome) -> None:
-        outcomes.append(outcome)
-        tracker.received(store.host_id, outcome.received)
-        if outcome.failed:
-            tracker.failed(store.host_id, outcome.source, outcome.failed, blame=outcome.blame)
-
-    await fetch_chunks(store, next_batch=next_batch, get=get, report=report, pause_s=0.001, **options)
+    await fetch_chunks(store, trade=trade, get=get, pause_s=0.001, **options)
     return outcomes
 
 
@@ -197,7 +196,7 @@ def test_an_upload_to_a_dead_peer_is_handed_back(tmp_path: Path) -> None:
         return await upload_chunks(source, plan, held=held, put=put, report=report)
 
     assert asyncio.run(main()) == list(needed)[:2]
-    assert {outcome.source: outcome.blame for outcome in outcomes} == {"tcp://dead:1": True, "tcp://b:1": False}
+    assert {outcome.source: outcome.fault for outcome in outcomes} == {"tcp://dead:1": "silent", "tcp://b:1": ""}
 
 
 def test_a_chunk_damaged_in_the_clients_store_is_an_error_that_says_so(tmp_path: Path) -> None:
@@ -234,17 +233,21 @@ def test_a_wrong_chunk_is_never_kept_and_comes_from_another_peer(tmp_path: Path)
         tracker = new_tracker()
         async with Peer(ChunkServer(liar).handlers()) as one, Peer(ChunkServer(honest).handlers()) as other:
             tracker.add_host(liar.host_id, one.address, needed)
-            tracker.add_host(honest.host_id, other.address, needed)
             async with Peer({}) as receiver:
                 tracker.add_host(target.host_id, receiver.address)
                 tracker.want(target.host_id, needed)
-                outcomes = await exchange(tracker, target, receiver.chunks().get, parallel=1)
+
+                async def get(address: str, digests: Sequence[Digest]) -> Sequence[EncodedChunk]:
+                    tracker.add_host(honest.host_id, other.address, needed)  # so that the liar is asked first
+                    return await receiver.chunks().get(address, digests)
+
+                outcomes = await exchange(tracker, target, get, parallel=1)
                 assert [outcome.source for outcome in outcomes] == [one.address, other.address]
                 assert one.address in outcomes[0].reason
                 return outcomes
 
     lie, rest = asyncio.run(main())
-    assert lie.blame
+    assert lie.fault == "lied"
     assert not lie.received
     assert rest.received
     assert [digest_of(target.read_chunk(digest)) for digest in needed] == list(needed)
@@ -264,7 +267,7 @@ def test_a_peer_drops_what_it_sent_damaged(tmp_path: Path) -> None:
 
     outcome = asyncio.run(main())
     assert outcome.failed == (bad,)
-    assert outcome.blame
+    assert outcome.fault == "lied"
     assert source.missing(needed) == [bad], "so that it counts as missing the next time somebody asks"
 
 
@@ -281,7 +284,7 @@ def test_a_chunk_evicted_meanwhile_is_a_miss_without_blame(tmp_path: Path) -> No
 
     outcome = asyncio.run(main())
     assert outcome.failed == (evicted,)
-    assert not outcome.blame
+    assert outcome.fault == "lacks"
     assert len(outcome.received) == 2
 
 

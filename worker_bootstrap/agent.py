@@ -140,10 +140,10 @@ class Agent:
         return await asyncio.to_thread(look)
 
     async def provide(
-        self, environment_id: str, manifest: bytes | None = None, link_mode: str = "auto"
+        self, environment_id: str, manifest: bytes | None = None, link_mode: str = "auto", chunks_only: bool = False
     ) -> dict[str, Any]:
-        """Fetch what is missing and build; returns the seconds that each took."""
-        return await self.provision.provide(EnvironmentId(environment_id), manifest, link_mode)
+        """Fetch what is missing and, unless *chunks_only*, build; returns the seconds that each took."""
+        return await self.provision.provide(EnvironmentId(environment_id), manifest, link_mode, chunks_only)
 
     async def prepare(self, environment_id: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
         """Prove that the environment's interpreter starts; returns the standby's description."""

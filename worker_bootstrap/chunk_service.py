@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from worker_bootstrap import codec
 from worker_bootstrap.digest import Digest, is_digest
-from worker_bootstrap.errors import ChunkInvalid, ChunkMissing, EnvshipError, TransferError
+from worker_bootstrap.errors import ChunkInvalid, ChunkMissing, EnvshipError, ProtocolBroken, TransferError
 from worker_bootstrap.store import Store
 from worker_bootstrap.tracker import BATCH_LIMIT_CHUNKS
 from worker_bootstrap.wire import Payload, call, frame, payload_of
@@ -130,7 +130,7 @@ class PeerChunks:
         chunks = self._parsed(address, lambda: [_chunk_of(row) for row in reply["chunks"]])
         wanted = set(digests)
         if len(chunks) > len(wanted) or not wanted.issuperset(chunk.digest for chunk in chunks):
-            raise TransferError(address, "it sent chunks that nobody asked for")
+            raise ProtocolBroken(address, "it sent chunks that nobody asked for")
         return chunks
 
     async def put(self, address: str, chunks: Sequence[EncodedChunk]) -> list[Digest]:
@@ -164,7 +164,7 @@ class PeerChunks:
         try:
             return parse()
         except (ValueError, TypeError, KeyError) as error:
-            raise TransferError(address, f"its answer breaks the protocol: {error}") from error
+            raise ProtocolBroken(address, f"its answer breaks the protocol: {error}") from error
 
 
 def read_chunks(store: Store, digests: Iterable[Digest], accept: Collection[str]) -> list[EncodedChunk]:

@@ -36,7 +36,7 @@ logger = logging.getLogger("envship.coordinator")
 
 RELEASE_TIMEOUT_S = 2.0
 """A worker that was told to close and has not said so by then hangs; the scheduler lets go of it anyway."""
-PROTOCOL = 1
+PROTOCOL = 2
 """Of the operations that clients and agents call; a client of another one is told so."""
 POLL_INTERVAL_S = 0.005
 SUCCESSION_TIMEOUT_S = 60.0
@@ -98,6 +98,10 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
         self.reports.pop(worker, None)
         self._reported.set()
 
+    def remove_client(self, scheduler: Any, client: str) -> None:
+        """SchedulerPlugin hook: a client is gone."""
+        self.agent.in_background(self.exchange.withdraw(client))
+
     async def close(self) -> None:
         """SchedulerPlugin hook: the scheduler closes."""
         await self.agent.close()
@@ -117,14 +121,14 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
             "envship_target": self.told_target,
             "envship_release": self.release,
             "envship_want": self.exchange.want,
-            "envship_next_batch": self.exchange.next_batch,
-            "envship_fetched": self.fetched,
+            "envship_next_batch": self.next_batch,
             "envship_report": self.report,
         }
         answered: dict[str, Callable[..., Awaitable[Any]]] = {
             "envship_protocol": self.protocol,
             "envship_offer": self.exchange.offer,
             "envship_uploaded": self.exchange.uploaded,
+            "envship_withdraw": self.exchange.withdraw,
             "envship_use": self.use,
             "envship_stage": self.stage,
             "envship_wait": self.queue.wait,
@@ -188,10 +192,12 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
             for task in scheduler.tasks.values():
                 task.suspicious = charged.get(task, 0)
 
-    async def fetched(self, host_id: str, **outcome: Any) -> None:
-        """A host reports what became of a batch; see `Exchange.fetched`."""
-        done_bytes, total_bytes = await self.exchange.fetched(host_id, **outcome)
-        await self.report(host_id, "fetching", done_bytes, total_bytes)
+    async def next_batch(self, host_id: str, outcome: dict[str, Any] | None = None) -> dict[str, Any]:
+        """A host tells what became of a batch, and asks for the next; see `Exchange.next_batch`."""
+        if outcome is not None:
+            done_bytes, total_bytes = self.exchange.settle(host_id, **outcome)
+            await self.report(host_id, "fetching", done_bytes, total_bytes)
+        return await self.exchange.next_batch(host_id)
 
     async def report(self, host_id: str, state: str, done_bytes: int, total_bytes: int) -> None:
         """A host tells how far it is."""

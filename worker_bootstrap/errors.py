@@ -23,6 +23,7 @@
     │   └── PrefixTooLong            a placeholder is shorter than the new prefix
     ├── StartError                   the new interpreter did not get ready
     ├── TransferError                a peer did not deliver (worth a retry with another one)
+    │   └── ProtocolBroken           it sent something else than was asked for
     ├── SettingInvalid               a value in Dask's configuration is not usable
     ├── NotSwappable                 this cluster, or a process of it, cannot be swapped
     ├── IncompatibleEnvironment      platform or versions unlike the client's or the cluster's
@@ -307,6 +308,10 @@ class TransferError(EnvshipError):
 
     def describe(self) -> str:
         return f"{self.peer} did not deliver: {self.reason}"
+
+
+class ProtocolBroken(TransferError):
+    """A peer sent something else than was asked for: it is not to be trusted."""
 
 
 class SettingInvalid(EnvshipError):

@@ -10,17 +10,25 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from worker_bootstrap.digest import Digest, EnvironmentId
 from worker_bootstrap.errors import EnvironmentMissing
 from worker_bootstrap.manifest import Manifest
+from worker_bootstrap.mistrust import LACKS
 from worker_bootstrap.roster import Roster
 from worker_bootstrap.store import Store
 from worker_bootstrap.tracker import Tracker
 
 logger = logging.getLogger("envship.exchange")
+
+LINGER_S = 1.0
+"""So long a host that asks in vain is kept waiting for an answer."""
+STIR_S = 0.01
+STIR_LIMIT = 64
+"""Of those that wait, so many are looked at at once; the others' turn comes at the next change."""
 
 
 class Exchange:
@@ -31,12 +39,17 @@ class Exchange:
         self._roster = roster
         self._store = store
         self._known: set[EnvironmentId] = set()
-        self._wanted: dict[str, dict[Digest, int]] = {}
+        self._waiting: deque[tuple[str, asyncio.Future[dict[str, Any]]]] = deque()
+        self._stirring = False
 
     async def offer(
-        self, environment_id: str, manifest: bytes | None = None, avoid: Sequence[str] = ()
+        self, environment_id: str, manifest: bytes | None = None, avoid: Sequence[str] = (), client: str = ""
     ) -> list[tuple[str, list[Digest]]]:
-        """What the client must upload: chunks that no host has, with the agent to take each; never one of *avoid*."""
+        """What the client must upload: chunks that no host has, with the agent to take each; never one of *avoid*.
+
+        Chunks that another client has promised are left out. A *client* that gives its id promises to bring the rest,
+        so hosts may begin to fetch while it uploads; what it promised before is forgotten.
+        """
         wanted = EnvironmentId(environment_id)
         if manifest is not None:
             await asyncio.to_thread(self._store.write_manifest, Manifest.from_bytes(manifest, wanted))
@@ -46,12 +59,17 @@ class Exchange:
         built = await asyncio.gather(*(self._is_built(address, wanted) for address in hosts.values()))
         if all(built):
             return []
-        absent = self.tracker.absent(await self._survey(wanted, hosts))
+        chunks = await self._survey(wanted, hosts)
+        self.tracker.withdraw(client)
+        absent = self.tracker.absent(chunks)
+        if client:
+            self.tracker.promise(client, absent)
         return [(address, list(digests)) for address, digests in self.tracker.plan_uploads(absent, avoid)]
 
     async def uploaded(self, address: str, digests: list[Digest]) -> None:
         """The client has brought these chunks to the agent at *address*."""
         self.tracker.received(self._roster.members[address]["host_id"], digests)
+        self._stir()
 
     async def want(
         self,
@@ -70,38 +88,74 @@ class Exchange:
             hosts = await self._hosts()
             hosts.pop(host_id, None)
             await self._survey(wanted, hosts)
-        self._wanted[host_id] = {digest: chunks[digest] for digest in (missing if first is None else first)}
-        self.tracker.want(host_id, self._wanted[host_id])
+        self.tracker.want(host_id, {digest: chunks[digest] for digest in (missing if first is None else first)})
 
     async def next_batch(self, host_id: str) -> dict[str, Any]:
-        """What a host shall fetch now; ``lost`` counts chunks that it needs and nobody can give."""
-        batch, outstanding = self.tracker.offer(host_id)
-        lost = 0
-        if batch is None and outstanding:
-            lost = len(self.tracker.absent(self._wanted[host_id]))
-        return {
-            "source": batch.source if batch else "",
-            "digests": list(batch.digests) if batch else [],
-            "outstanding": outstanding,
-            "lost": lost,
-        }
+        """What a host shall fetch now; ``lost`` counts chunks that it needs and nobody can give.
 
-    async def fetched(
+        Where there is nothing at the moment, it waits a while: most often somebody soon reports what was missing.
+        """
+        answer = self._answer(host_id)
+        if answer["digests"] or answer["lost"] or not answer["outstanding"]:
+            return answer
+        place = asyncio.get_running_loop().create_future()
+        self._waiting.append((host_id, place))
+        try:
+            found: dict[str, Any] = await asyncio.wait_for(place, LINGER_S)
+        except asyncio.TimeoutError:
+            return self._answer(host_id)
+        return found
+
+    def settle(
         self,
         host_id: str,
         source: str,
         received: Sequence[Digest],
         failed: Sequence[Digest],
         size_bytes: int,
-        blame: bool,
+        fault: str,
         reason: str,
     ) -> tuple[int, int]:
         """A host reports what became of a batch; returns how far it is, as (bytes done, bytes in total)."""
         self.tracker.received(host_id, received)
         if failed:
-            logger.log(logging.WARNING if blame else logging.INFO, "%s: %s", source, reason)
-            self.tracker.failed(host_id, source, failed, blame=blame)
+            logger.log(logging.INFO if fault == LACKS else logging.WARNING, "%s for %s: %s", fault, host_id, reason)
+            self.tracker.failed(host_id, source, failed, fault=fault)
+        self._stir()
         return self.tracker.progress(host_id)
+
+    async def withdraw(self, client: str) -> None:
+        """A client gives up, or is gone: nobody waits any more for what it was about to upload."""
+        self.tracker.withdraw(client)
+        self._stir()
+
+    def _answer(self, host_id: str) -> dict[str, Any]:
+        batch, outstanding = self.tracker.offer(host_id)
+        return {
+            "source": batch.source if batch else "",
+            "digests": list(batch.digests) if batch else [],
+            "timeout_s": batch.timeout_s if batch else 0.0,
+            "outstanding": outstanding,
+            "lost": self.tracker.lost(host_id) if batch is None and outstanding else 0,
+        }
+
+    def _stir(self) -> None:
+        """Something changed that those who wait may have waited for; look in a moment, once for many changes."""
+        if self._waiting and not self._stirring:
+            self._stirring = True
+            asyncio.get_running_loop().call_later(STIR_S, self._serve_waiting)
+
+    def _serve_waiting(self) -> None:
+        self._stirring = False
+        for _ in range(min(len(self._waiting), STIR_LIMIT)):
+            host_id, place = self._waiting.popleft()
+            if place.done():
+                continue
+            answer = self._answer(host_id)
+            if answer["digests"] or answer["lost"] or not answer["outstanding"]:
+                place.set_result(answer)
+            else:
+                self._waiting.append((host_id, place))
 
     async def _hosts(self) -> dict[str, str]:
         """One agent's address for every host that answers; the tracker forgets the others."""

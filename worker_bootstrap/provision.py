@@ -59,13 +59,22 @@ class Provision:
         self._reports: set[asyncio.Task[None]] = set()
         self._reported_at = 0.0
 
-    async def provide(self, environment_id: EnvironmentId, manifest: bytes | None, link_mode: str) -> dict[str, Any]:
+    async def provide(
+        self, environment_id: EnvironmentId, manifest: bytes | None, link_mode: str, chunks_only: bool = False
+    ) -> dict[str, Any]:
         """Fetch what is missing and build; returns the prefix and the seconds that each took.
+
+        With *chunks_only*, nothing is built, and the prefix is None.
 
         Asked again while it is at it, it waits for what is under way: two clients may want the same environment.
         """
         if manifest is not None:
             await asyncio.to_thread(self._store.write_manifest, Manifest.from_bytes(manifest, environment_id))
+        if chunks_only:
+            found = await asyncio.to_thread(self._store.read_manifest, environment_id)
+            started = time.perf_counter()
+            await self._fetch(found, found.chunks, lambda digests: None)
+            return {"prefix": None, "seconds": {"fetch": time.perf_counter() - started}}
         task = self._under_way.get(environment_id)
         if task is None:
             task = self._under_way[environment_id] = asyncio.ensure_future(self._provide(environment_id, link_mode))
@@ -144,26 +153,27 @@ class Provision:
             first=first,
         )
 
-        async def report(outcome: Outcome) -> None:
-            if outcome.received:
+        async def trade(outcome: Outcome | None) -> Offer:
+            if outcome is not None and outcome.received:
                 arrived(outcome.received)
-            await self._call("envship_fetched", host_id=self._store.host_id, **outcome._asdict())
+            return await self._trade(outcome)
 
         peers = PeerChunks(self._server.rpc)
         self._listeners[arrived] = None
         try:
-            await fetch_chunks(
-                self._store, next_batch=self._next_batch, get=peers.get, report=report, complain=peers.complain
-            )
+            await fetch_chunks(self._store, trade=trade, get=peers.get, complain=peers.complain)
         finally:
             self._listeners.pop(arrived, None)
+        logger.info("environment %s: %d chunks fetched", manifest.id[:16], len(first))
 
-    async def _next_batch(self) -> Offer:
-        answer = await self._call("envship_next_batch", host_id=self._store.host_id)
+    async def _trade(self, outcome: Outcome | None) -> Offer:
+        done = None if outcome is None else outcome._asdict()
+        answer = await self._call("envship_next_batch", host_id=self._store.host_id, outcome=done)
         if answer["lost"]:
             raise TransferError("the cluster", f"{answer['lost']} chunks are on no host any more; pack and try again")
-        batch = Batch(answer["source"], tuple(answer["digests"])) if answer["digests"] else None
-        return Offer(batch, answer["outstanding"])
+        if not answer["digests"]:
+            return Offer(None, answer["outstanding"])
+        return Offer(Batch(answer["source"], tuple(answer["digests"]), answer["timeout_s"]), answer["outstanding"])
 
     async def _report(self, state: str, done_bytes: int, total_bytes: int) -> None:
         self._reported_at = time.monotonic()

@@ -168,6 +168,8 @@ class Swap(SwapAccount):
     async def _provide(self, cluster: Cluster, addresses: Sequence[str]) -> dict[str, Any] | None:
         """Have the first agent of a host that is there fetch and build; the others share its store."""
         what = {"environment_id": self.environment_id, "link_mode": self.options["link_mode"]}
+        if self.options.get("chunks_only"):
+            what["chunks_only"] = True
         for address in addresses:
             try:
                 try:

@@ -1,18 +1,22 @@
-"""Who holds which chunk, and who fetches what from whom next.
+"""Who fetches what from whom next.
 
 Decisions only: no I/O, no Dask, and no clock of its own. The coordinator feeds it with what agents report and hands
 out what it decides; `worker_bootstrap.transfer` moves the bytes. In the manner of Meta's Owl: peers are dumb, one
-tracker sees everything, so that a dead or lying peer costs a retry and not the exchange.
+tracker sees everything, so that a dead or lying peer costs a retry and not the exchange. What it knows of hosts and
+chunks is in `worker_bootstrap.holdings`; whom it mistrusts, in `worker_bootstrap.mistrust`.
 """
 
 from __future__ import annotations
 
-import zlib
+import heapq
+import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from typing import NamedTuple
 
 from worker_bootstrap.digest import Digest
+from worker_bootstrap.holdings import Chunk, Holdings, count_of, first_from
+from worker_bootstrap.mistrust import LIED, SILENT, Mistrust
+from worker_bootstrap.promises import Promises
 
 BATCH_TARGET_BYTES = 4 << 20
 """A batch is filled at least up to here, if there is enough to hand out: calls cost about half a millisecond each."""
@@ -20,17 +24,21 @@ BATCH_LIMIT_BYTES = 16 << 20
 """No batch is larger (a single chunk never is, see `worker_bootstrap.manifest`), so neither is any message."""
 BATCH_LIMIT_CHUNKS = 4096
 """However small its chunks are, no batch lists more of them."""
-BATCHES_PER_SHARE = 4
-"""What a host still needs is cut into about this many batches, so that it can use several sources at once."""
-WINDOW_CHUNKS = 512
-"""The rarest chunk is looked for among this many, so that a decision's cost does not grow with the environment."""
+BATCHES_PER_HOST = 256
+"""What a host needs is cut into about this many batches, as far as their limits allow."""
+TRIES = 16
+"""So many chunks, or sources, are looked at for one decision before the host is told to ask again."""
+SLACK = 6.0
+"""A batch may take so many times as long as this host's batches usually do, by their bytes."""
+LEAST_PATIENCE_S = 2.0
 
 
 class Batch(NamedTuple):
-    """Chunks to fetch, in one message, from the agent at the address *source*."""
+    """Chunks to fetch, in one message, from the agent at the address *source*, within *timeout_s*."""
 
     source: str
     digests: tuple[Digest, ...]
+    timeout_s: float = 60.0
 
 
 class Offer(NamedTuple):
@@ -48,28 +56,40 @@ class Upload(NamedTuple):
 
 
 class _Host:
-    """One store and the agents that share it."""
+    """One store and the agents that share it. Masks are of chunks."""
 
-    def __init__(self) -> None:
+    def __init__(self, host_id: str, number: int, place: tuple[str, ...]) -> None:
+        self.host_id = host_id
+        self.number = number
+        self.bit = 1 << number
+        self.place = place
         self.addresses: dict[str, None] = {}
-        self.have: set[Digest] = set()
-        self.missing: dict[Digest, None] = {}
-        self.in_flight: dict[Digest, _Assignment] = {}
-        self.wanted: set[Digest] = set()
+        self.have = 0
+        self.missing = 0
+        self.wanted = 0
+        self.in_flight: dict[int, _Assignment] = {}
         self.total_bytes = 0
         self.done_bytes = 0
-        self.blamed: set[str] = set()
-        self.slow: set[str] = set()
+        self.serving = 0
+        self.seconds_per_byte: float | None = None
+        self.leniency = 1.0
+
+    @property
+    def site(self) -> str:
+        return self.place[0] if self.place else ""
 
 
 class _Assignment:
     """A batch that a host was given and has not reported in full."""
 
-    def __init__(self, host_id: str, batch: Batch, deadline_s: float) -> None:
-        self.host_id = host_id
-        self.source = batch.source
-        self.pending = dict.fromkeys(batch.digests)
-        self.deadline_s = deadline_s
+    def __init__(self, host: _Host, source: _Host, batch: Batch, chunks: Sequence[Chunk], now_s: float) -> None:
+        self.host = host
+        self.source = source
+        self.batch = batch
+        self.pending = {chunk.number for chunk in chunks}
+        self.size_bytes = sum(chunk.size_bytes for chunk in chunks)
+        self.began_s = now_s
+        self.crosses = source.site != host.site
 
 
 class Tracker:
@@ -80,60 +100,73 @@ class Tracker:
     clock
         Returns seconds, never going back.
     uploads_per_source
-        Batches that one source address serves at the same time.
+        Batches that one host serves at the same time.
     patience_s
-        A batch that is not reported for so long is handed out again, from another source if there is one.
+        A batch that is not reported for so long is handed out again, from another source if there is one; sooner where
+        the host's other batches were much faster.
 
     Notes
     -----
     Deterministic: the same calls give the same answers in every process. Not thread-safe; meant for one event loop.
     Holdings are kept as long as the host is known, so a second environment needs only what the first did not bring.
+    A decision looks at no more than `TRIES` chunks and as many sources, however many there are.
     """
 
     def __init__(self, *, clock: Callable[[], float], uploads_per_source: int = 4, patience_s: float = 60.0) -> None:
         self._clock = clock
-        self._uploads_per_source = uploads_per_source
         self._patience_s = patience_s
         self._hosts: dict[str, _Host] = {}
-        self._host_of: dict[str, str] = {}
-        self._sizes: dict[Digest, int] = {}
-        # Dicts as ordered sets: the order of a set of strings differs from process to process.
-        self._holders: dict[Digest, dict[str, None]] = {}
-        self._copies_coming: dict[Digest, int] = {}
-        self._serving: dict[str, int] = {}
-        self._assignments: dict[_Assignment, None] = {}
+        self._numbered: dict[int, _Host] = {}
+        self._host_of: dict[str, _Host] = {}
+        self._holdings = Holdings()
+        self._mistrust = Mistrust(clock)
+        self._near: dict[tuple[str, ...], int] = {}
+        # Masks of the hosts that serve 0, 1, … batches; those that serve as many as they may are in none.
+        self._serving = [0] * uploads_per_source
+        self._due: list[tuple[float, int, _Assignment]] = []
+        self._promises = Promises(clock, patience_s)
+        self._random = random.Random(0)
+        self._given = 0
         self._next_upload = 0
 
     # -- hosts ------------------------------------------------------------------------------------------------------
 
-    def add_host(self, host_id: str, address: str, have: Iterable[Digest] = (), lacks: Iterable[Digest] = ()) -> None:
+    def add_host(
+        self,
+        host_id: str,
+        address: str,
+        have: Iterable[Digest] = (),
+        lacks: Iterable[Digest] = (),
+        place: Sequence[str] = (),
+    ) -> None:
         """Make the agent at *address* known as one of the host *host_id*, which holds *have* and not *lacks*.
 
         May be called again, with another address of the same host or with more chunks. An address belongs to one
-        host: a new host at a known address replaces the old one.
+        host: a new host at a known address replaces the old one. *place* says where the host stands, from the site
+        down to the machine; the place that a host was first given counts.
         """
-        if self._host_of.get(address, host_id) != host_id:
+        known = self._host_of.get(address)
+        if known is not None and known.host_id != host_id:
             self.remove_address(address)
-        self._hosts.setdefault(host_id, _Host()).addresses[address] = None
-        self._host_of[address] = host_id
+        host = self._hosts.get(host_id)
+        if host is None:
+            host = self._new_host(host_id, tuple(place))
+        host.addresses[address] = None
+        self._host_of[address] = host
         self.received(host_id, have)
-        self._lose(host_id, lacks)
+        self._lose(host, lacks)
 
     def remove_address(self, address: str) -> None:
         """Forget an agent that left; a host without agents is forgotten with all that it holds. Idempotent."""
-        host_id = self._host_of.pop(address, None)
-        if host_id is None:
+        host = self._host_of.pop(address, None)
+        if host is None:
             return
-        for assignment in [a for a in self._assignments if a.source == address]:
-            self._give_back(assignment)
-        host = self._hosts[host_id]
+        for assignment in self._assignments():
+            if assignment.batch.source == address:
+                self._give_back(assignment)
         del host.addresses[address]
         if not host.addresses:
-            for assignment in [a for a in self._assignments if a.host_id == host_id]:
-                self._give_back(assignment)
-            for digest in host.have:
-                self._drop_holder(digest, host_id)
-            del self._hosts[host_id]
+            self._remove_host(host)
 
     def hosts(self) -> dict[str, tuple[str, ...]]:
         """The addresses of every known host, by host id."""
@@ -153,38 +186,45 @@ class Tracker:
         """
         host = self._hosts[host_id]
         if not self.outstanding(host_id):
-            host.wanted.clear()
-            host.blamed.clear()
-            host.slow.clear()
-            host.total_bytes = host.done_bytes = 0
-        self._sizes.update(chunks)
-        # Every host asks in an order of its own, so that hosts which start together soon have something to give.
-        for digest in sorted(chunks, key=lambda name: (zlib.crc32(f"{host_id}{name}".encode()), name)):
-            if digest in host.wanted:
-                continue
-            host.wanted.add(digest)
-            host.total_bytes += chunks[digest]
-            if digest in host.have:
-                host.done_bytes += chunks[digest]
-            else:
-                host.missing[digest] = None
+            host.wanted = host.total_bytes = host.done_bytes = 0
+            self._mistrust.forgive(host.number)
+        new = self._holdings.mask(chunks) & ~host.wanted
+        host.wanted |= new
+        host.missing |= new & ~host.have
+        host.total_bytes += self._holdings.size_bytes(new)
+        host.done_bytes += self._holdings.size_bytes(new & host.have)
 
     def outstanding(self, host_id: str) -> int:
         """How many of the chunks that the host wants have not arrived; 0 also for a host that is not known."""
         host = self._hosts.get(host_id)
-        return len(host.missing) + len(host.in_flight) if host else 0
+        return count_of(host.missing) + len(host.in_flight) if host else 0
 
     def progress(self, host_id: str) -> tuple[int, int]:
         """(bytes there, bytes wanted) of what the host wants, uncompressed."""
         host = self._hosts.get(host_id)
         return (host.done_bytes, host.total_bytes) if host else (0, 0)
 
+    def lost(self, host_id: str) -> int:
+        """How many of the chunks that the host wants nobody holds, brings, or has promised."""
+        host = self._hosts.get(host_id)
+        if host is None or not host.missing & self._holdings.rarity[0]:
+            return 0
+        return count_of(host.missing & self._holdings.rarity[0] & ~self._promises.mask())
+
     # -- what the client uploads ------------------------------------------------------------------------------------
 
     def absent(self, chunks: Mapping[Digest, int]) -> list[Digest]:
-        """Those of *chunks* that no known host holds: what the client must upload, once."""
-        self._sizes.update(chunks)
-        return [digest for digest in chunks if not self._holders.get(digest)]
+        """Those of *chunks* that no known host holds, and no client has promised: to be uploaded, once."""
+        asked = self._holdings.mask(chunks) & ~self._promises.mask()
+        return [digest for digest in chunks if self._absent(self._holdings.chunks[digest], asked)]
+
+    def promise(self, who: str, digests: Iterable[Digest]) -> None:
+        """*who* begins to upload *digests*: hosts that need them wait for them, as long as some arrive now and then."""
+        self._promises.make(who, sum(c.bit for c in self._holdings.known(dict.fromkeys(digests)) if not c.holders))
+
+    def withdraw(self, who: str) -> None:
+        """Whatever *who* promised will not come any more. Idempotent."""
+        self._promises.withdraw(who)
 
     def plan_uploads(self, digests: Iterable[Digest], avoid: Collection[str] = ()) -> list[Upload]:
         """Messages that bring *digests* into the cluster, each to one host, to different hosts in turn.
@@ -201,17 +241,16 @@ class Tracker:
         ValueError
             If there are chunks to upload, and no address to send them to.
         """
-        chunks = list(dict.fromkeys(digests))
+        chunks = list(self._holdings.known(dict.fromkeys(digests)))
         if not chunks:
             return []
         reachable = ([a for a in host.addresses if a not in avoid] for host in self._hosts.values())
         targets = [addresses[0] for addresses in reachable if addresses]
         if not targets:
             raise ValueError("no host is known that could be reached")
-        target_bytes = _target_bytes(sum(self._sizes[digest] for digest in chunks) // len(targets))
         uploads = []
-        for batch in self._cut(chunks, target_bytes):
-            uploads.append(Upload(targets[self._next_upload % len(targets)], batch))
+        for batch in _cut(chunks, BATCH_TARGET_BYTES):
+            uploads.append(Upload(targets[self._next_upload % len(targets)], tuple(c.digest for c in batch)))
             self._next_upload += 1
         return uploads
 
@@ -224,19 +263,28 @@ class Tracker:
     def next_batch(self, host_id: str) -> Batch | None:
         """What the host should fetch now, or None if there is nothing to hand out at the moment.
 
-        Rarest chunks first (copies under way count), from the least busy agent that holds them. A source that this
-        host blamed is asked only for chunks that nobody else holds.
+        Rarest chunks first (copies under way count), from the nearest, then the least busy host that holds them.
+        Between sites each chunk travels once. A source that is mistrusted is asked only for chunks that nobody else
+        holds, one at a time.
         """
         self._expire()
         host = self._hosts.get(host_id)
-        if host is None:
+        if host is None or not host.missing:
             return None
-        window = self._window(host)
-        for digest in window:
-            source = self._source(host, digest)
-            if source is not None:
-                return self._assign(host_id, source, window, first=digest)
-        return None
+        wanted = host.missing & ~self._elsewhere(host)
+        tries = TRIES
+        for rare in self._holdings.rarity[1:]:
+            candidates = wanted & rare
+            while candidates and tries:
+                chunk = self._holdings.numbered[self._any_of(candidates)]
+                source = self._source(host, chunk.holders)
+                if source is not None:
+                    return self._assign(host, source, wanted, chunk)
+                # Where the only holder is busy, or mistrusted, its other chunks cannot be had now, either.
+                only = self._numbered.get(chunk.holders.bit_length() - 1)
+                candidates &= ~(only.have if only and chunk.holders == only.bit else chunk.bit)
+                tries -= 1
+        return self._from_any_source(host, wanted)
 
     def received(self, host_id: str, digests: Iterable[Digest]) -> None:
         """The host now holds *digests*, wherever they came from. Idempotent; unknown hosts are ignored."""
@@ -244,130 +292,232 @@ class Tracker:
         if host is None:
             return
         for digest in digests:
-            if digest in host.have:
+            chunk = self._holdings.chunk(digest)
+            if host.have & chunk.bit:
                 continue
-            host.have.add(digest)
-            self._holders.setdefault(digest, {})[host_id] = None
-            needed = digest in host.missing or digest in host.in_flight
-            if digest in host.in_flight:
-                self._release(host.in_flight[digest], digest)
-            host.missing.pop(digest, None)
-            if needed:
-                host.done_bytes += self._sizes[digest]
+            host.have |= chunk.bit
+            self._promises.keep(chunk.bit)
+            self._holdings.keep(chunk, host.number, host.site)
+            assignment = host.in_flight.get(chunk.number)
+            if assignment is not None:
+                self._release(assignment, chunk, arrived=True)
+            if assignment is not None or host.missing & chunk.bit:
+                host.missing &= ~chunk.bit
+                host.done_bytes += chunk.size_bytes
 
-    def failed(self, host_id: str, source: str, digests: Iterable[Digest], *, blame: bool) -> None:
-        """The host did not get *digests* from *source*, which no longer counts as their holder.
+    def failed(self, host_id: str, source: str, digests: Iterable[Digest], *, fault: str) -> None:
+        """The host did not get *digests* from *source*.
 
         Parameters
         ----------
-        blame
-            The source sent wrong bytes or died: this host is sent elsewhere from now on, wherever there is an
-            elsewhere. Without blame, the source merely lacks the chunks.
+        fault
+            ``lacks``: the source does not hold them. ``lied``: it sent something else under their names; it no longer
+            counts as their holder, and everybody is sent elsewhere wherever there is an elsewhere. ``silent``: it died,
+            broke off or took too long; this host is sent elsewhere for a time that doubles with every such failure.
         """
         digests = tuple(digests)
-        if source in self._host_of:
-            self._lose(self._host_of[source], digests)
+        culprit = self._host_of.get(source)
         host = self._hosts.get(host_id)
+        if culprit is not None:
+            if fault != SILENT:
+                self._lose(culprit, digests)
+            if fault == LIED or host is not None:
+                self._mistrust.blame(host.number if host else None, culprit.number, fault)
         if host is None:
             return
-        if blame:
-            host.blamed.add(source)
-        for digest in digests:
-            assignment = host.in_flight.get(digest)
-            if assignment is not None and assignment.source == source:
-                self._release(assignment, digest)
-                host.missing[digest] = None
+        for chunk in self._holdings.known(digests):
+            assignment = host.in_flight.get(chunk.number)
+            if assignment is not None and assignment.batch.source == source:
+                if fault == SILENT:
+                    host.leniency = min(2 * host.leniency, 32.0)
+                self._release(assignment, chunk)
+                host.missing |= chunk.bit
 
     # -- decisions --------------------------------------------------------------------------------------------------
 
-    def _window(self, host: _Host) -> list[Digest]:
-        held = (digest for digest in host.missing if self._holders.get(digest))
-        return sorted(islice(held, WINDOW_CHUNKS), key=self._copies)
+    def _elsewhere(self, host: _Host) -> int:
+        """Chunks that *host* shall leave to others of its site, because they are on their way there from outside."""
+        site = self._holdings.sites[host.site]
+        return site.crossing & ~site.held
 
-    def _copies(self, digest: Digest) -> int:
-        return len(self._holders[digest]) + self._copies_coming.get(digest, 0)
+    def _source(self, host: _Host, holders: int) -> _Host | None:
+        """The host among *holders* that shall serve *host* now, or None if those that may are busy."""
+        here = self._holdings.sites[host.site].hosts
+        for trusted in self._mistrust.sieve(host.number, holders):
+            for near in self._circles(host, trusted & here or trusted):
+                for serving in self._serving:
+                    if near & serving:
+                        return self._numbered[self._any_of(near & serving)]
+            if trusted:
+                return None  # they are busy: worth waiting for, rather than asking whom we mistrust
+        return None
 
-    def _source(self, host: _Host, digest: Digest) -> str | None:
-        """The least busy address that may serve *digest* to *host* now."""
-        addresses = [address for host_id in self._holders[digest] for address in self._hosts[host_id].addresses]
-        trusted = [address for address in addresses if address not in host.blamed]
-        free = [a for a in trusted or addresses if self._serving.get(a, 0) < self._uploads_per_source]
-        return min(free, key=lambda a: (a in host.slow, self._serving.get(a, 0)), default=None)
+    def _circles(self, host: _Host, among: int) -> Iterator[int]:
+        """*among*, those on the same machine first, then those of the same rack, of the same site, and all."""
+        for depth in range(len(host.place), 0, -1):
+            yield among & self._near[host.place[:depth]]
+        yield among
 
-    def _assign(self, host_id: str, source: str, window: Sequence[Digest], first: Digest) -> Batch:
-        host = self._hosts[host_id]
-        held = self._hosts[self._host_of[source]].have
-        blamed = source in host.blamed
-        # From a blamed source, only what has no other holder: one chunk at a time shows that.
-        wanted = [first] if blamed else [first, *(d for d in window if d in held and d != first)]
-        target_bytes = _target_bytes(sum(self._sizes[digest] for digest in window) // BATCHES_PER_SHARE)
-        batch = Batch(source, next(self._cut(wanted, target_bytes)))
-        assignment = _Assignment(host_id, batch, self._clock() + self._patience_s)
-        self._assignments[assignment] = None
-        self._serving[source] = self._serving.get(source, 0) + 1
-        for digest in batch.digests:
-            del host.missing[digest]
-            host.in_flight[digest] = assignment
-            self._copies_coming[digest] = self._copies_coming.get(digest, 0) + 1
+    def _from_any_source(self, host: _Host, wanted: int) -> Batch | None:
+        """A batch of whatever a host that is free has; where the sources of the rarest chunks are all busy."""
+        tries = TRIES
+        for serving in self._serving:
+            free = serving & ~host.bit
+            while free and tries:
+                source = self._numbered[self._any_of(free)]
+                free ^= source.bit
+                tries -= 1
+                shared = source.have & wanted
+                if source.site != host.site:
+                    shared &= ~self._holdings.sites[host.site].held
+                if shared and self._mistrust.trusts(host.number, source.number):
+                    return self._assign(host, source, wanted, next(self._rarest(shared)))
+        return None
+
+    def _assign(self, host: _Host, source: _Host, wanted: int, first: Chunk) -> Batch:
+        shared = source.have & wanted & ~first.bit
+        if source.site != host.site:
+            shared &= ~self._holdings.sites[host.site].held
+        chunks = [first]
+        # From a source that is mistrusted, only what has no other holder: one chunk at a time shows that.
+        if self._mistrust.trusts(host.number, source.number):
+            chunks = self._filled(chunks, self._rarest(shared), host.total_bytes // BATCHES_PER_HOST)
+        now_s = self._clock()
+        timeout_s = self._timeout_s(host, sum(chunk.size_bytes for chunk in chunks))
+        address = next(iter(source.addresses))
+        source.addresses[address] = source.addresses.pop(address)  # the next batch from its next agent
+        batch = Batch(address, tuple(chunk.digest for chunk in chunks), timeout_s)
+        assignment = _Assignment(host, source, batch, chunks, now_s)
+        self._given += 1
+        heapq.heappush(self._due, (now_s + timeout_s, self._given, assignment))
+        self._serve(source, 1)
+        for chunk in chunks:
+            host.missing ^= chunk.bit
+            host.in_flight[chunk.number] = assignment
+            self._holdings.count(chunk, 1)
+            if assignment.crosses:
+                self._holdings.sites[host.site].crossing |= chunk.bit
         return batch
 
-    def _cut(self, digests: Sequence[Digest], target_bytes: int) -> Iterator[tuple[Digest, ...]]:
-        """Runs of *digests* of at least *target_bytes* (but for the last), within the limits of a batch."""
-        batch: list[Digest] = []
-        size_bytes = 0
-        for digest in digests:
-            if batch and (size_bytes + self._sizes[digest] > BATCH_LIMIT_BYTES or len(batch) == BATCH_LIMIT_CHUNKS):
-                yield tuple(batch)
-                batch, size_bytes = [], 0
-            batch.append(digest)
-            size_bytes += self._sizes[digest]
-            if size_bytes >= target_bytes:
-                yield tuple(batch)
-                batch, size_bytes = [], 0
-        if batch:
-            yield tuple(batch)
+    def _filled(self, chunks: list[Chunk], more: Iterator[Chunk], share_bytes: int) -> list[Chunk]:
+        target_bytes = max(BATCH_TARGET_BYTES, min(share_bytes, BATCH_LIMIT_BYTES))
+        size_bytes = sum(chunk.size_bytes for chunk in chunks)
+        for chunk in more:
+            if size_bytes >= target_bytes or len(chunks) == BATCH_LIMIT_CHUNKS:
+                break
+            if size_bytes + chunk.size_bytes <= BATCH_LIMIT_BYTES:
+                chunks.append(chunk)
+                size_bytes += chunk.size_bytes
+        return chunks
+
+    def _rarest(self, among: int) -> Iterator[Chunk]:
+        """The chunks of a mask, rarest first, equally rare ones from a place that differs from call to call."""
+        for rare in self._holdings.rarity:
+            candidates = among & rare
+            if candidates:
+                start = int(self._random.random() * candidates.bit_length())
+                above = candidates >> start << start
+                yield from self._holdings.of(above)
+                yield from self._holdings.of(candidates ^ above)
+
+    def _any_of(self, mask: int) -> int:
+        return first_from(mask, int(self._random.random() * mask.bit_length()))
+
+    def _timeout_s(self, host: _Host, size_bytes: int) -> float:
+        if host.seconds_per_byte is None:
+            return self._patience_s
+        usual_s = host.seconds_per_byte * max(size_bytes, BATCH_TARGET_BYTES)
+        return min(self._patience_s, max(LEAST_PATIENCE_S, SLACK * host.leniency * usual_s))
 
     # -- book-keeping -----------------------------------------------------------------------------------------------
 
+    def _new_host(self, host_id: str, place: tuple[str, ...]) -> _Host:
+        host = _Host(host_id, self._holdings.add_host(place[0] if place else ""), place)
+        self._hosts[host_id] = self._numbered[host.number] = host
+        for depth in range(1, len(place) + 1):
+            self._near[place[:depth]] = self._near.get(place[:depth], 0) | host.bit
+        self._serving[0] |= host.bit
+        return host
+
+    def _remove_host(self, host: _Host) -> None:
+        for assignment in self._assignments():
+            if host in (assignment.host, assignment.source):
+                self._give_back(assignment)
+        for depth in range(1, len(host.place) + 1):
+            self._near[host.place[:depth]] &= ~host.bit
+        self._serving[0] &= ~host.bit
+        self._holdings.remove_host(host.number, host.site, host.have)
+        self._mistrust.forget(host.number)
+        del self._hosts[host.host_id], self._numbered[host.number]
+
+    def _assignments(self) -> list[_Assignment]:
+        return [assignment for _, _, assignment in self._due if assignment.pending]
+
+    @staticmethod
+    def _absent(chunk: Chunk, asked: int) -> bool:
+        return not chunk.holders and bool(asked & chunk.bit)
+
     def _expire(self) -> None:
         now_s = self._clock()
-        while self._assignments:
-            oldest = next(iter(self._assignments))
-            if oldest.deadline_s > now_s:
-                return
-            self._hosts[oldest.host_id].slow.add(oldest.source)
-            self._give_back(oldest)
+        while self._due and (self._due[0][0] <= now_s or not self._due[0][2].pending):
+            assignment = heapq.heappop(self._due)[2]
+            if assignment.pending:
+                self._mistrust.blame(assignment.host.number, assignment.source.number, SILENT)
+                self._give_back(assignment)
 
     def _give_back(self, assignment: _Assignment) -> None:
-        host = self._hosts[assignment.host_id]
-        for digest in list(assignment.pending):
-            self._release(assignment, digest)
-            host.missing[digest] = None
+        for number in list(assignment.pending):
+            chunk = self._holdings.numbered[number]
+            self._release(assignment, chunk)
+            assignment.host.missing |= chunk.bit
 
-    def _release(self, assignment: _Assignment, digest: Digest) -> None:
-        """*digest* is no longer under way; the batch ends with its last chunk."""
-        del assignment.pending[digest]
-        del self._hosts[assignment.host_id].in_flight[digest]
-        self._copies_coming[digest] -= 1
-        if not self._copies_coming[digest]:
-            del self._copies_coming[digest]
+    def _release(self, assignment: _Assignment, chunk: Chunk, arrived: bool = False) -> None:
+        """*chunk* is no longer under way; the batch ends with its last chunk."""
+        assignment.pending.remove(chunk.number)
+        del assignment.host.in_flight[chunk.number]
+        self._holdings.count(chunk, -1)
+        if assignment.crosses:
+            self._holdings.sites[assignment.host.site].crossing &= ~chunk.bit
         if not assignment.pending:
-            del self._assignments[assignment]
-            self._serving[assignment.source] -= 1
-            if not self._serving[assignment.source]:
-                del self._serving[assignment.source]
+            self._serve(assignment.source, -1)
+            if arrived:
+                self._learn(assignment)
 
-    def _lose(self, host_id: str, digests: Iterable[Digest]) -> None:
-        for digest in digests:
-            self._hosts[host_id].have.discard(digest)
-            self._drop_holder(digest, host_id)
+    def _learn(self, assignment: _Assignment) -> None:
+        """How fast batches usually reach a host: what it waits for the next ones goes by that."""
+        host = assignment.host
+        took_s = self._clock() - assignment.began_s
+        per_byte = took_s / max(assignment.size_bytes, BATCH_TARGET_BYTES)
+        before = host.seconds_per_byte
+        host.seconds_per_byte = per_byte if before is None else 0.8 * before + 0.2 * per_byte
+        host.leniency = max(1.0, host.leniency * 0.9)
 
-    def _drop_holder(self, digest: Digest, host_id: str) -> None:
-        holders = self._holders.get(digest, {})
-        holders.pop(host_id, None)
-        if not holders:
-            self._holders.pop(digest, None)
+    def _serve(self, source: _Host, change: int) -> None:
+        if source.serving < len(self._serving):
+            self._serving[source.serving] &= ~source.bit
+        source.serving += change
+        if source.serving < len(self._serving):
+            self._serving[source.serving] |= source.bit
+
+    def _lose(self, host: _Host, digests: Iterable[Digest]) -> None:
+        for chunk in self._holdings.known(digests):
+            if host.have & chunk.bit:
+                host.have ^= chunk.bit
+                self._holdings.drop(chunk, host.number, host.site)
 
 
-def _target_bytes(share_bytes: int) -> int:
-    return max(BATCH_TARGET_BYTES, min(share_bytes, BATCH_LIMIT_BYTES))
+def _cut(chunks: Iterable[Chunk], target_bytes: int) -> Iterator[list[Chunk]]:
+    """Runs of *chunks* of at least *target_bytes* (but for the last), within the limits of a batch."""
+    batch: list[Chunk] = []
+    size_bytes = 0
+    for chunk in chunks:
+        if batch and (size_bytes + chunk.size_bytes > BATCH_LIMIT_BYTES or len(batch) == BATCH_LIMIT_CHUNKS):
+            yield batch
+            batch, size_bytes = [], 0
+        batch.append(chunk)
+        size_bytes += chunk.size_bytes
+        if size_bytes >= target_bytes:
+            yield batch
+            batch, size_bytes = [], 0
+    if batch:
+        yield batch

@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 from worker_bootstrap.chunk_service import ChunkServer, EncodedChunk, Held, PeerChunks, read_chunks, write_chunks
 from worker_bootstrap.digest import Digest
-from worker_bootstrap.errors import ChunkMissing, TransferError
+from worker_bootstrap.errors import ChunkMissing, ProtocolBroken, TransferError
+from worker_bootstrap.mistrust import LACKS, LIED, SILENT
 from worker_bootstrap.store import Store
 from worker_bootstrap.tracker import Batch, Offer, Upload
 
@@ -24,12 +25,14 @@ logger = logging.getLogger(__name__)
 
 PARALLEL = 3
 """Batches that a host fetches at the same time."""
+UPLOADS = 4
+"""Messages that the client sends at the same time."""
 
 
 class Outcome(NamedTuple):
     """What became of a batch from, or an upload to, the agent at *source*.
 
-    *blame* says that the peer died or sent wrong bytes; without it, the peer lacks the chunks that *failed*.
+    *fault* tells what was wrong with those that *failed*: the peer ``lacks`` them, it ``lied``, or it was ``silent``.
     *size_bytes* travelled, compressed.
     """
 
@@ -37,7 +40,7 @@ class Outcome(NamedTuple):
     received: tuple[Digest, ...]
     failed: tuple[Digest, ...]
     size_bytes: int
-    blame: bool
+    fault: str
     reason: str
 
 
@@ -46,14 +49,14 @@ PutChunks = Callable[[str, Sequence[EncodedChunk]], Awaitable[Sequence[Digest]]]
 Complain = Callable[[str, Sequence[Digest]], Awaitable[None]]
 AskHeld = Callable[[str, Sequence[Digest]], Awaitable[Held]]
 Report = Callable[[Outcome], Awaitable[None]]
+Trade = Callable[[Optional[Outcome]], Awaitable[Offer]]
 
 
 async def fetch_chunks(
     store: Store,
     *,
-    next_batch: Callable[[], Awaitable[Offer]],
+    trade: Trade,
     get: GetChunks,
-    report: Report,
     complain: Complain | None = None,
     parallel: int = PARALLEL,
     pause_s: float = 0.05,
@@ -62,19 +65,18 @@ async def fetch_chunks(
 
     Parameters
     ----------
-    next_batch
-        Asks the coordinator for work (`Tracker.offer`, as it is or after its way through msgpack); it may wait before
-        it answers that there is none. Whatever it raises ends the exchange.
+    trade
+        Tells the coordinator what became of a batch (None at first, and after an answer without work), and asks it
+        for the next one (`Tracker.offer`, as it is or after its way through msgpack); it may wait before it answers
+        that there is none. Whatever it raises ends the exchange.
     get
         Fetches chunks from a peer (`PeerChunks.get`).
-    report
-        Tells the coordinator what became of a batch.
     complain
         Tells a peer that chunks were wrong (`PeerChunks.complain`), before they are reported.
     parallel
         Batches in flight; up to 16 MiB of memory each, twice that while one is decompressed.
     pause_s
-        Waiting time after an answer without work; doubled each time, up to 1 s.
+        Waiting time after an answer without work.
 
     Raises
     ------
@@ -88,27 +90,29 @@ async def fetch_chunks(
     """
 
     async def work() -> None:
-        wait_s = pause_s
+        outcome: Outcome | None = None
         while True:
-            batch, outstanding = await next_batch()
+            batch, outstanding = await trade(outcome)
             if batch is not None:
-                await report(await _fetch_batch(store, Batch(*batch), get, complain))
-                wait_s = pause_s
+                outcome = await _fetch_batch(store, Batch(*batch), get, complain)
             elif not outstanding:
                 return
             else:
-                await asyncio.sleep(wait_s)
-                wait_s = min(2 * wait_s, 1.0)
+                outcome = None
+                await asyncio.sleep(pause_s)
 
-    await _all_or_none([work() for _ in range(parallel)])
+    # The first one that hears that all is there ends the others, which may be waiting for a peer that is too slow.
+    await _all_or_none([work() for _ in range(parallel)], enough=1)
 
 
 async def _fetch_batch(store: Store, batch: Batch, get: GetChunks, complain: Complain | None = None) -> Outcome:
     try:
-        chunks = await get(batch.source, batch.digests)
-    except TransferError as error:
-        logger.info("Fetching %d chunks failed: %s", len(batch.digests), error)
-        return Outcome(batch.source, (), tuple(batch.digests), 0, True, str(error))
+        chunks = await asyncio.wait_for(get(batch.source, batch.digests), batch.timeout_s)
+    except (TransferError, asyncio.TimeoutError) as error:
+        reason = str(error) or f"{batch.source}: too slow, not done after {batch.timeout_s:.1f} s"
+        logger.info("Fetching %d chunks failed: %s", len(batch.digests), reason)
+        fault = LIED if isinstance(error, ProtocolBroken) else SILENT
+        return Outcome(batch.source, (), tuple(batch.digests), 0, fault, reason)
     size_bytes = sum(len(chunk.payload) for chunk in chunks)
     kept, invalid = await asyncio.to_thread(write_chunks, store, chunks, batch.source)
     failed = tuple(digest for digest in batch.digests if digest not in set(kept))
@@ -117,8 +121,10 @@ async def _fetch_batch(store: Store, batch: Batch, get: GetChunks, complain: Com
         logger.warning("%s", lie)
         if complain is not None:
             await complain(batch.source, list(invalid))
-        return Outcome(batch.source, tuple(kept), failed, size_bytes, True, str(lie))
-    return Outcome(batch.source, tuple(kept), failed, size_bytes, False, "it does not hold them" if failed else "")
+        return Outcome(batch.source, tuple(kept), failed, size_bytes, LIED, str(lie))
+    if failed:
+        return Outcome(batch.source, tuple(kept), failed, size_bytes, LACKS, f"{batch.source} does not hold them")
+    return Outcome(batch.source, tuple(kept), (), size_bytes, "", "")
 
 
 async def upload_chunks(
@@ -128,7 +134,7 @@ async def upload_chunks(
     held: AskHeld,
     put: PutChunks,
     report: Report,
-    parallel: int = 2,
+    parallel: int = UPLOADS,
 ) -> list[Digest]:
     """Send the chunks of *plan* (`Tracker.plan_uploads`) into the cluster, each once.
 
@@ -185,21 +191,28 @@ async def _upload_batch(store: Store, upload: Upload, held: AskHeld, put: PutChu
             have.update(dict.fromkeys(await put(address, chunks)))
     except TransferError as error:
         logger.info("Uploading %d chunks failed: %s", len(upload.digests), error)
-        return Outcome(address, (), tuple(upload.digests), 0, True, str(error))
+        return Outcome(address, (), tuple(upload.digests), 0, SILENT, str(error))
     received = tuple(digest for digest in upload.digests if digest in have)
     failed = tuple(digest for digest in upload.digests if digest not in have)
     for digest in failed:
         # Refused, so perhaps damaged here: reading it drops a damaged copy, and tells.
         await asyncio.to_thread(store.read_chunk, digest)
     size_bytes = sum(len(chunk.payload) for chunk in chunks)
-    return Outcome(address, received, failed, size_bytes, bool(failed), "it did not keep them" if failed else "")
+    fault, reason = (SILENT, f"{address} did not keep them") if failed else ("", "")
+    return Outcome(address, received, failed, size_bytes, fault, reason)
 
 
-async def _all_or_none(coroutines: Iterable[Awaitable[None]]) -> None:
-    """Run all to the end; if one fails, or this is cancelled, cancel the others and wait until they are gone."""
+async def _all_or_none(coroutines: Iterable[Awaitable[None]], enough: int | None = None) -> None:
+    """Run all, or as many as are *enough*, to the end; then, or if one fails, or this is cancelled, cancel the others.
+
+    Returns when all of them are gone.
+    """
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
-        await asyncio.gather(*tasks)
+        for count, done in enumerate(asyncio.as_completed(tasks), 1):
+            await done
+            if count == enough:
+                break
     finally:
         for task in tasks:
             task.cancel()

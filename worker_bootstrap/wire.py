@@ -18,7 +18,7 @@ import msgpack
 from distributed.protocol import Serialized
 from distributed.protocol.serialize import register_serialization_family
 
-from worker_bootstrap.errors import TransferError
+from worker_bootstrap.errors import ProtocolBroken, TransferError
 
 Payload = Union[bytes, memoryview]
 
@@ -80,7 +80,9 @@ async def call(
     Raises
     ------
     TransferError
-        If the peer cannot be reached, does not answer in time, answers something else or too much, or reports an error.
+        If the peer cannot be reached, does not answer in time, or reports an error.
+    ProtocolBroken
+        If it answers something else, or too much.
 
     Notes
     -----
@@ -93,7 +95,7 @@ async def call(
     except (OSError, EOFError) as error:  # CommClosedError and TLS errors are OSErrors
         raise TransferError(address, f"{type(error).__name__}: {error}") from error
     except (ValueError, TypeError, KeyError, IndexError, struct.error, msgpack.UnpackException) as error:
-        raise TransferError(address, f"its answer to {op} cannot be read: {error}") from error
+        raise ProtocolBroken(address, f"its answer to {op} cannot be read: {error}") from error
     if not isinstance(reply, dict) or reply.get("status") != "OK":
         raise TransferError(address, _complaint(op, reply))
     return reply

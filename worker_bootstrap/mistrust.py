@@ -1,0 +1,96 @@
+"""Which host does not ask which other one, for how long.
+
+A peer that lied is left out by everybody; one that was silent, by the host that waited for it, for a time that doubles
+from failure to failure, so that a network that was cut in two finds together again. Only the order of preference is
+decided here: whom nobody else can replace is asked all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+LACKS, SILENT, LIED = "lacks", "silent", "lied"
+"""What can be wrong with an answer."""
+SILENT_S = 5.0
+"""So long a host does not ask a peer that was silent once."""
+SILENT_LIMIT_S = 60.0
+LIED_S = 600.0
+COMPLAINTS = 2
+"""A peer of which so many hosts complain is asked by the others only where nobody else will do."""
+
+
+class Mistrust:
+    """Masks of hosts, by the number of the host that mistrusts them."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._liars: dict[int, float] = {}
+        self._silent: dict[int, dict[int, tuple[float, float]]] = {}
+        self._complaints: dict[int, set[int]] = {}
+
+    def blame(self, host: int | None, culprit: int, fault: str) -> None:
+        """*host* got something wrong, or nothing, from *culprit*."""
+        now_s = self._clock()
+        if fault == LIED:
+            self._liars[culprit] = now_s + LIED_S
+        elif fault == SILENT and host is not None:
+            known = self._silent.setdefault(host, {})
+            _, wait_s = known.get(culprit, (0.0, SILENT_S / 2))
+            wait_s = min(2 * wait_s, SILENT_LIMIT_S)
+            known[culprit] = (now_s + wait_s, wait_s)
+            self._complaints.setdefault(culprit, set()).add(host)
+
+    def forgive(self, host: int) -> None:
+        """What *host* had against others is forgotten; lies are not."""
+        for culprit in self._silent.pop(host, ()):
+            self._withdraw(host, culprit)
+
+    def forget(self, number: int) -> None:
+        """The host with that number is gone; the next one to get it is another."""
+        self.forgive(number)
+        self._liars.pop(number, None)
+        self._complaints.pop(number, None)
+        for known in self._silent.values():
+            known.pop(number, None)
+
+    def trusts(self, host: int, other: int) -> bool:
+        """Whether *host* has nothing against *other*."""
+        return not (self._liars_now() | self._silent_now(host)) >> other & 1
+
+    def sieve(self, host: int, among: int) -> Iterator[int]:
+        """*among*, as masks: those of good repute, then those that others complain of, then those mistrusted."""
+        trusted = among
+        if self._liars or self._silent:
+            trusted &= ~(self._liars_now() | self._silent_now(host))
+            suspect = 0
+            for number, hosts in self._complaints.items():
+                if len(hosts) >= COMPLAINTS:
+                    suspect |= 1 << number
+            if trusted & ~suspect:
+                yield trusted & ~suspect
+        yield trusted
+        yield among
+
+    def _liars_now(self) -> int:
+        now_s, mask = self._clock(), 0
+        for number, until_s in list(self._liars.items()):
+            if until_s <= now_s:
+                del self._liars[number]
+            mask |= (until_s > now_s) << number
+        return mask
+
+    def _silent_now(self, host: int) -> int:
+        now_s, mask = self._clock(), 0
+        for number, (until_s, _) in self._silent.get(host, {}).items():
+            if until_s > now_s:
+                mask |= 1 << number
+            else:
+                self._withdraw(host, number)
+        return mask
+
+    def _withdraw(self, host: int, culprit: int) -> None:
+        complaining = self._complaints.get(culprit)
+        if complaining is not None:
+            complaining.discard(host)
+            if not complaining:
+                del self._complaints[culprit]
