@@ -90,13 +90,14 @@ def stage_environment(
     source: Source = None,
     *,
     options: PackOptions = NO_OPTIONS,
+    build: bool = True,
     progress: bool | None = None,
 ) -> StagedResult:
     """Bring an environment to every host of the cluster and build it there, without moving anybody.
 
-    Parameters and errors as for `use_environment`.
+    Parameters and errors as for `use_environment`. With ``build=False``, hosts only fetch the chunks that they lack.
     """
-    result: StagedResult = _sync(client, _stage, source, options, progress)
+    result: StagedResult = _sync(client, _stage, source, options, build, progress)
     return result
 
 
@@ -141,14 +142,14 @@ async def _use(
             _check_fit(environment)
         await journey.connect()
         for _ in range(ATTEMPTS - 1):
-            await journey.bring(environment_id, environment)
             try:
-                return await _move(journey, environment_id, scheduler, timeout)
+                async with journey.bringing(environment_id, environment):
+                    return await _move(journey, environment_id, scheduler, timeout)
             except PrepareFailed as error:
                 if not error.retryable or environment is None:
                     raise
-        await journey.bring(environment_id, environment)
-        return await _move(journey, environment_id, scheduler, timeout)
+        async with journey.bringing(environment_id, environment):
+            return await _move(journey, environment_id, scheduler, timeout)
 
 
 async def _reset(client: Client, timeout: str | float | None, show: bool | None) -> SwapResult:
@@ -159,15 +160,15 @@ async def _reset(client: Client, timeout: str | float | None, show: bool | None)
         return await _move(journey, None, None, timeout)
 
 
-async def _stage(client: Client, source: Source, options: PackOptions, show: bool | None) -> StagedResult:
+async def _stage(client: Client, source: Source, options: PackOptions, build: bool, show: bool | None) -> StagedResult:
     with open_display(show) as display:
         journey = Journey(client, display)
         environment_id, environment = await journey.find(source, options)
         await journey.connect()
-        await journey.bring(environment_id, environment)
-        terms = _terms(None, None)
-        swap_id = await journey.ask("envship_stage", environment_id=environment_id, options=terms)
-        status = await journey.follow(swap_id)
+        terms = {**_terms(None, None), "chunks_only": not build}
+        async with journey.bringing(environment_id, environment):
+            swap_id = await journey.ask("envship_stage", environment_id=environment_id, options=terms)
+            status = await journey.follow(swap_id)
         return StagedResult(
             environment_id=environment_id,
             hosts=len(status["hosts"]),

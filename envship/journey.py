@@ -6,8 +6,9 @@ A journey is made for each call of `envship.client` and thrown away after it. It
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from distributed import Client
@@ -46,6 +47,7 @@ class Journey:
         self.seconds: dict[str, float] = {}
         self.uploaded_bytes = 0
         self.uploaded_chunks = 0
+        self._shown: tuple[str, dict[str, HostProgress]] = ("check", {})
         self._started = time.perf_counter()
         self._mark = self._started
 
@@ -60,7 +62,11 @@ class Journey:
         self._mark = now
 
     def show(self, phase: str, done_bytes: int, total_bytes: int, state: str = "fetching") -> None:
-        self.display.update(phase, {"here": HostProgress("this machine", state, done_bytes, total_bytes, "")})
+        """Show how far this machine is; while the cluster is at work, in one list with its hosts."""
+        here = HostProgress("this machine", state, done_bytes, total_bytes, "")
+        of_cluster, hosts = self._shown
+        self._shown = (of_cluster, {**hosts, "here": here})
+        self.display.update(of_cluster if len(hosts) > 1 else phase, self._shown[1])
 
     async def ask(self, operation: str, **arguments: Any) -> Any:
         """The coordinator's answer.
@@ -111,29 +117,70 @@ class Journey:
                 "Install that version, or restart the cluster.",
             )
 
-    async def bring(self, environment_id: EnvironmentId, environment: Environment | None) -> None:
-        """Upload each chunk that the cluster lacks, once."""
+    @contextlib.asynccontextmanager
+    async def bringing(self, environment_id: EnvironmentId, environment: Environment | None) -> AsyncIterator[None]:
+        """Upload each chunk that the cluster lacks, once, while the block goes on; hosts begin with what is there."""
+        plan = await self._plan(environment_id, environment, set())
+        uploading = asyncio.ensure_future(self._deliver(environment_id, environment, plan))
+        try:
+            yield
+            await uploading
+        except EnvshipError:
+            # Hosts that wait in vain only say that chunks are missing; the upload knows why.
+            if uploading.done() and not uploading.cancelled():
+                await uploading
+            raise
+        finally:
+            uploading.cancel()
+            await asyncio.gather(uploading, return_exceptions=True)
+
+    async def _plan(
+        self, environment_id: EnvironmentId, environment: Environment | None, avoid: set[str]
+    ) -> list[Upload]:
+        """What to upload, and to whom; none of *avoid*, to which those are added that cannot be reached."""
         manifest = None if environment is None else environment.manifest.to_bytes()
-        avoid: set[str] = set()
         for _ in range(UPLOAD_ATTEMPTS):
             offer = await self.ask(
-                "envship_offer", environment_id=environment_id, manifest=manifest, avoid=sorted(avoid)
+                "envship_offer",
+                environment_id=environment_id,
+                manifest=manifest,
+                avoid=sorted(avoid),
+                client=self.client.id,
             )
-            self.lap("check")
-            if not offer:
-                return
-            if environment is None:
+            if offer and environment is None:
+                await self.ask("envship_withdraw", client=self.client.id)
                 raise EnvironmentMissing(environment_id, "the store here, and not in full on the cluster")
             plan = [Upload(address, tuple(digests)) for address, digests in offer]
             unreachable = await self._unreachable({upload.address for upload in plan})
-            if unreachable:
-                avoid |= unreachable
-                continue
-            rest = await self._upload(environment, plan)
-            self.lap("upload")
-            if not rest:
-                return
-        raise TransferError(
+            if not unreachable:
+                self.lap("check")
+                return plan
+            avoid |= unreachable
+        raise self._refused()
+
+    async def _deliver(
+        self, environment_id: EnvironmentId, environment: Environment | None, plan: list[Upload]
+    ) -> None:
+        """Upload what is planned, and plan anew what was not taken. What is given up is no longer waited for."""
+        started = time.perf_counter()
+        avoid: set[str] = set()
+        try:
+            for _ in range(UPLOAD_ATTEMPTS):
+                if environment is None or not plan:
+                    return
+                rest = await self._upload(environment, plan)
+                self.seconds["upload"] = time.perf_counter() - started
+                if not rest:
+                    return
+                plan = await self._plan(environment_id, environment, avoid)
+            raise self._refused()
+        except BaseException:
+            with contextlib.suppress(OSError, EnvshipError):
+                await self.ask("envship_withdraw", client=self.client.id)
+            raise
+
+    def _refused(self) -> TransferError:
+        return TransferError(
             f"the cluster of {self.client.scheduler.address}", "it did not take all chunks; see its log"
         )
 
@@ -183,7 +230,11 @@ class Journey:
                 continue
             version = status["version"]
             hosts = {name: HostProgress(**host) for name, host in status["hosts"].items()}
-            self.display.update(DISPLAYED.get(status["phase"], status["phase"]), hosts)
+            here = self._shown[1].get("here")
+            if here is not None and here.done_bytes < here.total_bytes:
+                hosts["here"] = here
+            self._shown = (DISPLAYED.get(status["phase"], status["phase"]), hosts)
+            self.display.update(*self._shown)
             if status["phase"] in ("done", "failed"):
                 break
         await reconnect(self.client)
