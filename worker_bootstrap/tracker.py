@@ -3,42 +3,37 @@
 Decisions only: no I/O, no Dask, and no clock of its own. The coordinator feeds it with what agents report and hands
 out what it decides; `worker_bootstrap.transfer` moves the bytes. In the manner of Meta's Owl: peers are dumb, one
 tracker sees everything, so that a dead or lying peer costs a retry and not the exchange. What it knows of hosts and
-chunks is in `worker_bootstrap.holdings`; whom it mistrusts, in `worker_bootstrap.mistrust`.
+chunks is in `worker_bootstrap.holdings`; what it has handed out, in `worker_bootstrap.assignments`; whom it mistrusts,
+in `worker_bootstrap.mistrust`.
 """
 
 from __future__ import annotations
 
-import heapq
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from worker_bootstrap.assignments import (
+    BATCH_LIMIT_BYTES,
+    BATCH_LIMIT_CHUNKS,
+    BATCH_TARGET_BYTES,
+    LENIENCY_LIMIT,
+    Assignments,
+    Batch,
+    Host,
+    cut,
+)
 from worker_bootstrap.digest import Digest
 from worker_bootstrap.holdings import Chunk, Holdings, count_of, first_from
 from worker_bootstrap.mistrust import LIED, SILENT, Mistrust
 from worker_bootstrap.promises import Promises
 
-BATCH_TARGET_BYTES = 4 << 20
-"""A batch is filled at least up to here, if there is enough to hand out: calls cost about half a millisecond each."""
-BATCH_LIMIT_BYTES = 16 << 20
-"""No batch is larger (a single chunk never is, see `worker_bootstrap.manifest`), so neither is any message."""
-BATCH_LIMIT_CHUNKS = 4096
-"""However small its chunks are, no batch lists more of them."""
 BATCHES_PER_HOST = 256
 """What a host needs is cut into about this many batches, as far as their limits allow."""
 TRIES = 16
 """So many chunks, or sources, are looked at for one decision before the host is told to ask again."""
-SLACK = 6.0
-"""A batch may take so many times as long as this host's batches usually do, by their bytes."""
-LEAST_PATIENCE_S = 2.0
 
-
-class Batch(NamedTuple):
-    """Chunks to fetch, in one message, from the agent at the address *source*, within *timeout_s*."""
-
-    source: str
-    digests: tuple[Digest, ...]
-    timeout_s: float = 60.0
+__all__ = ["BATCH_LIMIT_BYTES", "BATCH_LIMIT_CHUNKS", "BATCH_TARGET_BYTES", "Batch", "Offer", "Tracker", "Upload"]
 
 
 class Offer(NamedTuple):
@@ -53,43 +48,6 @@ class Upload(NamedTuple):
 
     address: str
     digests: tuple[Digest, ...]
-
-
-class _Host:
-    """One store and the agents that share it. Masks are of chunks."""
-
-    def __init__(self, host_id: str, number: int, place: tuple[str, ...]) -> None:
-        self.host_id = host_id
-        self.number = number
-        self.bit = 1 << number
-        self.place = place
-        self.addresses: dict[str, None] = {}
-        self.have = 0
-        self.missing = 0
-        self.wanted = 0
-        self.in_flight: dict[int, _Assignment] = {}
-        self.total_bytes = 0
-        self.done_bytes = 0
-        self.serving = 0
-        self.seconds_per_byte: float | None = None
-        self.leniency = 1.0
-
-    @property
-    def site(self) -> str:
-        return self.place[0] if self.place else ""
-
-
-class _Assignment:
-    """A batch that a host was given and has not reported in full."""
-
-    def __init__(self, host: _Host, source: _Host, batch: Batch, chunks: Sequence[Chunk], now_s: float) -> None:
-        self.host = host
-        self.source = source
-        self.batch = batch
-        self.pending = {chunk.number for chunk in chunks}
-        self.size_bytes = sum(chunk.size_bytes for chunk in chunks)
-        self.began_s = now_s
-        self.crosses = source.site != host.site
 
 
 class Tracker:
@@ -113,20 +71,15 @@ class Tracker:
     """
 
     def __init__(self, *, clock: Callable[[], float], uploads_per_source: int = 4, patience_s: float = 60.0) -> None:
-        self._clock = clock
-        self._patience_s = patience_s
-        self._hosts: dict[str, _Host] = {}
-        self._numbered: dict[int, _Host] = {}
-        self._host_of: dict[str, _Host] = {}
+        self._hosts: dict[str, Host] = {}
+        self._numbered: dict[int, Host] = {}
+        self._host_of: dict[str, Host] = {}
         self._holdings = Holdings()
         self._mistrust = Mistrust(clock)
         self._near: dict[tuple[str, ...], int] = {}
-        # Masks of the hosts that serve 0, 1, … batches; those that serve as many as they may are in none.
-        self._serving = [0] * uploads_per_source
-        self._due: list[tuple[float, int, _Assignment]] = []
+        self._assignments = Assignments(self._holdings, clock, uploads_per_source, patience_s)
         self._promises = Promises(clock, patience_s)
         self._random = random.Random(0)
-        self._given = 0
         self._next_upload = 0
 
     # -- hosts ------------------------------------------------------------------------------------------------------
@@ -161,9 +114,9 @@ class Tracker:
         host = self._host_of.pop(address, None)
         if host is None:
             return
-        for assignment in self._assignments():
+        for assignment in self._assignments:
             if assignment.batch.source == address:
-                self._give_back(assignment)
+                self._assignments.give_back(assignment)
         del host.addresses[address]
         if not host.addresses:
             self._remove_host(host)
@@ -216,7 +169,7 @@ class Tracker:
     def absent(self, chunks: Mapping[Digest, int]) -> list[Digest]:
         """Those of *chunks* that no known host holds, and no client has promised: to be uploaded, once."""
         asked = self._holdings.mask(chunks) & ~self._promises.mask()
-        return [digest for digest in chunks if self._absent(self._holdings.chunks[digest], asked)]
+        return [c.digest for c in self._holdings.known(chunks) if not c.holders and asked & c.bit]
 
     def promise(self, who: str, digests: Iterable[Digest]) -> None:
         """*who* begins to upload *digests*: hosts that need them wait for them, as long as some arrive now and then."""
@@ -249,7 +202,7 @@ class Tracker:
         if not targets:
             raise ValueError("no host is known that could be reached")
         uploads = []
-        for batch in _cut(chunks, BATCH_TARGET_BYTES):
+        for batch in cut(chunks):
             uploads.append(Upload(targets[self._next_upload % len(targets)], tuple(c.digest for c in batch)))
             self._next_upload += 1
         return uploads
@@ -298,12 +251,10 @@ class Tracker:
             host.have |= chunk.bit
             self._promises.keep(chunk.bit)
             self._holdings.keep(chunk, host.number, host.site)
-            assignment = host.in_flight.get(chunk.number)
-            if assignment is not None:
-                self._release(assignment, chunk, arrived=True)
-            if assignment is not None or host.missing & chunk.bit:
+            if chunk.number in host.in_flight or host.missing & chunk.bit:
                 host.missing &= ~chunk.bit
                 host.done_bytes += chunk.size_bytes
+            self._assignments.arrived(host, chunk)
 
     def failed(self, host_id: str, source: str, digests: Iterable[Digest], *, fault: str) -> None:
         """The host did not get *digests* from *source*.
@@ -325,43 +276,39 @@ class Tracker:
                 self._mistrust.blame(host.number if host else None, culprit.number, fault)
         if host is None:
             return
-        for chunk in self._holdings.known(digests):
-            assignment = host.in_flight.get(chunk.number)
-            if assignment is not None and assignment.batch.source == source:
-                if fault == SILENT:
-                    host.leniency = min(2 * host.leniency, 32.0)
-                self._release(assignment, chunk)
-                host.missing |= chunk.bit
+        awaited = [self._assignments.failed(host, source, chunk) for chunk in self._holdings.known(digests)]
+        if fault == SILENT and any(awaited):
+            host.leniency = min(2 * host.leniency, LENIENCY_LIMIT)
 
     # -- decisions --------------------------------------------------------------------------------------------------
 
-    def _elsewhere(self, host: _Host) -> int:
+    def _elsewhere(self, host: Host) -> int:
         """Chunks that *host* shall leave to others of its site, because they are on their way there from outside."""
         site = self._holdings.sites[host.site]
         return site.crossing & ~site.held
 
-    def _source(self, host: _Host, holders: int) -> _Host | None:
+    def _source(self, host: Host, holders: int) -> Host | None:
         """The host among *holders* that shall serve *host* now, or None if those that may are busy."""
         here = self._holdings.sites[host.site].hosts
         for trusted in self._mistrust.sieve(host.number, holders):
             for near in self._circles(host, trusted & here or trusted):
-                for serving in self._serving:
+                for serving in self._assignments.serving:
                     if near & serving:
                         return self._numbered[self._any_of(near & serving)]
             if trusted:
                 return None  # they are busy: worth waiting for, rather than asking whom we mistrust
         return None
 
-    def _circles(self, host: _Host, among: int) -> Iterator[int]:
+    def _circles(self, host: Host, among: int) -> Iterator[int]:
         """*among*, those on the same machine first, then those of the same rack, of the same site, and all."""
         for depth in range(len(host.place), 0, -1):
             yield among & self._near[host.place[:depth]]
         yield among
 
-    def _from_any_source(self, host: _Host, wanted: int) -> Batch | None:
+    def _from_any_source(self, host: Host, wanted: int) -> Batch | None:
         """A batch of whatever a host that is free has; where the sources of the rarest chunks are all busy."""
         tries = TRIES
-        for serving in self._serving:
+        for serving in self._assignments.serving:
             free = serving & ~host.bit
             while free and tries:
                 source = self._numbered[self._any_of(free)]
@@ -374,7 +321,7 @@ class Tracker:
                     return self._assign(host, source, wanted, next(self._rarest(shared)))
         return None
 
-    def _assign(self, host: _Host, source: _Host, wanted: int, first: Chunk) -> Batch:
+    def _assign(self, host: Host, source: Host, wanted: int, first: Chunk) -> Batch:
         shared = source.have & wanted & ~first.bit
         if source.site != host.site:
             shared &= ~self._holdings.sites[host.site].held
@@ -382,22 +329,7 @@ class Tracker:
         # From a source that is mistrusted, only what has no other holder: one chunk at a time shows that.
         if self._mistrust.trusts(host.number, source.number):
             chunks = self._filled(chunks, self._rarest(shared), host.total_bytes // BATCHES_PER_HOST)
-        now_s = self._clock()
-        timeout_s = self._timeout_s(host, sum(chunk.size_bytes for chunk in chunks))
-        address = next(iter(source.addresses))
-        source.addresses[address] = source.addresses.pop(address)  # the next batch from its next agent
-        batch = Batch(address, tuple(chunk.digest for chunk in chunks), timeout_s)
-        assignment = _Assignment(host, source, batch, chunks, now_s)
-        self._given += 1
-        heapq.heappush(self._due, (now_s + timeout_s, self._given, assignment))
-        self._serve(source, 1)
-        for chunk in chunks:
-            host.missing ^= chunk.bit
-            host.in_flight[chunk.number] = assignment
-            self._holdings.count(chunk, 1)
-            if assignment.crosses:
-                self._holdings.sites[host.site].crossing |= chunk.bit
-        return batch
+        return self._assignments.give(host, source, chunks)
 
     def _filled(self, chunks: list[Chunk], more: Iterator[Chunk], share_bytes: int) -> list[Chunk]:
         target_bytes = max(BATCH_TARGET_BYTES, min(share_bytes, BATCH_LIMIT_BYTES))
@@ -423,101 +355,40 @@ class Tracker:
     def _any_of(self, mask: int) -> int:
         return first_from(mask, int(self._random.random() * mask.bit_length()))
 
-    def _timeout_s(self, host: _Host, size_bytes: int) -> float:
-        if host.seconds_per_byte is None:
-            return self._patience_s
-        usual_s = host.seconds_per_byte * max(size_bytes, BATCH_TARGET_BYTES)
-        return min(self._patience_s, max(LEAST_PATIENCE_S, SLACK * host.leniency * usual_s))
-
     # -- book-keeping -----------------------------------------------------------------------------------------------
 
-    def _new_host(self, host_id: str, place: tuple[str, ...]) -> _Host:
-        host = _Host(host_id, self._holdings.add_host(place[0] if place else ""), place)
+    def _new_host(self, host_id: str, place: tuple[str, ...]) -> Host:
+        host = Host(host_id, self._holdings.add_host(place[0] if place else ""), place)
         self._hosts[host_id] = self._numbered[host.number] = host
         for depth in range(1, len(place) + 1):
             self._near[place[:depth]] = self._near.get(place[:depth], 0) | host.bit
-        self._serving[0] |= host.bit
+        self._assignments.serving[0] |= host.bit
         return host
 
-    def _remove_host(self, host: _Host) -> None:
-        for assignment in self._assignments():
+    def _remove_host(self, host: Host) -> None:
+        for assignment in self._assignments:
             if host in (assignment.host, assignment.source):
-                self._give_back(assignment)
+                self._assignments.give_back(assignment)
         for depth in range(1, len(host.place) + 1):
             self._near[host.place[:depth]] &= ~host.bit
-        self._serving[0] &= ~host.bit
+        self._assignments.serving[0] &= ~host.bit
         self._holdings.remove_host(host.number, host.site, host.have)
         self._mistrust.forget(host.number)
         del self._hosts[host.host_id], self._numbered[host.number]
 
-    def _assignments(self) -> list[_Assignment]:
-        return [assignment for _, _, assignment in self._due if assignment.pending]
-
-    @staticmethod
-    def _absent(chunk: Chunk, asked: int) -> bool:
-        return not chunk.holders and bool(asked & chunk.bit)
-
     def _expire(self) -> None:
-        now_s = self._clock()
-        while self._due and (self._due[0][0] <= now_s or not self._due[0][2].pending):
-            assignment = heapq.heappop(self._due)[2]
-            if assignment.pending:
-                self._mistrust.blame(assignment.host.number, assignment.source.number, SILENT)
-                self._give_back(assignment)
+        for assignment in self._assignments.expired():
+            self._mistrust.blame(assignment.host.number, assignment.source.number, SILENT)
+            self._assignments.give_back(assignment)
 
-    def _give_back(self, assignment: _Assignment) -> None:
-        for number in list(assignment.pending):
-            chunk = self._holdings.numbered[number]
-            self._release(assignment, chunk)
-            assignment.host.missing |= chunk.bit
-
-    def _release(self, assignment: _Assignment, chunk: Chunk, arrived: bool = False) -> None:
-        """*chunk* is no longer under way; the batch ends with its last chunk."""
-        assignment.pending.remove(chunk.number)
-        del assignment.host.in_flight[chunk.number]
-        self._holdings.count(chunk, -1)
-        if assignment.crosses:
-            self._holdings.sites[assignment.host.site].crossing &= ~chunk.bit
-        if not assignment.pending:
-            self._serve(assignment.source, -1)
-            if arrived:
-                self._learn(assignment)
-
-    def _learn(self, assignment: _Assignment) -> None:
-        """How fast batches usually reach a host: what it waits for the next ones goes by that."""
-        host = assignment.host
-        took_s = self._clock() - assignment.began_s
-        per_byte = took_s / max(assignment.size_bytes, BATCH_TARGET_BYTES)
-        before = host.seconds_per_byte
-        host.seconds_per_byte = per_byte if before is None else 0.8 * before + 0.2 * per_byte
-        host.leniency = max(1.0, host.leniency * 0.9)
-
-    def _serve(self, source: _Host, change: int) -> None:
-        if source.serving < len(self._serving):
-            self._serving[source.serving] &= ~source.bit
-        source.serving += change
-        if source.serving < len(self._serving):
-            self._serving[source.serving] |= source.bit
-
-    def _lose(self, host: _Host, digests: Iterable[Digest]) -> None:
+    def _lose(self, host: Host, digests: Iterable[Digest]) -> None:
         for chunk in self._holdings.known(digests):
-            if host.have & chunk.bit:
-                host.have ^= chunk.bit
-                self._holdings.drop(chunk, host.number, host.site)
-
-
-def _cut(chunks: Iterable[Chunk], target_bytes: int) -> Iterator[list[Chunk]]:
-    """Runs of *chunks* of at least *target_bytes* (but for the last), within the limits of a batch."""
-    batch: list[Chunk] = []
-    size_bytes = 0
-    for chunk in chunks:
-        if batch and (size_bytes + chunk.size_bytes > BATCH_LIMIT_BYTES or len(batch) == BATCH_LIMIT_CHUNKS):
-            yield batch
-            batch, size_bytes = [], 0
-        batch.append(chunk)
-        size_bytes += chunk.size_bytes
-        if size_bytes >= target_bytes:
-            yield batch
-            batch, size_bytes = [], 0
-    if batch:
-        yield batch
+            if not host.have & chunk.bit:
+                continue
+            host.have ^= chunk.bit
+            self._holdings.drop(chunk, host.number, host.site)
+            if host.wanted & chunk.bit and (host.missing or host.in_flight):
+                host.missing |= chunk.bit
+                host.done_bytes -= chunk.size_bytes
+            else:  # what it fetched is complete; should it need the chunk again, it will say so
+                host.wanted &= ~chunk.bit
