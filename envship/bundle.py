@@ -18,18 +18,19 @@ from typing import BinaryIO
 
 from worker_bootstrap import codec
 from worker_bootstrap.digest import Digest, digest_of
-from worker_bootstrap.errors import BundleInvalid, ChunkInvalid, ManifestInvalid
+from worker_bootstrap.errors import BundleInvalid, ChunkInvalid, ManifestInvalid, SourceNotFound
 from worker_bootstrap.manifest import CHUNK_LIMIT_BYTES, Manifest
+from worker_bootstrap.shared import BUNDLE_CODECS, BUNDLE_MAGIC, Extent, opened
 from worker_bootstrap.store import Store, full_error, sync_folder
 
 SUFFIX = ".envship"
-MAGIC = b"ENVSHIP\x01"
+MAGIC = BUNDLE_MAGIC
 END = b"ENVSHIP\xff"
 MANIFEST_LIMIT_BYTES = 256 << 20
 PAYLOAD_LIMIT_BYTES = CHUNK_LIMIT_BYTES + (64 << 10)
 """A chunk that does not compress takes a little more room than its bytes."""
 
-_CODECS = ("raw", "zlib", "zstd")
+_CODECS = BUNDLE_CODECS
 _LENGTH = struct.Struct(">Q")
 _CHUNK = struct.Struct(">32sBI")
 _WINDOW = 8
@@ -64,8 +65,45 @@ def write_bundle(manifest: Manifest, store: Store, path: Path) -> None:
         raise
 
 
-def read_bundle(path: Path, store: Store) -> Manifest:
-    """Bring the bundle at *path* into *store*, checking every chunk; return its manifest.
+def bundle_at(source: object) -> str | None:
+    """Where the bundle is that a user means by *source*, as an absolute path or a URL; None if it means no bundle."""
+    if not isinstance(source, (str, os.PathLike)):
+        return None
+    text = os.fspath(source)
+    if not isinstance(text, str) or not text.endswith(SUFFIX) or os.path.isdir(text):
+        return None
+    return text if "://" in text else os.path.abspath(os.path.expanduser(text))
+
+
+def survey_bundle(where: str) -> tuple[Manifest, dict[Digest, Extent]]:
+    """The manifest of the bundle at a path or URL, and where in it each chunk lies. Chunks are not read.
+
+    Raises
+    ------
+    SourceNotFound
+        If there is no such file.
+    BundleInvalid
+        As `read_bundle`, but for chunks that are damaged.
+    """
+    extents: dict[Digest, Extent] = {}
+    try:
+        with opened(where) as file:
+            manifest = _read_manifest(file, where)
+            for digest in manifest.chunks:
+                codec_number, size_bytes = _read_record(file, where, digest)
+                extents[digest] = Extent(file.tell(), codec_number, size_bytes)
+                file.seek(size_bytes, os.SEEK_CUR)
+            if file.read(len(END) + 1) != END:
+                raise BundleInvalid(where, "it does not end where it should")
+    except ManifestInvalid as error:
+        raise BundleInvalid(where, str(error)) from error
+    except OSError as error:
+        raise SourceNotFound(where, [f"{where} ({error.strerror or error})"]) from error
+    return manifest, extents
+
+
+def read_bundle(path: Path | str, store: Store) -> Manifest:
+    """Bring the bundle at *path* (or URL) into *store*, checking every chunk; return its manifest.
 
     Raises
     ------
@@ -76,7 +114,7 @@ def read_bundle(path: Path, store: Store) -> Manifest:
         If there is no room.
     """
     try:
-        with open(path, "rb") as file:
+        with opened(str(path)) as file:
             manifest = _read_manifest(file, path)
             with ThreadPoolExecutor(max_workers=2) as pool:
                 _in_order(pool, _read_chunks(file, path, manifest, store))
@@ -120,7 +158,7 @@ def _write_chunk(file: BinaryIO, digest: Digest, codec_name: str, payload: bytes
     file.write(payload)
 
 
-def _read_manifest(file: BinaryIO, path: Path) -> Manifest:
+def _read_manifest(file: BinaryIO, path: Path | str) -> Manifest:
     if file.read(len(MAGIC)) != MAGIC:
         raise BundleInvalid(str(path), "it does not begin as a bundle of this format does")
     (size_bytes,) = _LENGTH.unpack(_exactly(file, _LENGTH.size, path))
@@ -129,17 +167,23 @@ def _read_manifest(file: BinaryIO, path: Path) -> Manifest:
     return Manifest.from_bytes(_exactly(file, size_bytes, path))
 
 
-def _read_chunks(file: BinaryIO, path: Path, manifest: Manifest, store: Store) -> Iterator[Callable[[], None]]:
+def _read_record(file: BinaryIO, path: Path | str, expected: Digest) -> tuple[int, int]:
+    """The codec's number and the payload's size of the chunk that comes next; the payload follows."""
+    raw_digest, codec_number, size_bytes = _CHUNK.unpack(_exactly(file, _CHUNK.size, path))
+    digest = Digest(raw_digest.hex())
+    if digest != expected:
+        raise BundleInvalid(str(path), f"chunk {digest} where the manifest asks for {expected}")
+    if codec_number >= len(_CODECS) or size_bytes > PAYLOAD_LIMIT_BYTES:
+        raise BundleInvalid(str(path), f"chunk {digest} claims codec {codec_number} and {size_bytes} bytes")
+    return codec_number, size_bytes
+
+
+def _read_chunks(file: BinaryIO, path: Path | str, manifest: Manifest, store: Store) -> Iterator[Callable[[], None]]:
     """Read the chunks, in the order of the manifest; yield what checks and keeps each."""
     for expected in manifest.chunks:
-        raw_digest, codec_number, size_bytes = _CHUNK.unpack(_exactly(file, _CHUNK.size, path))
-        digest = Digest(raw_digest.hex())
-        if digest != expected:
-            raise BundleInvalid(str(path), f"chunk {digest} where the manifest asks for {expected}")
-        if codec_number >= len(_CODECS) or size_bytes > PAYLOAD_LIMIT_BYTES:
-            raise BundleInvalid(str(path), f"chunk {digest} claims codec {codec_number} and {size_bytes} bytes")
+        codec_number, size_bytes = _read_record(file, path, expected)
         payload = _exactly(file, size_bytes, path)
-        yield partial(store.write_encoded, digest, _CODECS[codec_number], payload, str(path))
+        yield partial(store.write_encoded, expected, _CODECS[codec_number], payload, str(path))
 
 
 def _in_order(pool: ThreadPoolExecutor, tasks: Iterator[Callable[[], None]]) -> None:
@@ -153,7 +197,7 @@ def _in_order(pool: ThreadPoolExecutor, tasks: Iterator[Callable[[], None]]) -> 
         future.result()
 
 
-def _exactly(file: BinaryIO, size_bytes: int, path: Path) -> bytes:
+def _exactly(file: BinaryIO, size_bytes: int, path: Path | str) -> bytes:
     data = file.read(size_bytes)
     if len(data) != size_bytes:
         raise BundleInvalid(str(path), "it is cut short")

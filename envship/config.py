@@ -52,6 +52,22 @@ def stores() -> tuple[Path, ...]:
     return tuple(_path("stores", entry) for entry in value)
 
 
+def share_store() -> bool | None:
+    """Whether hosts that see this machine's store may read it there: yes, no, or (None) if its file system is shared.
+
+    Raises
+    ------
+    SettingInvalid
+        If ``envship.share-store`` is neither ``auto`` nor a truth value.
+    """
+    value = _get("share-store")
+    if value == "auto":
+        return None
+    if not isinstance(value, bool):
+        raise SettingInvalid("share-store", value, "auto, true or false")
+    return value
+
+
 def store_limit_bytes() -> int | None:
     """The size over which the writable store is collected, or None for no limit.
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from dask.utils import format_bytes
 
-from envship.bundle import SUFFIX, read_bundle, write_bundle
+from envship.bundle import SUFFIX, bundle_at, read_bundle, write_bundle
 from envship.difference import Difference, difference
 from envship.options import NO_OPTIONS, PackOptions
 from worker_bootstrap.digest import Digest, EnvironmentId, is_digest
@@ -52,7 +52,9 @@ class Environment:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], store: Store | None = None) -> Environment:
-        """Bring a bundle into *store* (None: the store of this machine), checking every chunk.
+        """Bring a bundle, at a path or a URL that ``fsspec`` opens, into *store* (None: the store of this machine).
+
+        Every chunk is checked.
 
         Raises
         ------
@@ -63,9 +65,9 @@ class Environment:
         """
         store = store or open_store()
         try:
-            return cls(read_bundle(Path(path), store), store)
+            return cls(read_bundle(os.fspath(path), store), store)
         except (FileNotFoundError, IsADirectoryError) as error:
-            raise SourceNotFound(os.fspath(path), [str(Path(path).absolute())]) from error
+            raise SourceNotFound(os.fspath(path), [str(bundle_at(path) or path)]) from error
 
     @classmethod
     def open(cls, environment_id: str, store: Store | None = None) -> Environment:

@@ -8,18 +8,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from distributed import Client
 
-from envship import config
+from envship.bundle import bundle_at, survey_bundle
 from envship.environment import Environment, resolve
 from envship.options import PackOptions
 from envship.progress import Display, HostProgress
 from envship.reconnect import reconnect, until_listening
+from envship.seeding import Extents, Seeding
 from worker_bootstrap.coordinator import PROTOCOL, Coordinator
-from worker_bootstrap.digest import Digest, EnvironmentId, is_digest
+from worker_bootstrap.digest import EnvironmentId, is_digest
 from worker_bootstrap.errors import (
     CommitFailed,
     EnvironmentMissing,
@@ -28,13 +29,9 @@ from worker_bootstrap.errors import (
     NotSwappable,
     PrepareFailed,
     SourceNotFound,
-    TransferError,
 )
-from worker_bootstrap.tracker import Upload
-from worker_bootstrap.transfer import EncodedChunk, Outcome, PeerChunks, upload_chunks
+from worker_bootstrap.location import open_store
 
-UPLOAD_ATTEMPTS = 5
-CONNECT_TIMEOUT_S = 5.0
 DISPLAYED = {"prepare": "prepare", "commit": "move", "back": "move back", "check": "check", "done": "done"}
 
 
@@ -45,8 +42,8 @@ class Journey:
         self.client = client
         self.display = display
         self.seconds: dict[str, float] = {}
-        self.uploaded_bytes = 0
-        self.uploaded_chunks = 0
+        self._seedings: list[Seeding] = []
+        self._bundle: tuple[str, Extents] | None = None
         self._shown: tuple[str, dict[str, HostProgress]] = ("check", {})
         self._started = time.perf_counter()
         self._mark = self._started
@@ -54,6 +51,14 @@ class Journey:
     @property
     def total_s(self) -> float:
         return time.perf_counter() - self._started
+
+    @property
+    def uploaded_bytes(self) -> int:
+        return sum(seeding.uploaded_bytes for seeding in self._seedings)
+
+    @property
+    def uploaded_chunks(self) -> int:
+        return sum(seeding.uploaded_chunks for seeding in self._seedings)
 
     def lap(self, phase: str) -> None:
         """Everything since the last lap was *phase*."""
@@ -87,6 +92,12 @@ class Journey:
         def report(stage: str, done_bytes: int, total_bytes: int) -> None:
             self.show(stage, done_bytes, total_bytes, "building")
 
+        if (where := bundle_at(source)) is not None:
+            # Not read into the store here: perhaps the hosts see it, too.
+            manifest, extents = await asyncio.to_thread(survey_bundle, where)
+            self._bundle = where, extents
+            self.lap("pack")
+            return manifest.id, Environment(manifest, await asyncio.to_thread(open_store))
         try:
             environment = await asyncio.to_thread(resolve, source, options=options, report=report)
         except (EnvironmentMissing, SourceNotFound):
@@ -119,105 +130,14 @@ class Journey:
 
     @contextlib.asynccontextmanager
     async def bringing(self, environment_id: EnvironmentId, environment: Environment | None) -> AsyncIterator[None]:
-        """Upload each chunk that the cluster lacks, once, while the block goes on; hosts begin with what is there."""
-        plan = await self._plan(environment_id, environment, set())
-        uploading = asyncio.ensure_future(self._deliver(environment_id, environment, plan))
-        try:
+        """Bring each chunk that the cluster lacks, once, while the block goes on; hosts begin with what is there."""
+        seeding = Seeding(self.client, self.ask, self.show, environment_id, environment, self._bundle)
+        self._seedings.append(seeding)
+        async with seeding.under_way():
+            self.lap("check")
             yield
-            await uploading
-        except EnvshipError:
-            # Hosts that wait in vain only say that chunks are missing; the upload knows why.
-            if uploading.done() and not uploading.cancelled():
-                await uploading
-            raise
-        finally:
-            uploading.cancel()
-            await asyncio.gather(uploading, return_exceptions=True)
-
-    async def _plan(
-        self, environment_id: EnvironmentId, environment: Environment | None, avoid: set[str]
-    ) -> list[Upload]:
-        """What to upload, and to whom; none of *avoid*, to which those are added that cannot be reached."""
-        manifest = None if environment is None else environment.manifest.to_bytes()
-        for _ in range(UPLOAD_ATTEMPTS):
-            offer = await self.ask(
-                "envship_offer",
-                environment_id=environment_id,
-                manifest=manifest,
-                avoid=sorted(avoid),
-                client=self.client.id,
-            )
-            if offer and environment is None:
-                await self.ask("envship_withdraw", client=self.client.id)
-                raise EnvironmentMissing(environment_id, "the store here, and not in full on the cluster")
-            plan = [Upload(address, tuple(digests)) for address, digests in offer]
-            unreachable = await self._unreachable({upload.address for upload in plan})
-            if not unreachable:
-                self.lap("check")
-                return plan
-            avoid |= unreachable
-        raise self._refused()
-
-    async def _deliver(
-        self, environment_id: EnvironmentId, environment: Environment | None, plan: list[Upload]
-    ) -> None:
-        """Upload what is planned, and plan anew what was not taken. What is given up is no longer waited for."""
-        started = time.perf_counter()
-        avoid: set[str] = set()
-        try:
-            for _ in range(UPLOAD_ATTEMPTS):
-                if environment is None or not plan:
-                    return
-                rest = await self._upload(environment, plan)
-                self.seconds["upload"] = time.perf_counter() - started
-                if not rest:
-                    return
-                plan = await self._plan(environment_id, environment, avoid)
-            raise self._refused()
-        except BaseException:
-            with contextlib.suppress(OSError, EnvshipError):
-                await self.ask("envship_withdraw", client=self.client.id)
-            raise
-
-    def _refused(self) -> TransferError:
-        return TransferError(
-            f"the cluster of {self.client.scheduler.address}", "it did not take all chunks; see its log"
-        )
-
-    async def _unreachable(self, addresses: set[str]) -> set[str]:
-        """Those of *addresses* that this machine cannot connect to: a firewall, or a network of the cluster's own."""
-
-        async def connect(address: str) -> bool:
-            try:
-                comm = await self.client.rpc.connect(address, timeout=CONNECT_TIMEOUT_S)
-            except OSError:
-                return False
-            self.client.rpc.reuse(address, comm)
-            return True
-
-        ordered = sorted(addresses)
-        reached = await asyncio.gather(*map(connect, ordered))
-        return {address for address, there in zip(ordered, reached, strict=True) if not there}
-
-    async def _upload(self, environment: Environment, plan: list[Upload]) -> list[Digest]:
-        sources = PeerChunks(self.client.rpc, config.timeout_s("upload"))
-        sizes = environment.manifest.chunks
-        total = sum(sizes[digest] for upload in plan for digest in upload.digests)
-        done = 0
-
-        async def put(address: str, chunks: Sequence[EncodedChunk]) -> list[Digest]:
-            kept = await sources.put(address, chunks)
-            self.uploaded_bytes += sum(len(chunk.payload) for chunk in chunks)
-            self.uploaded_chunks += len(chunks)
-            return kept
-
-        async def report(outcome: Outcome) -> None:
-            nonlocal done
-            done += sum(sizes[digest] for digest in outcome.received)
-            self.show("upload", done, total)
-            await self.ask("envship_uploaded", address=outcome.source, digests=list(outcome.received))
-
-        return await upload_chunks(environment.store, plan, held=sources.held, put=put, report=report)
+        if seeding.seconds:
+            self.seconds["upload"] = seeding.seconds
 
     async def follow(self, swap_id: str) -> Mapping[str, Any]:
         """Wait for the end of a swap, showing how it goes; returns its last status."""

@@ -176,6 +176,15 @@ class HostStatus:
         Memory of the parked interpreters.
     free_bytes
         Room on the file system of the store.
+    received
+        Bytes of chunks that it received since the scheduler started, by where from: another host's id, ``client``, or
+        ``shared file``.
+    served_bytes
+        Bytes of chunks that it gave to other hosts.
+    rate
+        Bytes a second that it receives now.
+    left_out
+        Host ids of sources that it does not ask any more, and why.
     """
 
     host_id: str
@@ -185,6 +194,10 @@ class HostStatus:
     warm: tuple[EnvironmentId, ...]
     warm_bytes: int
     free_bytes: int
+    received: Mapping[str, int] = field(default_factory=dict)
+    served_bytes: int = 0
+    rate: float = 0.0
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 class EnvironmentSummary(TypedDict, total=False):
@@ -241,7 +254,7 @@ class EnvironmentStatus:
         ]
 
     def host_rows(self) -> list[tuple[str, ...]]:
-        """Each host as texts: (host, store, free, built, warm)."""
+        """Each host as texts: (host, store, free, built, warm, received, served)."""
         return [
             (
                 host.hostname,
@@ -249,6 +262,8 @@ class EnvironmentStatus:
                 format_bytes(host.free_bytes),
                 self._labels(host.built),
                 self._labels(host.warm) + (f" ({format_bytes(host.warm_bytes)})" if host.warm else ""),
+                self._received(host),
+                format_bytes(host.served_bytes) if host.served_bytes else "-",
             )
             for host in self.hosts.values()
         ]
@@ -271,6 +286,19 @@ class EnvironmentStatus:
         what = "base environment" if self.target_id is None else f"environment {self.label(self.target_id)}"
         return f"{there} of {_count(len(self.workers), 'worker')} in the {what}"
 
+    def _received(self, host: HostStatus) -> str:
+        if not host.received:
+            return "-"
+        largest = sorted(host.received.items(), key=lambda item: item[1], reverse=True)
+        parts = [f"{self._hostname(source) or source} {format_bytes(size)}" for source, size in largest[:SOURCES_SHOWN]]
+        if len(largest) > SOURCES_SHOWN:
+            parts.append(
+                f"{len(largest) - SOURCES_SHOWN:,} more {format_bytes(sum(s for _, s in largest[SOURCES_SHOWN:]))}"
+            )
+        now = f" (now {format_bytes(int(host.rate))}/s)" if host.rate else ""
+        left_out = f"; left out: {', '.join(self._hostname(h) or h for h in host.left_out)}" if host.left_out else ""
+        return ", ".join(parts) + now + left_out
+
     def _hostname(self, host_id: str) -> str:
         return self.hosts[host_id].hostname if host_id in self.hosts else ""
 
@@ -279,7 +307,9 @@ class EnvironmentStatus:
 
 
 PROCESS_COLUMNS = ("process", "address", "environment", "prefix", "Python", "PID", "host")
-HOST_COLUMNS = ("host", "store", "free", "built", "warm")
+HOST_COLUMNS = ("host", "store", "free", "built", "warm", "received", "served")
+SOURCES_SHOWN = 3
+"""More sources than this of one host are summed up."""
 
 
 def name_of(environment_id: EnvironmentId | None) -> str:

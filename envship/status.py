@@ -46,6 +46,7 @@ def _worker(address: str, worker: Mapping[str, Any], agents: Mapping[str, Any]) 
 
 def _host(host_id: str, raw: Mapping[str, Any]) -> HostStatus:
     members = [identity for identity in raw["agents"].values() if identity["host_id"] == host_id]
+    account = raw["transfers"].get(host_id, {})
     warm = dict.fromkeys(name for member in members for name in member["warm"])
     return HostStatus(
         host_id=host_id,
@@ -55,4 +56,8 @@ def _host(host_id: str, raw: Mapping[str, Any]) -> HostStatus:
         warm=tuple(warm),
         warm_bytes=sum(member["warm_bytes"] for member in members),
         free_bytes=members[0]["free_bytes"],
+        received=account.get("received", {}),
+        served_bytes=account.get("served_bytes", 0),
+        rate=account.get("rate", 0.0),
+        left_out=account.get("blamed", {}),
     )

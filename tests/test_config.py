@@ -19,6 +19,7 @@ def test_defaults_are_there_after_import() -> None:
     """Without any configuration of the user, each accessor returns what envship.yaml says."""
     assert config.store() is None
     assert config.stores() == ()
+    assert config.share_store() is None
     assert config.store_limit_bytes() is None
     assert config.link_mode() == "auto"
     assert config.keep_warm() == 1

@@ -89,6 +89,9 @@ class ScriptedCluster:
         self.target: EnvironmentId | None = OLD
         self.scheduler_environment: EnvironmentId | None = OLD
         self.leaving = False
+        self.arriving = 0
+        self.looks = 0
+        self.options: dict[str, Any] = {}
         self.events: list[Any] = []
         self.expected: list[int] = []
         self.replace: Callable[[], Any] = lambda: None
@@ -96,6 +99,10 @@ class ScriptedCluster:
 
     def blameless(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
+
+    def awaits_chunks(self) -> bool:
+        self.looks += 1
+        return self.looks <= self.arriving
 
     async def workers_in_target(self, count: int, timeout_s: float) -> Mapping[str, str]:
         self.events.append(("wait for workers in", self.target))
@@ -294,6 +301,16 @@ def test_lost_chunks_are_told_apart(kind: str) -> None:
     """The client can bring them again."""
     cluster = ScriptedCluster(answers={("tcp://a1", "envship_provide"): Refused("a chunk", kind)})
     assert swap_on(cluster).status()["chunks_lost"]
+
+
+def test_a_host_that_waits_for_the_clients_upload_is_not_slow() -> None:
+    """Its time begins when everything has been brought."""
+    cluster = ScriptedCluster(
+        answers={("tcp://b1", "envship_provide"): lambda **_: asyncio.sleep(0.25, {"seconds": {}})}
+    )
+    cluster.arriving = 10
+    assert swap_on(cluster, prepare_timeout_s=0.1).phase == "done"
+    assert cluster.looks >= 2
 
 
 def test_a_host_that_hangs_is_given_up() -> None:

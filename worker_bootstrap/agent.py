@@ -30,6 +30,7 @@ from worker_bootstrap.interpreter import (
 )
 from worker_bootstrap.manifest import Manifest
 from worker_bootstrap.provision import Call, Provision
+from worker_bootstrap.shared import SharedReader
 from worker_bootstrap.standby import Standby, StartRequest
 from worker_bootstrap.store import Store
 from worker_bootstrap.transfer import ChunkServer
@@ -83,7 +84,10 @@ class Agent:
 
     def handlers(self) -> dict[str, Callable[..., Any]]:
         """The operations that this agent adds to its server."""
+        shared = SharedReader(self.store, on_received=self.provision.arrived)
         own: dict[str, Callable[..., Awaitable[Any]]] = {
+            "envship_sees": shared.sees,
+            "envship_pull": shared.pull,
             "envship_identify": self.identify,
             "envship_has_built": self.has_built,
             "envship_missing": self.missing,

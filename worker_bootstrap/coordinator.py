@@ -20,6 +20,7 @@ from distributed.core import Status
 from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.protocol.pickle import dumps
 
+from worker_bootstrap import metrics
 from worker_bootstrap.agent import answering
 from worker_bootstrap.carry import Carried
 from worker_bootstrap.digest import EnvironmentId
@@ -27,6 +28,7 @@ from worker_bootstrap.exchange import Exchange
 from worker_bootstrap.exec_agent import SchedulerAgent
 from worker_bootstrap.location import open_store
 from worker_bootstrap.plugins import NannyAgentPlugin, WorkerAgentPlugin
+from worker_bootstrap.relay import Relay
 from worker_bootstrap.roster import Roster
 from worker_bootstrap.scheduler_state import COORDINATOR
 from worker_bootstrap.swap import Swap
@@ -100,10 +102,11 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
 
     def remove_client(self, scheduler: Any, client: str) -> None:
         """SchedulerPlugin hook: a client is gone."""
-        self.agent.in_background(self.exchange.withdraw(client))
+        self.agent.in_background(self.exchange.client_gone(client))
 
     async def close(self) -> None:
         """SchedulerPlugin hook: the scheduler closes."""
+        await self.exchange.pulling.close()
         await self.agent.close()
 
     def _install(self, scheduler: Any) -> None:
@@ -112,8 +115,9 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
         self.scheduler = scheduler
         self.agent = SchedulerAgent(scheduler, open_store(), self._call_self)
         self.roster = Roster(scheduler)
-        self.exchange = Exchange(self.roster, self.agent.store)
+        self.exchange = Exchange(self.roster, self.agent.store, self._log)
         self.queue = SwapQueue(self, self.agent.store, self.agent.in_background, self._log)
+        metrics.publish(self.exchange.ledger, self.queue)
         operations = {
             "envship_join": self.join,
             "envship_hello": self.hello,
@@ -135,6 +139,7 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
             "envship_status": self.status,
         }
         scheduler.handlers.update(self.agent.handlers())
+        scheduler.handlers.update(Relay(scheduler.rpc, self.roster.members).handlers())
         scheduler.handlers.update(operations)
         scheduler.handlers.update({name: answering(method) for name, method in answered.items()})
 
@@ -201,7 +206,8 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
 
     async def report(self, host_id: str, state: str, done_bytes: int, total_bytes: int) -> None:
         """A host tells how far it is."""
-        self.queue.report(host_id, state, done_bytes, total_bytes)
+        detail = self.exchange.ledger.describe(host_id) if state == "fetching" else ""
+        self.queue.report(host_id, state, done_bytes, total_bytes, detail)
 
     # -- what the client asks
 
@@ -235,6 +241,7 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
             },
             "environments": await asyncio.to_thread(_describe_all, store),
             "scheduler_address": self.scheduler.address,
+            "transfers": self.exchange.ledger.to_dict(),
         }
 
     # -- what a swap needs (worker_bootstrap.swap.Cluster)
@@ -242,6 +249,9 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
     @property
     def scheduler_environment(self) -> EnvironmentId | None:
         return self.agent.environment_id
+
+    def awaits_chunks(self) -> bool:
+        return self.exchange.tracker.promised()
 
     async def workers_in_target(self, count: int, timeout_s: float) -> dict[str, str]:
         deadline = time.monotonic() + timeout_s

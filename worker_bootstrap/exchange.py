@@ -11,13 +11,15 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from worker_bootstrap.digest import Digest, EnvironmentId
 from worker_bootstrap.errors import EnvironmentMissing
+from worker_bootstrap.ledger import CLIENT, Ledger
 from worker_bootstrap.manifest import Manifest
 from worker_bootstrap.mistrust import LACKS
+from worker_bootstrap.pulling import Pulling
 from worker_bootstrap.roster import Roster
 from worker_bootstrap.store import Store
 from worker_bootstrap.tracker import Tracker
@@ -32,23 +34,43 @@ STIR_LIMIT = 64
 
 
 class Exchange:
-    """Chunks between the hosts of *roster*; *store* is the scheduler's own, which keeps the manifests."""
+    """Chunks between the hosts of *roster*.
 
-    def __init__(self, roster: Roster, store: Store) -> None:
+    Parameters
+    ----------
+    roster
+        The agents.
+    store
+        The scheduler's own, which keeps the manifests.
+    log
+        Called with a stage and what there is to say of it.
+    """
+
+    def __init__(self, roster: Roster, store: Store, log: Callable[..., None]) -> None:
         self.tracker = Tracker(clock=time.monotonic)
+        self.ledger = Ledger(time.monotonic)
+        self.pulling = Pulling(roster, self.tracker, self.ledger, self._stir, log)
+        self._log = log
         self._roster = roster
         self._store = store
         self._known: set[EnvironmentId] = set()
+        self._givers: set[str] = set()
         self._waiting: deque[tuple[str, asyncio.Future[dict[str, Any]]]] = deque()
         self._stirring = False
 
     async def offer(
-        self, environment_id: str, manifest: bytes | None = None, avoid: Sequence[str] = (), client: str = ""
+        self,
+        environment_id: str,
+        manifest: bytes | None = None,
+        avoid: Sequence[str] = (),
+        client: str = "",
+        places: Sequence[tuple[Sequence[str], Mapping[Digest, Sequence[int]] | None]] = (),
     ) -> list[tuple[str, list[Digest]]]:
         """What the client must upload: chunks that no host has, with the agent to take each; never one of *avoid*.
 
         Chunks that another client has promised are left out. A *client* that gives its id promises to bring the rest,
-        so hosts may begin to fetch while it uploads; what it promised before is forgotten.
+        so hosts may begin to fetch while it uploads; what it promised before is forgotten. What hosts can read
+        themselves from one of *places* they are told to; each goes with where in it the chunks lie (`Pulling.begin`).
         """
         wanted = EnvironmentId(environment_id)
         if manifest is not None:
@@ -62,14 +84,21 @@ class Exchange:
         chunks = await self._survey(wanted, hosts)
         self.tracker.withdraw(client)
         absent = self.tracker.absent(chunks)
+        for place, extents in places:
+            absent = await self.pulling.begin(place, extents, absent, hosts)
+        self._log("offer", environment_id=wanted, hosts=len(hosts), chunks=len(chunks), to_upload=len(absent))
         if client:
+            self._givers.add(client)
             self.tracker.promise(client, absent)
         return [(address, list(digests)) for address, digests in self.tracker.plan_uploads(absent, avoid)]
 
-    async def uploaded(self, address: str, digests: list[Digest]) -> None:
-        """The client has brought these chunks to the agent at *address*."""
-        self.tracker.received(self._roster.members[address]["host_id"], digests)
-        self._stir()
+    async def uploaded(self, address: str, digests: list[Digest], size_bytes: int = 0) -> None:
+        """The client has brought these chunks, *size_bytes* of them over the network, to the agent at *address*."""
+        member = self._roster.members.get(address)
+        if member is not None:  # else it left in this moment, and the chunks with it
+            self.tracker.received(member["host_id"], digests)
+            self.ledger.moved(member["host_id"], CLIENT, size_bytes)
+            self._stir()
 
     async def want(
         self,
@@ -93,7 +122,9 @@ class Exchange:
     async def next_batch(self, host_id: str) -> dict[str, Any]:
         """What a host shall fetch now; ``lost`` counts chunks that it needs and nobody can give.
 
-        Where there is nothing at the moment, it waits a while: most often somebody soon reports what was missing.
+        Where there is nothing at the moment, it waits a while: most often somebody soon reports what was missing. A
+        host that was forgotten meanwhile (it was not heard for some seconds, or told another scheduler what it wants)
+        is told so: ``known`` is false.
         """
         answer = self._answer(host_id)
         if answer["digests"] or answer["lost"] or not answer["outstanding"]:
@@ -118,7 +149,12 @@ class Exchange:
     ) -> tuple[int, int]:
         """A host reports what became of a batch; returns how far it is, as (bytes done, bytes in total)."""
         self.tracker.received(host_id, received)
+        giver = self._roster.members.get(source, {}).get("host_id", source)
+        if size_bytes:
+            self.ledger.moved(host_id, giver, size_bytes)
         if failed:
+            self.ledger.failed(host_id, giver, reason, blame=fault != LACKS)
+            self._log("failed batch", host_id=host_id, source=source, fault=fault, chunks=len(failed), reason=reason)
             logger.log(logging.INFO if fault == LACKS else logging.WARNING, "%s for %s: %s", fault, host_id, reason)
             self.tracker.failed(host_id, source, failed, fault=fault)
         self._stir()
@@ -129,6 +165,12 @@ class Exchange:
         self.tracker.withdraw(client)
         self._stir()
 
+    async def client_gone(self, client_id: str) -> None:
+        """A client has disconnected: whatever it promised, under any name that begins with its id, will not come."""
+        for name in [name for name in self._givers if name.split(" ")[0] == client_id]:
+            self._givers.discard(name)
+            await self.withdraw(name)
+
     def _answer(self, host_id: str) -> dict[str, Any]:
         batch, outstanding = self.tracker.offer(host_id)
         return {
@@ -137,6 +179,7 @@ class Exchange:
             "timeout_s": batch.timeout_s if batch else 0.0,
             "outstanding": outstanding,
             "lost": self.tracker.lost(host_id) if batch is None and outstanding else 0,
+            "known": self.tracker.knows(host_id),
         }
 
     def _stir(self) -> None:

@@ -49,6 +49,7 @@ class Ledger:
     def moved(self, host_id: str, source: str, size_bytes: int) -> None:
         """The host received *size_bytes* from *source*: another host's id, `CLIENT` or `SHARED`."""
         account = self._account(host_id)
+        account.blamed.pop(source, None)
         account.received[source] = account.received.get(source, 0) + size_bytes
         account.recent.append((self._clock(), size_bytes))
         self._forget(account)

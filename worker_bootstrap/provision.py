@@ -140,19 +140,6 @@ class Provision:
             seconds["build"] += time.perf_counter() - started
 
     async def _fetch(self, manifest: Manifest, wanted: Collection[Digest], arrived: Arrived) -> None:
-        missing = await asyncio.to_thread(self._store.missing, manifest.chunks)
-        first = [digest for digest in missing if digest in wanted]
-        if not first:
-            return
-        await self._call(
-            "envship_want",
-            host_id=self._store.host_id,
-            address=self._server.address,
-            environment_id=manifest.id,
-            missing=missing,
-            first=first,
-        )
-
         async def trade(outcome: Outcome | None) -> Offer:
             if outcome is not None and outcome.received:
                 arrived(outcome.received)
@@ -161,14 +148,36 @@ class Provision:
         peers = PeerChunks(self._server.rpc)
         self._listeners[arrived] = None
         try:
-            await fetch_chunks(self._store, trade=trade, get=peers.get, complain=peers.complain)
+            while await self._want(manifest, wanted):
+                try:
+                    await fetch_chunks(self._store, trade=trade, get=peers.get, complain=peers.complain)
+                except _Forgotten:
+                    logger.info("environment %s: the coordinator forgot this host; telling it again", manifest.id[:16])
+                else:
+                    return
         finally:
             self._listeners.pop(arrived, None)
-        logger.info("environment %s: %d chunks fetched", manifest.id[:16], len(first))
+
+    async def _want(self, manifest: Manifest, wanted: Collection[Digest]) -> bool:
+        """Tell the coordinator what is missing of *wanted*; whether anything is."""
+        missing = await asyncio.to_thread(self._store.missing, manifest.chunks)
+        first = [digest for digest in missing if digest in wanted]
+        if first:
+            await self._call(
+                "envship_want",
+                host_id=self._store.host_id,
+                address=self._server.address,
+                environment_id=manifest.id,
+                missing=missing,
+                first=first,
+            )
+        return bool(first)
 
     async def _trade(self, outcome: Outcome | None) -> Offer:
         done = None if outcome is None else outcome._asdict()
         answer = await self._call("envship_next_batch", host_id=self._store.host_id, outcome=done)
+        if not answer["known"]:
+            raise _Forgotten
         if answer["lost"]:
             raise TransferError("the cluster", f"{answer['lost']} chunks are on no host any more; pack and try again")
         if not answer["digests"]:
@@ -187,3 +196,7 @@ class Provision:
             )
         except OSError as error:
             logger.debug("progress not reported: %s", error)
+
+
+class _Forgotten(Exception):
+    """The coordinator does not know what this host wants."""

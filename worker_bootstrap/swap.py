@@ -43,6 +43,9 @@ class Cluster(Protocol):
     def blameless(self) -> contextlib.AbstractContextManager[None]:
         """As long as it is open, tasks are not charged for workers that they lose."""
 
+    def awaits_chunks(self) -> bool:
+        """Whether chunks are still being brought into the cluster."""
+
     async def workers_in_target(self, count: int, timeout_s: float) -> Mapping[str, str]:
         """Wait until *count* workers report from the target and none from elsewhere; returns who does not."""
 
@@ -146,11 +149,18 @@ class Swap(SwapAccount):
 
     async def _prepare_host(self, cluster: Cluster, host_id: str, addresses: Sequence[str]) -> None:
         self.note(host_id, "waiting")
-        work = self._provide_and_start(cluster, host_id, addresses)
+        work = asyncio.ensure_future(self._provide_and_start(cluster, host_id, addresses))
+        timeout_s = self.options["prepare_timeout_s"]
         try:
-            await asyncio.wait_for(work, self.options["prepare_timeout_s"])
-        except asyncio.TimeoutError:
-            raise Refused(f"not ready after {self.options['prepare_timeout_s']:.0f} s", "TimeoutError") from None
+            await asyncio.wait({work}, timeout=timeout_s)
+            # Who waits for a client's upload is not slow: its time begins when that is through.
+            while not work.done() and cluster.awaits_chunks():
+                await asyncio.wait({work}, timeout=timeout_s)
+            if not work.done():
+                raise Refused(f"not ready after {timeout_s:.0f} s", "TimeoutError")
+            work.result()
+        finally:
+            work.cancel()
         self.note(host_id, "ready")
 
     async def _provide_and_start(self, cluster: Cluster, host_id: str, addresses: Sequence[str]) -> None:

@@ -63,6 +63,10 @@ class SwapAccount:
         self._log = log
 
     @property
+    def kind(self) -> str:
+        return "staging" if self.options.get("stage_only") else "swap"
+
+    @property
     def finished(self) -> bool:
         return self.phase in FINAL_PHASES
 
@@ -120,8 +124,7 @@ class SwapAccount:
         self._touch()
 
     def _tell(self, stage: str, **what: Any) -> None:
-        kind = "staging" if self.options.get("stage_only") else "swap"
-        self._log(stage, swap=self.id, kind=kind, environment_id=self.environment_id, **what)
+        self._log(stage, swap=self.id, kind=self.kind, environment_id=self.environment_id, **what)
 
     def _touch(self) -> None:
         self.version += 1

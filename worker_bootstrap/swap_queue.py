@@ -7,6 +7,7 @@ a swap as well. Belongs to the coordinator; what a swap does is `worker_bootstra
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -44,6 +45,8 @@ class SwapQueue:
         log: Callable[..., None],
     ) -> None:
         self.swaps: dict[str, Swap] = {}
+        self.outcomes: Counter[tuple[str, str]] = Counter()
+        """How many swaps and stagings ended how."""
         self._cluster = cluster
         self._store = store
         self._in_background = in_background
@@ -110,16 +113,22 @@ class SwapQueue:
             manifest = await self.manifest(swap.environment_id)
         except EnvshipError as error:
             swap.fail("PrepareFailed", {"scheduler": str(error)})
+            self._count(swap)
             return
         swap.options["platform"] = manifest and manifest.platform
         swap.options["manifest"] = manifest and manifest.to_bytes()
         await swap.run(self._cluster)
         swap.options["manifest"] = None
+        self._count(swap)
 
     async def _resume(self, swap: Swap, agents: Mapping[str, Mapping[str, Any]]) -> None:
         async with self._turn:
             await swap.resume(self._cluster, agents)
+        self._count(swap)
         await self._after(swap)
+
+    def _count(self, swap: Swap) -> None:
+        self.outcomes[swap.kind, swap.error or "done"] += 1
 
     async def _after(self, swap: Swap) -> None:
         if swap.phase == "done" and swap.previous_id != swap.environment_id:

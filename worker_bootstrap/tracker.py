@@ -121,6 +121,10 @@ class Tracker:
         if not host.addresses:
             self._remove_host(host)
 
+    def knows(self, host_id: str) -> bool:
+        """Whether the host has been added, and not been forgotten."""
+        return host_id in self._hosts
+
     def hosts(self) -> dict[str, tuple[str, ...]]:
         """The addresses of every known host, by host id."""
         return {host_id: tuple(host.addresses) for host_id, host in self._hosts.items()}
@@ -174,6 +178,10 @@ class Tracker:
     def promise(self, who: str, digests: Iterable[Digest]) -> None:
         """*who* begins to upload *digests*: hosts that need them wait for them, as long as some arrive now and then."""
         self._promises.make(who, sum(c.bit for c in self._holdings.known(dict.fromkeys(digests)) if not c.holders))
+
+    def promised(self) -> bool:
+        """Whether anybody is still bringing chunks."""
+        return bool(self._promises.mask())
 
     def withdraw(self, who: str) -> None:
         """Whatever *who* promised will not come any more. Idempotent."""

@@ -1,0 +1,204 @@
+"""Seeding: how what the cluster lacks gets there, each chunk once, while hosts pass on what has come.
+
+Hosts that see a bundle or a store themselves read it there. What is left the client uploads to different hosts in turn,
+straight to their agents, or by way of the scheduler to those that it cannot connect to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+from distributed import Client
+
+from envship import config
+from envship.bundle import read_bundle
+from envship.environment import Environment
+from worker_bootstrap import mounts
+from worker_bootstrap.digest import Digest, EnvironmentId
+from worker_bootstrap.errors import EnvironmentMissing, EnvshipError, TransferError
+from worker_bootstrap.relay import RelayedChunks
+from worker_bootstrap.shared import Extent, Place
+from worker_bootstrap.tracker import Upload
+from worker_bootstrap.transfer import EncodedChunk, Held, Outcome, PeerChunks, upload_chunks
+
+UPLOAD_ATTEMPTS = 5
+CONNECT_TIMEOUT_S = 5.0
+
+Extents = Mapping[Digest, Extent]
+Ask = Callable[..., Awaitable[Any]]
+Show = Callable[[str, int, int], None]
+
+
+class Seeding:
+    """What one call of the client brings into the cluster.
+
+    Parameters
+    ----------
+    client
+        Whose connections are used.
+    ask
+        Asks the coordinator.
+    show
+        Shows a phase, and the bytes done and in total.
+    environment_id
+        The environment.
+    environment
+        Where its chunks are read here; None if only the cluster can hold them.
+    bundle
+        Path or URL of a bundle that holds them, and where in it each lies; *environment* then need not hold them yet.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        ask: Ask,
+        show: Show,
+        environment_id: EnvironmentId,
+        environment: Environment | None,
+        bundle: tuple[str, Extents] | None = None,
+    ) -> None:
+        self.uploaded_bytes = 0
+        self.uploaded_chunks = 0
+        self.seconds = 0.0
+        self._client = client
+        self._ask = ask
+        self._show = show
+        self._environment_id = environment_id
+        self._environment = environment
+        self._bundle = bundle
+        # Promises are given under this name; it begins with the client's id, so that they end with the client.
+        self._name = f"{client.id} {uuid.uuid4().hex}"
+        self._avoid: set[str] = set()
+        self._reached: dict[str, bool] = {}
+        timeout_s = config.timeout_s("upload")
+        self._direct = PeerChunks(client.rpc, timeout_s)
+        self._relayed = RelayedChunks(client.rpc, client.scheduler.address, timeout_s)
+
+    @contextlib.asynccontextmanager
+    async def under_way(self) -> AsyncIterator[None]:
+        """Upload each chunk that the cluster lacks, once, while the block goes on.
+
+        Raises
+        ------
+        EnvironmentMissing
+            If the cluster lacks chunks, and there is nothing here to bring them from.
+        TransferError
+            If the cluster does not take them.
+        """
+        plan = await self._plan()
+        uploading = asyncio.ensure_future(self._deliver(plan))
+        try:
+            yield
+            await uploading
+        except EnvshipError:
+            # Hosts that wait in vain only say that chunks are missing; the upload knows why.
+            if uploading.done() and not uploading.cancelled():
+                await uploading
+            raise
+        finally:
+            uploading.cancel()
+            await asyncio.gather(uploading, return_exceptions=True)
+
+    async def _plan(self) -> list[Upload]:
+        """What to upload, and to whom."""
+        environment = self._environment
+        offer = await self._ask(
+            "envship_offer",
+            environment_id=self._environment_id,
+            manifest=None if environment is None else environment.manifest.to_bytes(),
+            avoid=sorted(self._avoid),
+            client=self._name,
+            places=[(list(place), extents) for place, extents in self._places()],
+        )
+        if offer and environment is None:
+            await self._ask("envship_withdraw", client=self._name)
+            raise EnvironmentMissing(self._environment_id, "the store here, and not in full on the cluster")
+        return [Upload(address, tuple(digests)) for address, digests in offer]
+
+    def _places(self) -> list[tuple[Place, dict[Digest, list[int]] | None]]:
+        """Where hosts may read the chunks themselves, if they see it."""
+        places: list[tuple[Place, dict[Digest, list[int]] | None]] = []
+        if self._bundle is not None:
+            where, extents = self._bundle
+            place = Place("bundle", where, self._environment_id)
+            places.append((place, {digest: list(extent) for digest, extent in extents.items()}))
+        elif self._environment is not None:
+            store, share = self._environment.store, config.share_store()
+            if share or (share is None and not mounts.is_local(store.layout.root)):
+                places.append((Place("store", str(store.layout.root.resolve()), store.host_id), None))
+        return places
+
+    async def _deliver(self, plan: list[Upload]) -> None:
+        """Upload what is planned, and plan anew what was not taken. What is given up is no longer waited for."""
+        environment = self._environment
+        started = time.perf_counter()
+        try:
+            for _ in range(UPLOAD_ATTEMPTS):
+                if environment is None or not plan:
+                    return
+                if self._bundle is not None and environment.store.missing(d for upload in plan for d in upload.digests):
+                    await asyncio.to_thread(read_bundle, self._bundle[0], environment.store)
+                await self._reach({upload.address for upload in plan})
+                rest = await self._upload(environment, plan)
+                self.seconds = time.perf_counter() - started
+                if not rest:
+                    return
+                plan = await self._plan()
+            raise TransferError(
+                f"the cluster of {self._client.scheduler.address}", "it did not take all chunks; see its log"
+            )
+        except BaseException:
+            with contextlib.suppress(OSError, EnvshipError):
+                await self._ask("envship_withdraw", client=self._name)
+            raise
+
+    async def _reach(self, addresses: set[str]) -> None:
+        """Find out which of *addresses* this machine can connect to."""
+
+        async def connect(address: str) -> None:
+            try:
+                comm = await self._client.rpc.connect(address, timeout=CONNECT_TIMEOUT_S)
+            except OSError:
+                self._reached[address] = False
+            else:
+                self._client.rpc.reuse(address, comm)
+                self._reached[address] = True
+
+        await asyncio.gather(*(connect(address) for address in sorted(addresses - set(self._reached))))
+
+    async def _upload(self, environment: Environment, plan: Sequence[Upload]) -> list[Digest]:
+        sizes = environment.manifest.chunks
+        total = sum(sizes[digest] for upload in plan for digest in upload.digests)
+        done = 0
+
+        def road(address: str) -> PeerChunks:
+            return self._direct if self._reached[address] else self._relayed
+
+        async def held(address: str, digests: Sequence[Digest]) -> Held:
+            return await road(address).held(address, digests)
+
+        async def put(address: str, chunks: Sequence[EncodedChunk]) -> list[Digest]:
+            kept = await road(address).put(address, chunks)
+            self.uploaded_bytes += sum(len(chunk.payload) for chunk in chunks)
+            self.uploaded_chunks += len(chunks)
+            return kept
+
+        async def report(outcome: Outcome) -> None:
+            nonlocal done
+            done += sum(sizes[digest] for digest in outcome.received)
+            self._show("upload", done, total)
+            if outcome.failed:
+                self._avoid.add(outcome.source)
+            await self._ask(
+                "envship_uploaded",
+                address=outcome.source,
+                digests=list(outcome.received),
+                size_bytes=outcome.size_bytes,
+            )
+
+        return await upload_chunks(environment.store, plan, held=held, put=put, report=report)

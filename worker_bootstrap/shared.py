@@ -1,0 +1,174 @@
+"""Chunks that a host reads itself, from a bundle or a store that its machine sees: then nobody has to upload them.
+
+The client names the place: a path on a shared file system, or a URL that ``fsspec`` opens with what is installed on the
+machine. A host says whether it sees the same there, reads what it is told to, and checks every chunk against its name
+before it keeps it; whoever lies about the place only wastes time. Who reads what is decided in
+`worker_bootstrap.pulling`; the format of bundles is in ``docs/format.md``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import fsspec
+
+from worker_bootstrap import codec
+from worker_bootstrap.digest import Digest, digest_of, is_digest
+from worker_bootstrap.durable import content_of
+from worker_bootstrap.errors import ChunkInvalid, ChunkMissing
+from worker_bootstrap.layout import Layout
+from worker_bootstrap.store import MANIFEST_LIMIT_BYTES, PAYLOAD_LIMIT_BYTES, Store
+
+logger = logging.getLogger("envship.shared")
+
+BUNDLE_MAGIC = b"ENVSHIP\x01"
+BUNDLE_CODECS = ("raw", "zlib", "zstd")
+"""By the number that stands for them in a bundle."""
+_LENGTH = struct.Struct(">Q")
+
+
+class Place(NamedTuple):
+    """Where chunks lie that a host may read itself.
+
+    Parameters
+    ----------
+    kind
+        ``bundle`` or ``store``.
+    where
+        Path or URL.
+    mark
+        What tells that a host sees the same: the environment id of a bundle, the host id of a store.
+    """
+
+    kind: str
+    where: str
+    mark: str
+
+
+class Extent(NamedTuple):
+    """Where in a bundle the payload of a chunk lies, and how it is compressed. All 0 in a store."""
+
+    offset: int
+    codec_number: int
+    size_bytes: int
+
+
+NOWHERE = Extent(0, 0, 0)
+
+
+def opened(where: str) -> BinaryIO:
+    """The file at a path or URL, for reading.
+
+    Raises
+    ------
+    OSError
+        If it cannot be opened, also because a library for that kind of URL is not installed here.
+    """
+    if "://" not in where:
+        return open(where, "rb")  # the caller closes it
+    try:
+        file: BinaryIO = fsspec.open(where, "rb").open()
+    except OSError:
+        raise
+    except Exception as error:  # whatever a file system's library raises of its own
+        raise OSError(f"{where}: {type(error).__name__}: {error}") from error
+    return file
+
+
+class SharedReader:
+    """The agent's end, for its *store*; see the module.
+
+    Parameters
+    ----------
+    store
+        The writable store of this host.
+    on_received
+        Called on the event loop with the chunks that were read.
+    """
+
+    def __init__(self, store: Store, on_received: Callable[[Sequence[Digest]], object]) -> None:
+        self._store = store
+        self._on_received = on_received
+
+    async def sees(self, place: Sequence[str]) -> bool:
+        """Whether this machine sees what the client does at that place."""
+        try:
+            return await asyncio.to_thread(_is_marked, Place(*place))
+        except (OSError, ValueError) as error:
+            logger.info("%s cannot be read here: %s", place[1], error)
+            return False
+
+    async def pull(self, place: Sequence[str], chunks: Mapping[Digest, Sequence[int]]) -> dict[str, Any]:
+        """Read *chunks* (digest to extent) there and keep them; answers those kept, the bytes read, and what failed."""
+        if not all(is_digest(digest) for digest in chunks):
+            raise ValueError("chunks are named by their SHA-256 in lower-case hexadecimal, nothing else")
+        extents = {digest: Extent(*extent) for digest, extent in chunks.items()}
+        kept, size_bytes, reason = await asyncio.to_thread(read_into, self._store, Place(*place), extents)
+        self._on_received(kept)
+        return {"received": kept, "size_bytes": size_bytes, "reason": reason}
+
+
+def read_into(store: Store, place: Place, chunks: Mapping[Digest, Extent]) -> tuple[list[Digest], int, str]:
+    """Bring *chunks* from *place* into *store*; returns those kept, the bytes read, and why the others were not.
+
+    Raises
+    ------
+    StoreFull
+        If there is no room.
+    """
+    kept: list[Digest] = []
+    total_bytes = 0
+    try:
+        for digest, codec_name, payload in _payloads(place, chunks):
+            store.write_encoded(digest, codec_name, payload, place.where)
+            kept.append(digest)
+            total_bytes += len(payload)
+    except (ChunkInvalid, ChunkMissing, OSError, ValueError) as error:
+        return kept, total_bytes, str(error) or repr(error)
+    return kept, total_bytes, ""
+
+
+def _payloads(place: Place, chunks: Mapping[Digest, Extent]) -> Any:
+    if place.kind == "store":
+        layout = Layout(Path(place.where))
+        for digest in chunks:
+            yield digest, *_from_store(layout, digest)
+        return
+    with opened(place.where) as file:
+        for digest, extent in sorted(chunks.items(), key=lambda item: item[1]):
+            if not 0 <= extent.size_bytes <= PAYLOAD_LIMIT_BYTES or extent.offset < 0:
+                raise ValueError(f"chunk {digest} claims {extent.size_bytes} bytes at {extent.offset}")
+            if not 0 <= extent.codec_number < len(BUNDLE_CODECS):
+                raise ValueError(f"chunk {digest} claims the codec {extent.codec_number}")
+            file.seek(extent.offset)
+            yield digest, BUNDLE_CODECS[extent.codec_number], file.read(extent.size_bytes)
+
+
+def _from_store(layout: Layout, digest: Digest) -> tuple[str, bytes]:
+    for name in codec.available():
+        payload = content_of(layout.chunk(digest, codec.SUFFIXES[name]), PAYLOAD_LIMIT_BYTES)
+        if payload is not None and len(payload) <= PAYLOAD_LIMIT_BYTES:
+            return name, payload
+    raise ChunkMissing(digest, str(layout.root))
+
+
+def _is_marked(place: Place) -> bool:
+    if place.kind == "store":
+        found = content_of(Layout(Path(place.where)).host_id, 64)
+        return found is not None and found.decode("ascii", "replace").strip() == place.mark
+    if place.kind != "bundle":
+        return False
+    with opened(place.where) as file:
+        return file.read(len(BUNDLE_MAGIC)) == BUNDLE_MAGIC and digest_of(_manifest_bytes(file)) == place.mark
+
+
+def _manifest_bytes(file: BinaryIO) -> bytes:
+    (size_bytes,) = _LENGTH.unpack(file.read(_LENGTH.size).ljust(_LENGTH.size, b"\xff"))
+    if size_bytes > MANIFEST_LIMIT_BYTES:
+        raise ValueError(f"its manifest claims {size_bytes} bytes")
+    return file.read(size_bytes)
