@@ -19,14 +19,13 @@ from typing import BinaryIO
 from worker_bootstrap import codec
 from worker_bootstrap.digest import Digest, digest_of
 from worker_bootstrap.errors import BundleInvalid, ChunkInvalid, ManifestInvalid, SourceNotFound
-from worker_bootstrap.manifest import CHUNK_LIMIT_BYTES, Manifest
+from worker_bootstrap.manifest import CHUNK_LIMIT_BYTES, MANIFEST_LIMIT_BYTES, Manifest
 from worker_bootstrap.shared import BUNDLE_CODECS, BUNDLE_MAGIC, Extent, opened
 from worker_bootstrap.store import Store, full_error, sync_folder
 
 SUFFIX = ".envship"
 MAGIC = BUNDLE_MAGIC
 END = b"ENVSHIP\xff"
-MANIFEST_LIMIT_BYTES = 256 << 20
 PAYLOAD_LIMIT_BYTES = CHUNK_LIMIT_BYTES + (64 << 10)
 """A chunk that does not compress takes a little more room than its bytes."""
 

@@ -10,13 +10,26 @@ from collections.abc import Iterator, Sequence
 from typing import Callable, NamedTuple
 
 from worker_bootstrap import relocate
+from worker_bootstrap.digest import Digest
 from worker_bootstrap.errors import ManifestInvalid, MaterialiseError, PrefixTooLong
-from worker_bootstrap.manifest import Chunk, Directory, Entry, File, HardLink, Link, Listing, Manifest
+from worker_bootstrap.manifest import (
+    ENTRY_LIMIT,
+    Chunk,
+    Directory,
+    Entry,
+    File,
+    HardLink,
+    Link,
+    Listing,
+    Manifest,
+)
 
 RELOCATABLE_LIMIT_BYTES = 1 << 30
 """A file that names its prefix is relocated in memory; the largest real ones (LLVM, Qt) have some 150 MB."""
 BLOCK_BYTES = 4096
 """What a file occupies is rounded up to this on common file systems."""
+DIRECTORY_LIMIT_CHARACTERS = 256 << 20
+"""Of all names of directories together: a few MB of long paths could stand for gigabytes of them."""
 PROBLEM_LIMIT = 20
 
 
@@ -54,7 +67,34 @@ class Blueprint(NamedTuple):
 
     @property
     def needed_inodes(self) -> int:
-        return sum(len(run.files) for run in self.runs) + len(self.directories) + len(self.links)
+        return self.file_count + len(self.directories) + len(self.links)
+
+    @property
+    def file_count(self) -> int:
+        return sum(len(run.files) for run in self.runs)
+
+
+def read_listings(manifest: Manifest, read_chunk: Callable[[Digest], bytes]) -> list[Listing]:
+    """The listing of each package, in their order; *read_chunk* returns the verified bytes of a chunk.
+
+    Raises
+    ------
+    ManifestInvalid
+        If one breaks the format, has another size than the manifest says, or all hold too many entries. What lies
+        behind that is not read.
+    """
+    listings: list[Listing] = []
+    count = 0
+    for package in manifest.packages:
+        data = read_chunk(package.listing.digest)
+        if len(data) != package.listing.size_bytes:
+            reason = f"{len(data)} bytes, the manifest says {package.listing.size_bytes}"
+            raise ManifestInvalid(reason, f"listing of {package.name!r}")
+        listings.append(Listing.from_bytes(data))
+        count += len(listings[-1].entries)
+        if count > ENTRY_LIMIT:
+            raise ManifestInvalid(f"more than {ENTRY_LIMIT} entries", f"environment {manifest.id}")
+    return listings
 
 
 def draw(manifest: Manifest, listings: Sequence[Listing], prefix: str) -> Blueprint:
@@ -130,11 +170,15 @@ def split(files: Sequence[File], chunks: Sequence[Chunk]) -> Iterator[Run]:
 
 def _directories(entries: Sequence[Entry]) -> set[str]:
     directories: set[str] = set()
+    room = DIRECTORY_LIMIT_CHARACTERS
     for entry in entries:
         path = entry.path if isinstance(entry, Directory) else entry.path.rpartition("/")[0]
         while path and path not in directories:
             directories.add(path)
+            room -= len(path)
             path = path.rpartition("/")[0]
+        if room < 0:
+            raise ManifestInvalid(f"more than {DIRECTORY_LIMIT_CHARACTERS} characters", "names of directories")
     return directories
 
 

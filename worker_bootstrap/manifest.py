@@ -17,12 +17,15 @@ from typing import Any, NamedTuple, Union
 
 from worker_bootstrap.digest import Digest, EnvironmentId, digest_of, is_digest
 from worker_bootstrap.errors import ManifestInvalid
+from worker_bootstrap.paths import PATH_LIMIT, check_link, check_path, is_file_name, shown
 
 FORMAT = 1
 CHUNK_LIMIT_BYTES = 16 << 20
 """No chunk is larger, so a reader never has to hold more than this of one."""
-ENTRY_LIMIT = 20_000_000
-"""More entries than any file system would bear; a manifest claiming more is refused."""
+MANIFEST_LIMIT_BYTES = 64 << 20
+"""Some 900,000 chunks, 600 GB; a longer manifest is no manifest. JSON takes up to thirty times its bytes in memory."""
+ENTRY_LIMIT = 2_000_000
+"""Entries of one environment, thirty times those of a large one; one that claims more is refused."""
 
 
 class Chunk(NamedTuple):
@@ -121,11 +124,16 @@ class Listing:
         ManifestInvalid
             If the bytes break the format, a path leaves the prefix, or the bytes are not canonical.
         """
+        if len(data) > CHUNK_LIMIT_BYTES:
+            raise ManifestInvalid(f"{len(data)} bytes, at most {CHUNK_LIMIT_BYTES} are allowed", "listing")
         rows = _parse(data)
         if not isinstance(rows, list) or len(rows) > ENTRY_LIMIT:
-            raise ManifestInvalid("a listing is a list of entries", "listing")
+            raise ManifestInvalid(f"a listing is a list of at most {ENTRY_LIMIT} entries", "listing")
         listing = cls([_row_entry(row) for row in rows])
         _check_order(listing.entries)
+        # The rows are lists of texts and numbers by now, so encoding them again cannot fail.
+        if _canonical(rows) != data:
+            raise ManifestInvalid("the bytes are not canonical", "listing")
         return listing
 
 
@@ -205,6 +213,8 @@ class Manifest:
         actual_id = EnvironmentId(digest_of(data))
         if expected_id is not None and actual_id != expected_id:
             raise ManifestInvalid(f"expected id {expected_id}, found {actual_id}", "manifest")
+        if len(data) > MANIFEST_LIMIT_BYTES:
+            raise ManifestInvalid(f"{len(data)} bytes, at most {MANIFEST_LIMIT_BYTES} are allowed", "manifest")
         raw = _parse(data)
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
             raise ManifestInvalid(f"format {FORMAT} expected", "manifest")
@@ -222,39 +232,6 @@ class Manifest:
         return manifest
 
 
-def check_path(path: object) -> str:
-    """*path* itself, if it names a place inside the prefix.
-
-    Raises
-    ------
-    ManifestInvalid
-        For an absolute or empty path, ``.``, ``..``, a doubled slash or a NUL.
-    """
-    if not isinstance(path, str) or not path or "\0" in path:
-        raise ManifestInvalid(f"not a path: {path!r}", "listing")
-    if any(part in ("", ".", "..") for part in path.split("/")):
-        raise ManifestInvalid(f"the path leaves the prefix or is not normal: {path!r}", "listing")
-    return path
-
-
-def check_link(path: str, target: object) -> str:
-    """*target* itself, if the link at *path* stays inside the prefix.
-
-    Raises
-    ------
-    ManifestInvalid
-        For an absolute or empty target, a NUL, or more ``..`` than the link is deep.
-    """
-    if not isinstance(target, str) or not target or "\0" in target or target.startswith("/"):
-        raise ManifestInvalid(f"the link {path!r} has no relative target: {target!r}", "listing")
-    depth = path.count("/")
-    for part in target.split("/"):
-        depth += -1 if part == ".." else 0 if part in ("", ".") else 1
-        if depth < 0:
-            raise ManifestInvalid(f"the link {path!r} leaves the prefix: {target!r}", "listing")
-    return target
-
-
 def _entry_row(entry: Entry) -> list[Any]:
     if isinstance(entry, File):
         row: list[Any] = ["f", entry.path, entry.size_bytes, entry.digest, int(entry.executable)]
@@ -267,11 +244,15 @@ def _entry_row(entry: Entry) -> list[Any]:
 
 
 def _row_entry(row: Any) -> Entry:
+    # A large environment has 75,000 rows: what is checked most often stands first, and nothing is checked twice.
     try:
         kind, path = row[0], check_path(row[1])
-        if kind == "f" and len(row) in (5, 7):
-            relocation = Relocation(_mode(row[5]), _placeholder(row[6])) if len(row) == 7 else None
-            return File(path, _size(row[2]), _digest(row[3]), bool((0, 1).index(row[4])), relocation)
+        if kind == "f":
+            _, _, size_bytes, digest, executable, *relocation = row
+            if type(executable) is not int or executable not in (0, 1):
+                raise ValueError("neither executable nor not")
+            relocated = Relocation(_mode(relocation[0]), _placeholder(*relocation[1:])) if relocation else None
+            return File(path, _size(size_bytes), _digest(digest), executable == 1, relocated)
         if kind == "l" and len(row) == 3:
             return Link(path, check_link(path, row[2]))
         if kind == "h" and len(row) == 3:
@@ -279,8 +260,8 @@ def _row_entry(row: Any) -> Entry:
         if kind == "d" and len(row) == 2:
             return Directory(path)
     except (TypeError, ValueError, IndexError, KeyError) as error:
-        raise ManifestInvalid(f"bad entry {row!r}: {error}", "listing") from error
-    raise ManifestInvalid(f"unknown entry {row!r}", "listing")
+        raise ManifestInvalid(f"bad entry {shown(row)}: {error}", "listing") from error
+    raise ManifestInvalid(f"unknown entry {shown(row)}", "listing")
 
 
 def _row_package(row: Any) -> Package:
@@ -310,19 +291,19 @@ def _chunk(row: Any) -> Chunk:
 
 def _digest(value: Any) -> Digest:
     if not is_digest(value):
-        raise ValueError(f"not a digest: {value!r}")
+        raise ValueError(f"not a digest: {shown(value)}")
     return Digest(value)
 
 
 def _size(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 1 << 60:
-        raise ValueError(f"not a size in bytes: {value!r}")
+        raise ValueError(f"not a size in bytes: {shown(value)}")
     return value
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"not a text: {value!r}")
+        raise ValueError(f"not a text: {shown(value)}")
     return value
 
 
@@ -333,8 +314,10 @@ def _mode(value: Any) -> str:
 
 
 def _placeholder(value: Any) -> str:
-    if not isinstance(value, str) or not value.startswith("/") or len(value) < 2 or "\0" in value:
-        raise ValueError(f"not a placeholder: {value!r}")
+    if not isinstance(value, str) or not value.startswith("/") or not 2 <= len(value) <= PATH_LIMIT or "\0" in value:
+        raise ValueError("not a placeholder")
+    if not (value.isascii() or is_file_name(value)):
+        raise ValueError("not a placeholder")
     return value
 
 
@@ -347,4 +330,4 @@ def _parse(data: bytes) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise ManifestInvalid(f"not JSON: {error}", "manifest") from error
+        raise ManifestInvalid(f"not JSON: {shown(str(error))}", "manifest") from error

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -25,18 +26,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from worker_bootstrap import donor, errors, ready_mark, verify
+from worker_bootstrap import crew, donor, errors, ready_mark, verify
 from worker_bootstrap.arrivals import Arrivals
-from worker_bootstrap.blueprint import Blueprint, draw
+from worker_bootstrap.blueprint import Blueprint, draw, read_listings
 from worker_bootstrap.digest import EnvironmentId, is_digest
 from worker_bootstrap.donor import LINK_MODES, Donors
 from worker_bootstrap.durable import full_error
 from worker_bootstrap.errors import EnvshipError, MaterialiseError, StoreFull
 from worker_bootstrap.layout import SHORT_ID_LENGTH, Layout
 from worker_bootstrap.lock import Lock
-from worker_bootstrap.manifest import Listing
 from worker_bootstrap.store import Store
-from worker_bootstrap.writer import Report, Writer
+from worker_bootstrap.writer import Report, Work, Writer
 
 logger = logging.getLogger("envship.materialise")
 
@@ -55,6 +55,7 @@ def materialise(
     report: Report | None = None,
     durable: bool = False,
     arrivals: Arrivals | None = None,
+    processes: int | None = None,
 ) -> Path:
     """Build an environment, or find it built; return its prefix.
 
@@ -74,6 +75,9 @@ def materialise(
         store. Without it, it is checked before it is used again.
     arrivals
         Tells which chunks have come, where some are still being fetched; without it, all of them are there.
+    processes
+        How many write; None: as many as there are processors, up to 4, if this process may be forked (it runs no
+        threads), else this one alone.
 
     Raises
     ------
@@ -102,7 +106,10 @@ def materialise(
         with Lock(store.layout.lock(environment_id)):
             prefix = store.built(environment_id) or _restored(store, environment_id)
             if prefix is None:
-                prefix = _build(store, environment_id, link_mode, report or _silent, arrivals or Arrivals.none())
+                if processes is None:
+                    processes = crew.PROCESSES if crew.may_fork() else 1
+                work = Work(report or _silent, arrivals or Arrivals.none(), processes)
+                prefix = _build(store, environment_id, link_mode, work)
     mark = store.layout.ready(environment_id)
     if durable and mark.exists() and not ready_mark.is_valid(mark, durable=True):
         ready_mark.write(mark, store.layout.tmp, durable=True)
@@ -126,12 +133,12 @@ def _restored(store: Store, environment_id: EnvironmentId) -> Path | None:
     return prefix
 
 
-def _build(store: Store, environment_id: EnvironmentId, link_mode: str, report: Report, arrivals: Arrivals) -> Path:
+def _build(store: Store, environment_id: EnvironmentId, link_mode: str, work: Work) -> Path:
     layout = store.layout
     prefix = layout.prefix(environment_id)
     manifest = store.read_manifest(environment_id)
-    arrivals.until([package.listing.digest for package in manifest.packages], store.has_chunk)
-    listings = [Listing.from_bytes(store.read_chunk(package.listing.digest)) for package in manifest.packages]
+    work.arrivals.until([package.listing.digest for package in manifest.packages], store.has_chunk)
+    listings = read_listings(manifest, store.read_chunk)
     blueprint = draw(manifest, listings, str(prefix))
     donors = Donors(donor.find(store, manifest, listings), link_mode)
     layout.ready(environment_id).unlink(missing_ok=True)
@@ -139,7 +146,7 @@ def _build(store: Store, environment_id: EnvironmentId, link_mode: str, report: 
     _check_room(layout, blueprint, donors)
     scratch = tempfile.mkdtemp(prefix=_scratch_name(environment_id), dir=layout.tmp)
     try:
-        Writer(store, blueprint, donors, scratch, str(prefix), report, arrivals).write()
+        Writer(store, blueprint, donors, scratch, str(prefix), work).write()
         os.chmod(scratch, 0o755)
         os.rename(scratch, prefix)
         ready_mark.write(layout.ready(environment_id), layout.tmp, durable=False)
@@ -213,10 +220,17 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     options = parser.parse_args(arguments)
     arrivals = Arrivals() if options.arriving else Arrivals.none()
     _end_with_parent(arrivals)
+    gc.disable()  # hundreds of thousands of objects that live to the end, and no cycles worth collecting
     try:
         store = Store(options.store, options.read_only)
         prefix = materialise(
-            store, options.environment_id, link_mode=options.link_mode, report=_Lines(), arrivals=arrivals
+            store,
+            options.environment_id,
+            link_mode=options.link_mode,
+            report=_Lines(),
+            arrivals=arrivals,
+            # The one thread beside this one listens to the parent, and holds no lock that a copy would need.
+            processes=crew.PROCESSES,
         )
     except Exception as error:
         if not isinstance(error, EnvshipError):

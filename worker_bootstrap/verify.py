@@ -11,10 +11,10 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from worker_bootstrap.blueprint import Blueprint, Run, draw
+from worker_bootstrap.blueprint import Blueprint, Run, draw, read_listings
 from worker_bootstrap.digest import Digest, EnvironmentId, digest_of, digest_of_file
 from worker_bootstrap.errors import ChunkMissing, EnvironmentMissing
-from worker_bootstrap.manifest import File, Listing, Manifest
+from worker_bootstrap.manifest import File, Manifest
 from worker_bootstrap.relocate import relocate
 from worker_bootstrap.store import Store
 
@@ -53,7 +53,7 @@ def damaged_files(store: Store, environment_id: EnvironmentId, prefix: Path | No
     if prefix is None:
         raise EnvironmentMissing(environment_id, f"{store.layout.envs} (it is not built)")
     manifest = store.read_manifest(environment_id)
-    listings = [Listing.from_bytes(store.read_chunk(package.listing.digest)) for package in manifest.packages]
+    listings = read_listings(manifest, store.read_chunk)
     blueprint = draw(manifest, listings, str(prefix))
     for run in blueprint.runs:
         for file, expected in _expected(store, run, str(prefix)):

@@ -1,4 +1,4 @@
-"""Writing the files of an environment: decode, check, relocate, in parallel and one chunk at a time.
+"""Writing the files of an environment: decode, check, relocate, in several processes and one chunk at a time.
 
 Nothing is ever written through a link, or over anything that is there: files are made with ``O_EXCL`` in a folder of
 our own, links come last. What is written where has been checked by `worker_bootstrap.blueprint`; making the result
@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Callable
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Callable, NamedTuple
 
 from worker_bootstrap.arrivals import Arrivals
 from worker_bootstrap.blueprint import Blueprint, Run
+from worker_bootstrap.crew import Crew
 from worker_bootstrap.digest import Digest, digest_of
 from worker_bootstrap.donor import Donors, seal
 from worker_bootstrap.errors import ManifestInvalid
@@ -24,10 +23,23 @@ from worker_bootstrap.relocate import relocate
 from worker_bootstrap.store import Store
 
 Report = Callable[[int, int], None]
-"""Called with (bytes done, bytes in total), from any thread, never from two at once."""
+"""Called with (bytes done, bytes in total)."""
 
-THREADS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-"""2.4 GB in 62,000 files on two cores took 10.5 s with one thread, 7.6 s with two; 6.6 s with two processes."""
+JOB_BYTES = 8 << 20
+"""What one process takes at a time: neighbours, so that two processes seldom write to one folder at once."""
+FILE_COST_BYTES = 32 << 10
+"""Making a file takes as long as writing so many bytes."""
+JOB_LINKS = 512
+ALONE_FILES = 200
+"""So few files are written before another process would have started."""
+
+
+class Work(NamedTuple):
+    """How a build goes on: who is told, what is waited for, how many write."""
+
+    report: Report
+    arrivals: Arrivals
+    processes: int
 
 
 class Writer:
@@ -45,32 +57,21 @@ class Writer:
         An empty folder that nobody else can write to.
     prefix
         Where *scratch* will be renamed to.
-    report
-        Told about the progress.
-    arrivals
-        Tells which chunks are there, while others still come.
+    work
+        Who is told about the progress, which chunks are there while others still come, and how many processes write.
     """
 
     def __init__(
-        self,
-        store: Store,
-        blueprint: Blueprint,
-        donors: Donors,
-        scratch: str,
-        prefix: str,
-        report: Report,
-        arrivals: Arrivals,
+        self, store: Store, blueprint: Blueprint, donors: Donors, scratch: str, prefix: str, work: Work
     ) -> None:
         self.store = store
         self.blueprint = blueprint
         self.donors = donors
         self.scratch = scratch
         self.prefix = prefix
-        self.report = report
-        self.arrivals = arrivals
-        self._total_bytes = blueprint.size_bytes
+        self.work = work
+        self._processes = work.processes if blueprint.file_count + len(blueprint.links) > ALONE_FILES else 1
         self._done_bytes = 0
-        self._reporting = threading.Lock()
 
     def write(self) -> None:
         """Write everything; once.
@@ -89,104 +90,137 @@ class Writer:
         for path in self.blueprint.directories:
             os.mkdir(self._at(path))
             os.chmod(self._at(path), 0o755)
-        self._write_runs(self.blueprint.runs)
+        runs = _joined(self.blueprint.runs)
+        numbers = {id(run): number for number, run in enumerate(runs)}
+        with Crew(lambda number: self._write_run(runs[number]), self._advance, self._processes) as crew:
+            for run in self.work.arrivals.as_they_come(runs, self.store.has_chunk):
+                crew.give(numbers[id(run)])
+            crew.finish()
         for hard_link in self.blueprint.hard_links:
             os.link(self._at(hard_link.target), self._at(hard_link.path), follow_symlinks=False)
-        for link in self.blueprint.links:
+        with Crew(self._write_links, lambda _: None, self._processes) as crew:
+            for first in range(0, len(self.blueprint.links), JOB_LINKS):
+                crew.give(first)
+            crew.finish()
+
+    def _write_links(self, first: int) -> int:
+        for link in self.blueprint.links[first : first + JOB_LINKS]:
             os.symlink(link.target, self._at(link.path))
+        return 0
 
-    def _write_runs(self, runs: Sequence[Run]) -> None:
-        # Decompression, hashing and system calls release the GIL.
-        pool = ThreadPoolExecutor(THREADS, thread_name_prefix="envship-build")
-        writing: list[Future[None]] = []
-        failed: list[Future[None]] = []
+    def _write_run(self, run: Run) -> int:
+        """Write what no donor gives; returns the size of the run in bytes.
 
-        def look(done: Future[None]) -> None:
-            if not done.cancelled() and done.exception() is not None:
-                failed.append(done)
-
+        Every byte is compared with its file's digest. So the chunks that they come from are compared with their own
+        only where that fails: to say which of the two is wrong, and to find a sound copy in another store.
+        """
+        wanted = frozenset(file.path for file in run.files if not self.donors.give(file, self._at(file.path)))
         try:
-            for run in self.arrivals.as_they_come(runs, self.store.has_chunk):
-                if failed:
-                    break
-                writing.append(pool.submit(self._write_run, run))
-                writing[-1].add_done_callback(look)
-            for future in [*failed, *writing]:
-                future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            self._write_files(run, wanted, self.store.read_unverified)
+        except ManifestInvalid:
+            for path in wanted:
+                if os.path.lexists(self._at(path)):
+                    os.unlink(self._at(path))
+            self._write_files(run, wanted, self.store.read_chunk)
+        return run.size_bytes
 
-    def _write_run(self, run: Run) -> None:
-        given = {file.path for file in run.files if self.donors.give(file, self._at(file.path))}
-        if len(given) == len(run.files):
-            self._advance(run.size_bytes)
-            return
-        content = _Content(self.store, run.chunks, self._advance)
-        # A file that is one chunk has been verified with it.
-        verified = run.chunks[0].digest if len(run.files) == len(run.chunks) == 1 else None
+    def _write_files(self, run: Run, wanted: Collection[str], read: Callable[[Digest], bytes]) -> None:
+        content = _Content(run.chunks, read)
         for file in run.files:
-            if file.path in given:
-                for _ in content.read(file.size_bytes):
-                    pass
+            if file.path not in wanted:
+                content.skip(file.size_bytes)
                 continue
             if file.relocation is None:
-                actual = self._write_file(file, content.read(file.size_bytes), verified)
+                actual = self._write_file(file, content.read(file.size_bytes))
             else:
                 data = b"".join(content.read(file.size_bytes))
                 actual = digest_of(data)
-                self._write_file(file, iter([memoryview(relocate(data, file.relocation, self.prefix))]), actual)
+                if actual == file.digest:
+                    self._write_file(file, [memoryview(relocate(data, file.relocation, self.prefix))])
             if actual != file.digest:
                 reason = f"the content of {file.path!r} has the digest {actual}, not {file.digest}"
                 raise ManifestInvalid(reason, self.prefix)
 
-    def _write_file(self, file: File, pieces: Iterator[memoryview], verified: Digest | None) -> Digest:
-        """Write one file; returns *verified*, or the digest of what was written."""
+    def _write_file(self, file: File, pieces: Iterable[memoryview]) -> Digest:
+        """Write one file; returns the digest of what was written."""
         state = hashlib.sha256()
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         handle = os.open(self._at(file.path), flags, 0o600)
         try:
             for piece in pieces:
-                if verified is None:
-                    state.update(piece)
+                state.update(piece)
                 while piece:
                     piece = piece[os.write(handle, piece) :]
             seal(handle, file)
         finally:
             os.close(handle)
-        return Digest(state.hexdigest()) if verified is None else verified
+        return Digest(state.hexdigest())
 
     def _advance(self, count: int) -> None:
-        with self._reporting:
-            self._done_bytes += count
-            self.report(self._done_bytes, self._total_bytes)
+        self._done_bytes += count
+        self.work.report(self._done_bytes, self.blueprint.size_bytes)
 
     def _at(self, path: str) -> str:
         return f"{self.scratch}/{path}"
 
 
+def _joined(runs: Sequence[Run]) -> list[Run]:
+    """Neighbouring runs put together, so that what one process takes is worth the taking."""
+    joined: list[list[Run]] = []
+    room = 0
+    for run in runs:
+        cost = run.size_bytes + FILE_COST_BYTES * len(run.files)
+        if cost > room:
+            joined.append([])
+            room = JOB_BYTES
+        joined[-1].append(run)
+        room -= cost
+    return [
+        Run(tuple(file for run in parts for file in run.files), tuple(chunk for run in parts for chunk in run.chunks))
+        for parts in joined
+    ]
+
+
 class _Content:
     """The concatenated bytes of some chunks, read one chunk at a time."""
 
-    def __init__(self, store: Store, chunks: Sequence[Chunk], advance: Callable[[int], None]) -> None:
-        self._store = store
+    def __init__(self, chunks: Sequence[Chunk], read: Callable[[Digest], bytes]) -> None:
         self._chunks = iter(chunks)
-        self._advance = advance
+        self._read = read
         self._rest = memoryview(b"")
 
-    def read(self, count: int) -> Iterator[memoryview]:
-        """The next *count* bytes, in pieces."""
+    def read(self, count: int) -> Iterable[memoryview]:
+        """The next *count* bytes, in pieces: to be consumed before the next call."""
+        if count <= len(self._rest):
+            return (self._taken(count),)
+        return self._pieces(count)
+
+    def skip(self, count: int) -> None:
+        """Leave the next *count* bytes out; chunks that lie within them altogether are not read."""
+        while count:
+            if self._rest:
+                count -= len(self._taken(count))
+                continue
+            chunk = next(self._chunks)
+            if chunk.size_bytes > count:
+                self._rest = self._loaded(chunk)
+            else:
+                count -= chunk.size_bytes
+
+    def _pieces(self, count: int) -> Iterator[memoryview]:
         while count:
             if not self._rest:
-                self._rest = self._next()
-            piece = self._rest[:count]
-            self._rest = self._rest[count:]
+                self._rest = self._loaded(next(self._chunks))
+            piece = self._taken(count)
             count -= len(piece)
             yield piece
 
-    def _next(self) -> memoryview:
-        chunk = next(self._chunks)
-        data = self._store.read_chunk(chunk.digest)
+    def _taken(self, count: int) -> memoryview:
+        piece, self._rest = self._rest[:count], self._rest[count:]
+        return piece
+
+    def _loaded(self, chunk: Chunk) -> memoryview:
+        data = self._read(chunk.digest)
         if len(data) != chunk.size_bytes:
             raise ManifestInvalid(f"chunk {chunk.digest} has {len(data)} bytes, not {chunk.size_bytes}", "manifest")
-        self._advance(len(data))
         return memoryview(data)

@@ -21,7 +21,7 @@ from envship.sources.members import DAMAGES, Content, Member, opener
 from envship.sources.unpacked import read_unpacked
 from worker_bootstrap.durable import full_error
 from worker_bootstrap.errors import ArchiveInvalid, ManifestInvalid, NotAnEnvironment, SourceProblems
-from worker_bootstrap.manifest import check_link
+from worker_bootstrap.paths import check_link
 
 RATIO_LIMIT = 200
 """An archive may grow to so many times its size and `ALLOWANCE_BYTES`; real ones grow to three to five times."""

@@ -17,7 +17,8 @@ from envship.sources.projects import PLACE
 from envship.sources.tree import Found, Trees
 from envship.sources.unpacked import Unpacked
 from worker_bootstrap.errors import ManifestInvalid
-from worker_bootstrap.manifest import Directory, Link, check_link
+from worker_bootstrap.manifest import Directory, Link
+from worker_bootstrap.paths import check_link
 
 
 class Collector:
