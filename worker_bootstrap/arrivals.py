@@ -58,6 +58,12 @@ class Arrivals:
         arrivals._complete = True
         return arrivals
 
+    @property
+    def are_complete(self) -> bool:
+        """Whether nothing more will come."""
+        with self._news:
+            return self._complete
+
     def listen(self, handle: int) -> None:
         """Read messages from the pipe *handle* until it closes; call it in a thread of its own."""
         rest = b""

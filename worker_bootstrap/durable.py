@@ -73,7 +73,13 @@ def sync_file_system(path: Path) -> None:
 
 
 def content_of(path: Path, limit_bytes: int) -> bytes | None:
-    """At most ``limit_bytes + 1`` bytes of a file; None if it is gone or cannot be read."""
+    """At most ``limit_bytes + 1`` bytes of a file; None if it is gone or cannot be read.
+
+    Raises
+    ------
+    OSError
+        If this process may not open more files: that says nothing about this one.
+    """
     try:
         with open(path, "rb", buffering=0) as file:
             size_bytes = os.fstat(file.fileno()).st_size
@@ -81,5 +87,7 @@ def content_of(path: Path, limit_bytes: int) -> bytes | None:
     except FileNotFoundError:
         return None
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
         logger.warning("%s cannot be read: %s", path, error)
         return None

@@ -101,18 +101,24 @@ def materialise(
     Idempotent; safe in any number of processes and threads at once: one builds, the others wait. A failed or killed
     build leaves nothing that counts as built; its remains are removed by the next one.
     """
-    prefix = store.built(environment_id)
-    if prefix is None:
-        with Lock(store.layout.lock(environment_id)):
-            prefix = store.built(environment_id) or _restored(store, environment_id)
-            if prefix is None:
-                if processes is None:
-                    processes = crew.PROCESSES if crew.may_fork() else 1
-                work = Work(report or _silent, arrivals or Arrivals.none(), processes)
-                prefix = _build(store, environment_id, link_mode, work)
-    mark = store.layout.ready(environment_id)
-    if durable and mark.exists() and not ready_mark.is_valid(mark, durable=True):
-        ready_mark.write(mark, store.layout.tmp, durable=True)
+    if processes is None:
+        processes = crew.PROCESSES if crew.may_fork() else 1
+    work = Work(report or _silent, arrivals or Arrivals.none(), processes)
+    try:
+        prefix = store.built(environment_id)
+        if prefix is None:
+            with Lock(store.layout.lock(environment_id)):
+                prefix = store.built(environment_id) or _restored(store, environment_id)
+                if prefix is None:
+                    prefix = _build(store, environment_id, link_mode, work)
+        mark = store.layout.ready(environment_id)
+        if durable and mark.exists() and not ready_mark.is_valid(mark, durable=True):
+            ready_mark.write(mark, store.layout.tmp, durable=True)
+    except OSError as error:
+        full = full_error(error, store.layout.root)
+        if full is not None:
+            raise full from error
+        raise MaterialiseError(environment_id, str(error.filename or ""), error.strerror) from error
     return prefix
 
 
@@ -144,19 +150,19 @@ def _build(store: Store, environment_id: EnvironmentId, link_mode: str, work: Wo
     layout.ready(environment_id).unlink(missing_ok=True)
     _sweep(layout, environment_id)
     _check_room(layout, blueprint, donors)
+    if os.statvfs(layout.envs).f_flag & os.ST_NOEXEC:
+        reason = (
+            "its file system is mounted noexec, so nothing runs from there; put the store elsewhere (ENVSHIP_STORE)"
+        )
+        raise MaterialiseError(environment_id, str(layout.envs), reason)
     scratch = tempfile.mkdtemp(prefix=_scratch_name(environment_id), dir=layout.tmp)
     try:
         Writer(store, blueprint, donors, scratch, str(prefix), work).write()
         os.chmod(scratch, 0o755)
         os.rename(scratch, prefix)
         ready_mark.write(layout.ready(environment_id), layout.tmp, durable=False)
-    except BaseException as error:
+    except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
-        if isinstance(error, OSError):
-            full = full_error(error, layout.root)
-            if full is not None:
-                raise full from error
-            raise MaterialiseError(environment_id, str(error.filename or ""), error.strerror) from error
         raise
     return prefix
 

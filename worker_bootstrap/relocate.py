@@ -13,10 +13,16 @@ from __future__ import annotations
 import os
 import re
 
+from worker_bootstrap.errors import ManifestInvalid
 from worker_bootstrap.manifest import Relocation
 
 SHEBANG_LIMIT_BYTES = 127
 """Linux before 5.1 reads no more of a script's first line (``BINPRM_BUF_SIZE`` less the newline)."""
+
+FIRST_LINE_LIMIT_BYTES = 1024
+"""No shebang with a placeholder of 255 bytes is longer; taking a line apart takes the square of its length."""
+GROWTH_LIMIT_BYTES = 64 << 20
+"""Text may become so much longer: a short placeholder in every word would stand for gigabytes."""
 
 _SHEBANG = re.compile(rb"#![ \t]*(?P<interpreter>[^\n]*?)(?P<arguments>(?:[ \t]+-[^\n]*)?)[ \t]*(?:\r?\n|\Z)")
 _PYTHON = re.compile(rb"(?:python|pypy)[0-9.]*t?")
@@ -51,6 +57,8 @@ def relocate(data: bytes, relocation: Relocation, prefix: str) -> bytes:
     ------
     RelocationError
         If a binary file's placeholder is shorter than *prefix*.
+    ManifestInvalid
+        If a text would grow beyond all measure.
     """
     old, new = os.fsencode(relocation.placeholder), os.fsencode(prefix)
     if relocation.mode == "binary":
@@ -100,11 +108,13 @@ def _restore_binary(data: bytes, here: bytes, placeholder: bytes) -> bytes:
 
 
 def _replace_text(data: bytes, old: bytes, new: bytes) -> bytes:
-    shebang = _SHEBANG.match(data)
-    if shebang is None or old not in shebang.group():
+    growth_bytes = data.count(old) * (len(new) - len(old))
+    if growth_bytes > GROWTH_LIMIT_BYTES:
+        raise ManifestInvalid(f"a text of {len(data)} bytes would grow by {growth_bytes}", os.fsdecode(old))
+    end = data.find(b"\n", 0, FIRST_LINE_LIMIT_BYTES) + 1 or len(data)
+    if not data.startswith(b"#!") or end > FIRST_LINE_LIMIT_BYTES or old not in data[:end]:
         return data.replace(old, new)
-    first = shebang.group().replace(old, new)
-    return _usable_shebang(first) + data[shebang.end() :].replace(old, new)
+    return _usable_shebang(data[:end].replace(old, new)) + data[end:].replace(old, new)
 
 
 def _usable_shebang(line: bytes) -> bytes:

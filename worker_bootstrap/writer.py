@@ -90,7 +90,8 @@ class Writer:
         for path in self.blueprint.directories:
             os.mkdir(self._at(path))
             os.chmod(self._at(path), 0o755)
-        runs = _joined(self.blueprint.runs)
+        # While chunks still come, each is to be written as soon as it is there.
+        runs = _joined(self.blueprint.runs) if self.work.arrivals.are_complete else self.blueprint.runs
         numbers = {id(run): number for number, run in enumerate(runs)}
         with Crew(lambda number: self._write_run(runs[number]), self._advance, self._processes) as crew:
             for run in self.work.arrivals.as_they_come(runs, self.store.has_chunk):

@@ -1,0 +1,56 @@
+"""File systems that a test makes for itself: small, read-only, without execution, or with reflinks. Needs root."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+needs_mount = pytest.mark.skipif(os.getuid() != 0, reason="only root may mount a file system")
+
+IMAGE_BYTES = {"btrfs": 128 << 20, "xfs": 320 << 20}
+"""As small as ``mkfs`` lets them be."""
+
+
+@contextmanager
+def tmpfs(path: Path, options: str) -> Iterator[Path]:
+    """A file system in memory at *path*."""
+    with _mounted(path, "-t", "tmpfs", "-o", options, "tmpfs"):
+        yield path
+
+
+@contextmanager
+def with_reflinks(path: Path, kind: str) -> Iterator[Path]:
+    """A *kind* (``btrfs`` or ``xfs``) file system in a file beside *path*."""
+    tool = shutil.which(f"mkfs.{kind}") or shutil.which(f"mkfs.{kind}", path="/usr/sbin:/sbin")
+    if tool is None:
+        pytest.skip(f"mkfs.{kind} is not installed")
+    image = path.with_suffix(".img")
+    with open(image, "wb") as file:
+        file.truncate(IMAGE_BYTES[kind])
+    subprocess.run([tool, "-q", str(image)], check=True, capture_output=True)
+    with _mounted(path, "-o", "loop", str(image)):
+        yield path
+    image.unlink()
+
+
+def remount(path: Path, options: str) -> None:
+    """Change the options of a mounted file system."""
+    subprocess.run(["mount", "-o", f"remount,{options}", str(path)], check=True, capture_output=True)
+
+
+@contextmanager
+def _mounted(path: Path, *arguments: str) -> Iterator[None]:
+    path.mkdir()
+    done = subprocess.run(["mount", *arguments, str(path)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"cannot be mounted here: {done.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
