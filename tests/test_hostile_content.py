@@ -249,7 +249,7 @@ NAMES = [
     b" ",
     b"\x1b[31m",
     b"-rf",
-    b"*",
+    b"*?",
     b"a\\b",
     b"x" * 255,
 ]
@@ -442,14 +442,15 @@ from worker_bootstrap.errors import EnvshipError
 from worker_bootstrap.materialise import materialise
 from worker_bootstrap.store import Store
 store = Store(Path(sys.argv[2]))
-spare = 0
+spare, hard = 0, resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 while True:
     limit = len(os.listdir("/proc/self/fd")) - 1 + spare
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     try:
         materialise(store, EnvironmentId(sys.argv[3]), processes=2)
         break
     except EnvshipError as error:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         assert not list(store.layout.envs.iterdir()), "something was built"
         print(type(error).__name__, error)
     spare += 1

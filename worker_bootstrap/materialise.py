@@ -115,10 +115,7 @@ def materialise(
         if durable and mark.exists() and not ready_mark.is_valid(mark, durable=True):
             ready_mark.write(mark, store.layout.tmp, durable=True)
     except OSError as error:
-        full = full_error(error, store.layout.root)
-        if full is not None:
-            raise full from error
-        raise MaterialiseError(environment_id, str(error.filename or ""), error.strerror) from error
+        raise _explained(error, store.layout, environment_id) from error
     return prefix
 
 
@@ -161,10 +158,19 @@ def _build(store: Store, environment_id: EnvironmentId, link_mode: str, work: Wo
         os.chmod(scratch, 0o755)
         os.rename(scratch, prefix)
         ready_mark.write(layout.ready(environment_id), layout.tmp, durable=False)
-    except BaseException:
+    except BaseException as error:
+        # Before the remains are gone: afterwards there is room again.
+        explained = _explained(error, layout, environment_id) if isinstance(error, OSError) else None
         shutil.rmtree(scratch, ignore_errors=True)
+        if explained is not None:
+            raise explained from error
         raise
     return prefix
+
+
+def _explained(error: OSError, layout: Layout, environment_id: EnvironmentId) -> EnvshipError:
+    full = full_error(error, layout.root)
+    return full or MaterialiseError(environment_id, str(error.filename or ""), error.strerror or str(error))
 
 
 def _scratch_name(environment_id: EnvironmentId) -> str:
