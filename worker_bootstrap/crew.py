@@ -64,11 +64,11 @@ class Crew:
     def __enter__(self) -> Crew:
         if self._processes > 1:
             gc.freeze()  # or the collector would touch, and so copy, every page that the processes share
-            take, self._tickets = os.pipe()
             try:
-                self._helpers += [_Helper(take, self._tickets, self._job) for _ in range(self._processes)]
-            finally:
-                os.close(take)
+                self._start()
+            except BaseException:
+                self.__exit__()
+                raise
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -103,6 +103,14 @@ class Crew:
         while self._waiting:
             self._hear(None)
 
+    def _start(self) -> None:
+        take, self._tickets = os.pipe()
+        try:
+            for _ in range(self._processes):
+                self._helpers.append(_Helper(take, self._tickets, self._job))
+        finally:
+            os.close(take)
+
     def _hear(self, timeout_s: float | None) -> None:
         """Pass on what the helpers have done; with None, wait for one of them."""
         if not self._helpers:
@@ -128,7 +136,12 @@ class _Helper:
     def __init__(self, take: int, give: int, job: Callable[[int], int]) -> None:
         self._answers, answers = os.pipe()
         parent = os.getpid()
-        self._pid = os.fork()
+        try:
+            self._pid = os.fork()
+        except OSError:
+            os.close(self._answers)
+            os.close(answers)
+            raise
         if not self._pid:
             _help(parent, take, give, job, answers)
         os.close(answers)
