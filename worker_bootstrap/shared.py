@@ -22,7 +22,8 @@ from worker_bootstrap.digest import Digest, digest_of, is_digest
 from worker_bootstrap.durable import content_of
 from worker_bootstrap.errors import ChunkInvalid, ChunkMissing
 from worker_bootstrap.layout import Layout
-from worker_bootstrap.store import MANIFEST_LIMIT_BYTES, PAYLOAD_LIMIT_BYTES, Store
+from worker_bootstrap.manifest import MANIFEST_LIMIT_BYTES
+from worker_bootstrap.store import PAYLOAD_LIMIT_BYTES, Store
 
 logger = logging.getLogger("envship.shared")
 
