@@ -7,9 +7,11 @@ and nothing else, and then looks whether anything is left: a process, a port, a 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +19,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -31,7 +33,7 @@ from distributed import Client
 from distributed.security import Security
 
 from envship.cli.machines import make_venv, write_wheel
-from worker_bootstrap.digest import EnvironmentId
+from worker_bootstrap.digest import EnvironmentId, digest_of
 from worker_bootstrap.manifest import Manifest, Package
 from worker_bootstrap.store import Store
 
@@ -340,12 +342,24 @@ def lab() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def prefixes(lab: Path) -> Prefixes:
-    """Both venvs, made at the same time."""
+    """Both venvs, made at the same time; kept below ``ENVSHIP_TEST_VENVS``, if that is set, for the next session."""
     wheel = write_wheel(lab / "wheels", "onlyhere", "1.0", ONLYHERE)
+    mine = [*DASK_VERSIONS, f"numpy=={numpy.__version__}", wheel]
     with ThreadPoolExecutor(2) as pool:
-        base = pool.submit(make_venv, lab / "base", DASK_VERSIONS)
-        mine = pool.submit(make_venv, lab / "mine", [*DASK_VERSIONS, f"numpy=={numpy.__version__}", wheel])
-        return Prefixes(base.result(), mine.result())
+        return Prefixes(*pool.map(functools.partial(_kept_venv, lab), ("base", "mine"), (DASK_VERSIONS, mine)))
+
+
+def _kept_venv(lab: Path, name: str, requirements: Sequence[str | Path]) -> Path:
+    kept = os.environ.get("ENVSHIP_TEST_VENVS")
+    if kept is None:
+        return make_venv(lab / name, requirements)
+    digest = digest_of(repr([sys.executable, *(Path(r).name for r in requirements)]).encode())
+    prefix = Path(kept) / f"{name}-{digest[:8]}"
+    if not (prefix / "complete").exists():
+        shutil.rmtree(prefix, ignore_errors=True)
+        make_venv(prefix, requirements)
+        (prefix / "complete").touch()
+    return prefix
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,11 @@ from .leaks import no_leaks
 from .prefixes import conda_environments, onlyhere_wheel, small_venv
 
 __all__ = ["base_venv", "client_store", "lab", "no_leaks", "onlyhere", "packed", "prefixes", "warm_stores"]
+
+
+def pytest_configure() -> None:
+    """End on SIGTERM as on Ctrl-C: by way of the fixtures, which end the clusters that they started."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -27,7 +27,8 @@ def cluster(base_venv: Path, lab: Path, warm_stores: Path) -> Iterator[Cluster]:
         cluster.start_scheduler()
         cluster.start_worker("plain", "--no-nanny", host="a")
         cluster.start_worker(
-            "told", "--no-nanny", "--nthreads", "3", "--resources", "GPU=2", "--memory-limit", "512MiB", host="b",
+            "told", "--no-nanny", "--nthreads", "3", "--resources", "GPU=2", "--memory-limit", "512MiB",
+            "--lifetime", "1 hour", host="b",
             environ={"MY_VARIABLE": "with spaces and = signs"},
         )  # fmt: skip
         yield cluster
@@ -61,6 +62,24 @@ def test_arguments_and_variables_are_kept(client: Client, cluster: Cluster, pack
     assert workers["told"]["local_directory"].startswith(str(cluster.scratch("told")))
     variables = [place.environ["MY_VARIABLE"] for place in places(client).values() if "MY_VARIABLE" in place.environ]
     assert variables == ["with spaces and = signs"]
+
+
+def test_a_lifetime_goes_on_and_does_not_begin_anew(client: Client, cluster: Cluster, packed: Environment) -> None:
+    """It counts from the start of the process, which is the job's; each swap gives its worker what is left."""
+
+    def left(dask_worker: object) -> float:
+        return dask_worker.lifetime or 0.0  # type: ignore[attr-defined,no-any-return]
+
+    lefts = [max(client.run(left).values())]
+    for target in (packed, None):
+        if target is None:
+            client.reset_environment()
+        else:
+            client.use_environment(target, scheduler=False)
+        lefts.append(max(client.run(left).values()))
+    assert lefts[0] <= 3600
+    assert lefts == sorted(lefts, reverse=True)
+    assert 3000 < lefts[2] < lefts[1] < lefts[0]
 
 
 def test_tasks_run_in_the_environment_afterwards(client: Client, packed: Environment, onlyhere: ModuleType) -> None:

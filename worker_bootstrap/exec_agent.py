@@ -125,7 +125,8 @@ class WorkerAgent(ExecAgent):
         wait_for = reexec.dialled(scheduler) if scheduler_moves else None
         own = launch.own()
         assert own is not None
-        reexec.execute(interpreter, self.base, own, self._orders(interpreter, wait_for=wait_for), self.store.layout.tmp)
+        orders = self._orders(interpreter, wait_for=wait_for, extra=_remaining_lifetime(own))
+        reexec.execute(interpreter, self.base, own, orders, self.store.layout.tmp)
 
 
 class SchedulerAgent(ExecAgent):
