@@ -27,6 +27,7 @@ WITHOUT_DASK = (
         "mounts",
         "ready_mark",
         "arrivals",
+        "relocated_code",
         "writer",
         "materialise",
         "verify",

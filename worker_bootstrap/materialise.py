@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from worker_bootstrap import crew, donor, errors, ready_mark, verify
+from worker_bootstrap import crew, donor, errors, ready_mark, relocated_code, verify
 from worker_bootstrap.arrivals import Arrivals
 from worker_bootstrap.blueprint import Blueprint, draw, read_listings
 from worker_bootstrap.digest import EnvironmentId, is_digest
@@ -155,6 +155,9 @@ def _build(store: Store, environment_id: EnvironmentId, link_mode: str, work: Wo
     scratch = tempfile.mkdtemp(prefix=_scratch_name(environment_id), dir=layout.tmp)
     try:
         Writer(store, blueprint, donors, scratch, str(prefix), work).write()
+        entries = (entry for listing in listings for entry in listing.entries)
+        modules = relocated_code.modules_without_code(entries, manifest.python)
+        relocated_code.compile_modules(scratch, str(prefix), modules)
         os.chmod(scratch, 0o755)
         os.rename(scratch, prefix)
         ready_mark.write(layout.ready(environment_id), layout.tmp, durable=False)
