@@ -16,15 +16,13 @@ from typing import NamedTuple, Protocol
 from envship import elf
 from worker_bootstrap.digest import Digest, digest_of
 from worker_bootstrap.manifest import Relocation
-from worker_bootstrap.relocate import RelocationError, relocate, restore
-
-PLACEHOLDER = "/envship-prefix-" + "placeholder"
-"""Stands for the prefix in text files whose installer recorded none. In two parts, lest this file contain it."""
+from worker_bootstrap.relocate import PLACEHOLDER, RelocationError, relocate, restore
 
 SYSTEM_PREFIXES = frozenset(("/", "/usr", "/usr/local"))
 """Prefixes that many paths begin with which have nothing to do with an environment."""
 
 _POLYGLOT = b"#!/bin/sh\n'''exec' "
+_ENV_SHEBANG = re.compile(rb"\A#!/usr/bin/env ([^\s/=-][^\s/=]*(?=[ \n]))")
 
 
 class Content(NamedTuple):
@@ -104,10 +102,14 @@ class Recorded:
             # Hashed only where it matters: searching is several times as fast.
             unchanged = not self.own.occurs(data) or digest_of(data) == self.digest
             return Content(data, None) if unchanged else self.own(data)
-        for prefix in self.own.prefixes:
-            original = restore(data, self.relocation, prefix)
-            if digest_of(original) == self.digest:
-                return Content(original, self.relocation)
+        candidates = (
+            [data] if self.relocation.mode == "binary" else [data, with_interpreter_of(data, self.own.prefixes[0])]
+        )
+        for installed in dict.fromkeys(candidates):
+            for prefix in self.own.prefixes:
+                original = restore(installed, self.relocation, prefix)
+                if digest_of(original) == self.digest:
+                    return Content(original, self.relocation)
         if self.relocation.mode == "binary":
             # Signed or stripped after installing: no longer the original, but the room for a longer prefix is there.
             for prefix in self.own.prefixes:
@@ -132,6 +134,15 @@ class Rewritten:
     def __call__(self, data: bytes) -> Content:
         data = self.function(data)
         return self.own(data) if self.own else Content(data, None)
+
+
+def with_interpreter_of(data: bytes, prefix: str) -> bytes:
+    """The script *data* with an interpreter at *prefix* in place of the one that it finds on PATH.
+
+    That is how conda writes a script's first line where the path is too long for the kernel, and conda-pack everywhere.
+    Other data comes back as it is.
+    """
+    return _ENV_SHEBANG.sub(lambda match: b"#!" + os.fsencode(prefix) + b"/bin/" + match[1], data, count=1)
 
 
 def names_prefix(data: bytes, prefixes: tuple[str, ...]) -> bool:

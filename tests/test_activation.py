@@ -79,7 +79,7 @@ def test_the_given_variables_are_not_changed(base: Path, new: Path) -> None:
 def test_a_prefix_that_is_no_conda_environment_gets_no_conda_variables(base: Path, tmp_path: Path) -> None:
     found = move(base, tmp_path / "plain")
     assert {name for name in found if name.startswith("CONDA_")} == {"CONDA_EXE", "CONDA_PKGS_DIRS"}
-    assert "VIRTUAL_ENV" not in found
+    assert found["VIRTUAL_ENV"] == f"{tmp_path}/plain"
     assert found["PATH"].split(":")[0] == f"{tmp_path}/plain/bin"
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from worker_bootstrap.errors import StartError
+from worker_bootstrap.relocate import PLACEHOLDER
 
 logger = logging.getLogger("envship.activation")
 
@@ -69,7 +70,8 @@ def activated(
     prefix
         A built environment.
     manifest_environ
-        Variables that the environment itself defines (``Manifest.environ``).
+        Variables that the environment itself defines (``Manifest.environ``); where they name its prefix, they hold
+        `relocate.PLACEHOLDER`.
     base_prefixes
         Where the base environment lies: its ``sys.prefix`` and ``sys.base_prefix``.
 
@@ -88,9 +90,10 @@ def activated(
         variables["CONDA_PREFIX"] = variables["CONDA_DEFAULT_ENV"] = prefix
         variables["CONDA_PROMPT_MODIFIER"] = f"({prefix}) "
         variables["CONDA_SHLVL"] = "1"
-    if Path(prefix, "pyvenv.cfg").is_file():
+    else:
         variables["VIRTUAL_ENV"] = prefix
-    _define(variables, {**_package_variables(prefix), **manifest_environ})
+    defined = {name: value.replace(PLACEHOLDER, prefix) for name, value in manifest_environ.items()}
+    _define(variables, {**_package_variables(prefix), **defined})
     return _after_scripts(variables, prefix, _scripts(prefix, "activate.d"))
 
 

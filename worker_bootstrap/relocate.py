@@ -16,6 +16,9 @@ import re
 from worker_bootstrap.errors import ManifestInvalid
 from worker_bootstrap.manifest import Relocation
 
+PLACEHOLDER = "/envship-prefix-" + "placeholder"
+"""Stands for the prefix where no installer recorded another placeholder. In two parts, lest this file contain it."""
+
 SHEBANG_LIMIT_BYTES = 127
 """Linux before 5.1 reads no more of a script's first line (``BINPRM_BUF_SIZE`` less the newline)."""
 
@@ -135,9 +138,10 @@ def _usable_shebang(line: bytes) -> bytes:
     return b"#!/bin/sh\n'''exec' " + quoted + arguments + b" \"$0\" \"$@\"\n' '''\n"
 
 
+# As pip and distlib write it (two lines more), and as rattler does (one).
 _POLYGLOT = re.compile(
     rb"#!/bin/sh\n'''exec' (?:\"(?P<quoted>[^\"\n]+)\"|(?P<bare>[^ \n]+))(?P<arguments>[^\n\"]*?)"
-    rb" \"\$0\" \"\$@\"\n' '''\n"
+    rb" \"\$0\" \"\$@\"(?:\n' '''| #''')\n"
 )
 
 
