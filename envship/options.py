@@ -31,16 +31,27 @@ class PackOptions:
         Pack the environment as it is where files of packages are missing or were overwritten by another package.
     ignore_editable
         Leave projects out that are installed in editable mode, and path files that lead out of the environment.
+    copy_outside_links
+        Put what symbolic links out of the environment point to in their place.
+    project_limit_bytes
+        A project installed in editable mode (or linked to by a path file) that is larger than this is an error: it
+        holds data that somebody forgot rather than code.
     """
 
     filters: tuple[Filter, ...] = ()
     ignore_missing: bool = False
     ignore_editable: bool = False
+    copy_outside_links: bool = False
+    project_limit_bytes: int = 1 << 30
 
     @property
     def key(self) -> str:
         """Equal for options that pack the same."""
         return repr(self)
+
+    def keeps(self, path: str) -> bool:
+        """Whether the filters leave the file at *path* in the environment."""
+        return not self.filters or _Filters(self.filters)(path)
 
     def chosen(self, drafts: Sequence[Draft]) -> list[Draft]:
         """*drafts* with what the filters leave of them. Byte code goes with its module."""

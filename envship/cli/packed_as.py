@@ -9,6 +9,7 @@ import click
 from envship.options import Filter, PackOptions
 
 _FILTERS = ("exclude", "include")
+_SETTINGS = ("ignore_missing", "ignore_editable", "copy_outside_links", "project_limit_bytes")
 
 
 class PackingCommand(click.Command):
@@ -21,6 +22,15 @@ class PackingCommand(click.Command):
             _filter("--include", "Take back files that an --exclude before it left out (repeatable)."),
             _flag("--ignore-missing", "Go on if files of packages are missing or were overwritten."),
             _flag("--ignore-editable", "Leave out projects that are installed in editable mode."),
+            _flag("--copy-outside-links", "Put what symbolic links out of the environment point to in their place."),
+            click.Option(
+                ["--project-limit", "project_limit_bytes"],
+                metavar="SIZE",
+                default="1 GiB",
+                show_default=True,
+                callback=_size,
+                help="Refuse a project in editable mode that is larger than this.",
+            ),
         ]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -31,13 +41,22 @@ class PackingCommand(click.Command):
         rest = super().parse_args(ctx, args)
         for name in _FILTERS:
             ctx.params.pop(name, None)
-        flags = {name: ctx.params.pop(name) for name in ("ignore_missing", "ignore_editable")}
+        flags = {name: ctx.params.pop(name) for name in _SETTINGS}
         ctx.params["packed_as"] = PackOptions(tuple(filters), **flags)
         return rest
 
 
 def _filter(name: str, text: str) -> click.Option:
     return click.Option([name], metavar="PATTERN", multiple=True, help=text)
+
+
+def _size(ctx: click.Context, param: click.Parameter, value: str) -> int:
+    from dask.utils import parse_bytes
+
+    try:
+        return int(parse_bytes(value))
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 def _flag(name: str, text: str) -> click.Option:

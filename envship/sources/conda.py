@@ -15,11 +15,12 @@ from typing import Any
 
 from conda_pack import CondaEnv, CondaPackException
 
-from envship.canonical import Recorded, Rewritten
+from envship.canonical import Own, Recorded, Rewritten, Treatment, with_interpreter_of
 from envship.options import PackOptions
-from envship.sources.distributions import Distribution, read_distributions
+from envship.sources.distributions import Distribution, is_byte_code, read_distributions
 from envship.sources.draft import CodeItem, Draft, Item, MadeItem, Plan
-from envship.sources.installed import distribution_draft
+from envship.sources.faults import Fault, Owner
+from envship.sources.installed import distribution_draft, missing_files, path_file_drafts
 from envship.sources.interpreter import ask
 from envship.sources.items import Collector, with_byte_code
 from envship.sources.tree import Found, Root, Trees
@@ -32,17 +33,15 @@ NOT_CONTENT = frozenset(("pkgs", "envs", "conda-bld", ".conda_lock", "users", "c
 """What a base environment holds besides itself (the list of conda-pack)."""
 
 _LEFT_OUT = re.compile(
-    r"(?:.*/)?(?:CACHEDIR\.TAG|\.DS_Store|[^/]*\.log|[^/]*\.pyc|[^/]*~)"
-    r"|conda-meta/(?:history|[^/]*\.lock|\.[^/]*)|var/(?:cache|log|tmp)/.*|\.cache/.*"
+    r"(?:.*/)?(?:CACHEDIR\.TAG|\.DS_Store|[^/]*\.log|[^/]*~)"
+    r"|conda-meta/(?:history|[^/]*\.lock|\.[^/]*|pixi[^/]*|initial-state\.explicit\.txt)"
+    r"|var/(?:cache|log|tmp)/.*|\.cache/.*"
 )
 _MACHINE_BOUND = (
     *("extracted_package_dir", "package_tarball_full_path", "link", "indexed_timestamp", "auth"),
     *("requested_spec", "requested_specs"),
 )
-_REMEDY = (
-    "Repair the packages (conda install --force-reinstall NAME; remove what pip put in the place of conda's files), "
-    "or pack what is there: PackOptions(ignore_missing=True), --ignore-missing."
-)
+_UNREADABLE = "Repair the package: conda install --force-reinstall NAME."
 
 
 def plan_conda(prefix: Path, trees: Trees, options: PackOptions) -> Plan:
@@ -69,13 +68,13 @@ def plan_conda(prefix: Path, trees: Trees, options: PackOptions) -> Plan:
     older = before.older_prefixes if before is not None else ()
     collector = Collector([str(prefix), str(prefix.resolve()), *older], trees, options, before)
     owners = _owners(records, files)
-    distributions = _foreign_distributions(prefix, f"{library}/site-packages", files, owners)
-    collector.check_path_files(f"{library}/site-packages", files, distributions)
-    faults = [*_missing(records, files), *_missing_of(distributions, files)]
+    distributions = _foreign_distributions(prefix, f"{library}/site-packages", records, files, owners)
+    faults = [*_missing(records, files), *missing_files(distributions, files)]
     faults += _take_over(prefix, records, owners, distributions)
     drafts = [_package(record, files, owners, collector) for record in records]
     for distribution in distributions:
         drafts.append(distribution_draft(distribution, files, owners, collector))
+    drafts += path_file_drafts(f"{library}/site-packages", files, distributions, owners, collector)
     drafts.append(_unowned(files, owners, collector))
     drafts = [
         draft._replace(
@@ -83,18 +82,16 @@ def plan_conda(prefix: Path, trees: Trees, options: PackOptions) -> Plan:
         )
         for draft in drafts
     ]
-    problems = collector.problems + ([] if options.ignore_missing else faults)
-    if problems:
-        raise SourceProblems(str(prefix), problems, _REMEDY)
+    ignored = collector.settle(str(prefix), faults)
     return Plan(
         prefix=str(prefix),
         prefixes=collector.prefixes,
         interpreter=str(prefix / "bin" / "python"),
         platform=str(python.get("subdir") or interpreter.platform),
         python=interpreter.version,
-        environ=_environ(prefix),
+        environ=_environ(prefix, collector.prefixes),
         drafts=drafts,
-        problems=faults,
+        problems=ignored,
     )
 
 
@@ -133,7 +130,9 @@ def _read_records(prefix: Path) -> list[dict[str, Any]]:
             if not isinstance(record["name"], str):
                 raise TypeError("its name is no text")
         except (ValueError, KeyError, TypeError) as error:
-            raise SourceProblems(str(prefix), [f"conda-meta/{path.name} cannot be read: {error}"], _REMEDY) from error
+            raise SourceProblems(
+                str(prefix), [f"conda-meta/{path.name} cannot be read: {error}"], _UNREADABLE
+            ) from error
         record["envship-record"] = path.name
         records.append(record)
     return records
@@ -163,8 +162,10 @@ def _placeholders(records: Sequence[Mapping[str, Any]]) -> frozenset[str]:
 def _paths(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The paths of a record: those of ``paths_data``, or where an old conda wrote none, of ``files``."""
     recorded = record.get("paths_data", {}).get("paths")
-    for path in recorded if recorded is not None else ({"_path": name} for name in record.get("files", [])):
-        if path.get("path_type") not in ("pyc_file", "directory") and not path["_path"].endswith(".pyc"):
+    paths = recorded if recorded is not None else [{"_path": name} for name in record.get("files", [])]
+    names = {path["_path"] for path in paths}
+    for path in paths:
+        if path.get("path_type") not in ("pyc_file", "directory") and not is_byte_code(path["_path"], names):
             yield path
 
 
@@ -179,29 +180,34 @@ def _owners(records: Sequence[Mapping[str, Any]], files: Mapping[str, Found]) ->
     return owners
 
 
-def _missing(records: Sequence[Mapping[str, Any]], files: Mapping[str, Found]) -> list[str]:
+def _missing(records: Sequence[Mapping[str, Any]], files: Mapping[str, Found]) -> list[Fault]:
     return [
-        f"{record['name']} {record['version']}: {entry['_path']} is missing"
+        Fault(_owner(record), entry["_path"])
         for record in records
         for entry in _paths(record)
         if entry["_path"] not in files and entry["_path"] not in NOT_CONTENT
     ]
 
 
-def _missing_of(distributions: Sequence[Distribution], files: Mapping[str, Found]) -> list[str]:
-    return [
-        f"{distribution.name} {distribution.version} (pip): {path} is missing"
-        for distribution in distributions
-        for path in distribution.files
-        if path not in files
-    ]
+def _owner(record: Mapping[str, Any]) -> Owner:
+    return Owner(record["name"], str(record["version"]), "conda")
 
 
 def _foreign_distributions(
-    prefix: Path, site_path: str, files: Mapping[str, Found], owners: Mapping[str, str]
+    prefix: Path,
+    site_path: str,
+    records: Sequence[Mapping[str, Any]],
+    files: Mapping[str, Found],
+    owners: Mapping[str, str],
 ) -> list[Distribution]:
-    found = read_distributions(str(prefix / site_path), site_path, files)
-    return [distribution for distribution in found if f"{distribution.info}/METADATA" not in owners]
+    """The distributions that another installer put there, be it over those of conda."""
+    recorded = _by_file(records)
+    return [
+        distribution
+        for distribution in read_distributions(str(prefix / site_path), site_path, files)
+        if f"{distribution.info}/METADATA" not in owners
+        or _is_changed(prefix, recorded, owners, f"{distribution.info}/RECORD")
+    ]
 
 
 def _take_over(
@@ -209,21 +215,27 @@ def _take_over(
     records: Sequence[Mapping[str, Any]],
     owners: dict[str, str],
     distributions: Sequence[Distribution],
-) -> list[str]:
+) -> list[Fault]:
     """Give files of conda that pip overwrote to pip's package, whose they are now; say which."""
-    recorded = {record["envship-record"]: record for record in records}
+    recorded = _by_file(records)
     faults = []
     for distribution in distributions:
+        by = Owner(distribution.name, distribution.version, "pip")
         for path in distribution.files:
-            record = recorded.get(owners.get(path, ""))
-            if record is None or _is_original(prefix / path, record, path):
-                continue
-            faults.append(
-                f"{record['name']} {record['version']}: {path} was overwritten by {distribution.name} "
-                f"{distribution.version} (pip)"
-            )
-            del owners[path]
+            if path in owners and _is_changed(prefix, recorded, owners, path):
+                faults.append(Fault(_owner(recorded[owners[path]]), path, by))
+                del owners[path]
     return faults
+
+
+def _by_file(records: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    return {record["envship-record"]: record for record in records}
+
+
+def _is_changed(prefix: Path, recorded: Mapping[str, Mapping[str, Any]], owners: Mapping[str, str], path: str) -> bool:
+    """Whether a file of a conda package is no longer the one that was installed."""
+    record = recorded.get(owners.get(path, ""))
+    return record is not None and not _is_original(prefix / path, record, path)
 
 
 def _is_original(file: Path, record: Mapping[str, Any], path: str) -> bool:
@@ -250,13 +262,18 @@ def _package(
     return Draft(record["name"], str(record["version"]), str(record.get("build", "")), "conda", items)
 
 
-def _treatment(entry: Mapping[str, Any], collector: Collector) -> Recorded | None:
+def _treatment(entry: Mapping[str, Any], collector: Collector) -> Treatment | None:
     digest, mode, placeholder = entry.get("sha256"), entry.get("file_mode"), entry.get("prefix_placeholder")
-    if not is_digest(digest) or entry.get("path_type") == "unix_python_entry_point":
+    own = collector.own(entry["_path"])
+    if entry.get("path_type") == "unix_python_entry_point":
+        # Written by the installer: with the interpreter's path, or where that is too long without it.
+        prefix = own.prefixes[0]
+        return Rewritten(f"entry point {prefix}", lambda data: with_interpreter_of(data, prefix), own)
+    if not is_digest(digest):
         return None
     named = isinstance(placeholder, str) and placeholder.startswith("/") and mode in ("text", "binary")
     relocation = Relocation(str(mode), str(placeholder)) if named else None
-    return Recorded(Digest(str(digest)), relocation, collector.own(entry["_path"]))
+    return Recorded(Digest(str(digest)), relocation, own)
 
 
 def _recorded_code(draft: Draft, records: Sequence[Mapping[str, Any]], items: Iterator[Item]) -> list[Item]:
@@ -278,23 +295,29 @@ def _recorded_code(draft: Draft, records: Sequence[Mapping[str, Any]], items: It
 def _unowned(files: Mapping[str, Found], owners: Mapping[str, str], collector: Collector) -> Draft:
     items: list[Item] = [MadeItem("conda-meta/history", b"")]
     for path, found in files.items():
-        left_out = _LEFT_OUT.fullmatch(path) is not None or (
-            collector.unpacked is not None and collector.unpacked.added(path)
+        left_out = (
+            _LEFT_OUT.fullmatch(path) is not None
+            or is_byte_code(path, files)
+            or (collector.unpacked is not None and collector.unpacked.added(path))
         )
         if path not in owners and not left_out:
             items += collector.item(path, *found)
     return Draft("", "", "", "files", items)
 
 
-def _environ(prefix: Path) -> dict[str, str]:
-    """Variables that ``conda env config vars set`` keeps, and those that packages bring."""
-    variables: dict[str, str] = {}
-    files = sorted((prefix / "etc" / "conda" / "env_vars.d").glob("*.json"))
-    for path in (*files, prefix / "conda-meta" / "state"):
-        try:
-            content = json.loads(path.read_bytes())
-            found = content.get("env_vars", {}) if path.name == "state" else content
-            variables.update((str(key), str(value)) for key, value in found.items())
-        except (OSError, ValueError, AttributeError):
-            continue
-    return {key: value for key, value in variables.items() if value != "***unset***"}
+def _environ(prefix: Path, prefixes: Sequence[str]) -> dict[str, str]:
+    """Variables that ``conda env config vars set`` keeps, with a placeholder for the prefix.
+
+    Those that packages bring (``etc/conda/env_vars.d``) are files like all others, and read where the environment lies.
+    """
+    try:
+        state = json.loads((prefix / "conda-meta" / "state").read_bytes())
+        found = {str(key): str(value) for key, value in state.get("env_vars", {}).items()}
+    except (OSError, ValueError, AttributeError):
+        return {}
+    own = Own(tuple(prefixes))
+    return {
+        key: own(value.encode("utf-8", "surrogateescape")).data.decode("utf-8", "surrogateescape")
+        for key, value in found.items()
+        if value != "***unset***"
+    }

@@ -12,7 +12,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Container, Iterable
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
@@ -44,6 +44,11 @@ def read_distributions(site_folder: str, site_path: str, files: Iterable[str]) -
     return sorted(found)
 
 
+def is_byte_code(path: str, paths: Container[str]) -> bool:
+    """Whether the file at *path* follows from another one among *paths*; a module without source does not."""
+    return path.endswith(".pyc") and ("__pycache__/" in path or path[:-1] in paths)
+
+
 def canonical_name(name: str) -> str:
     """The normalised name of a package. Source: PEP 503."""
     return re.sub(r"[-_.]+", "-", name).lower()
@@ -55,13 +60,17 @@ def canonical_record(data: bytes) -> bytes:
     pip finds byte code without RECORD when it uninstalls.
     """
     rows = []
-    for row in csv.reader(io.StringIO(data.decode("utf-8", "surrogateescape"), newline="")):
-        if not row or row[0].endswith(".pyc") or PurePosixPath(row[0]).name in MACHINE_BOUND:
+    read = list(csv.reader(io.StringIO(data.decode("utf-8", "surrogateescape"), newline="")))
+    recorded = {row[0] for row in read if row}
+    for row in read:
+        if not row or is_byte_code(row[0], recorded) or PurePosixPath(row[0]).name in MACHINE_BOUND:
             continue
         path = row[0]
         folder, _, name = path.rpartition("/")
         in_info = folder.endswith(".dist-info") and name in ("RECORD", "INSTALLER", "direct_url.json")
-        if in_info or path.startswith("../") or os.path.isabs(path) or path.endswith(".pth"):
+        # Links to projects name the place where these lie.
+        is_link = path.endswith(".pth") or ("/" not in path and "editable" in name)
+        if in_info or is_link or path.startswith("../") or os.path.isabs(path):
             row = [path, "", ""]
         rows.append(row)
     text = io.StringIO(newline="")
@@ -82,19 +91,13 @@ def canonical_direct_url(data: bytes) -> bytes:
     try:
         record = json.loads(data)
         if isinstance(record, dict) and str(record.get("url", "")).startswith("file:"):
-            record = {"url": "file:///", "dir_info" if "dir_info" in record else "archive_info": {}}
-    except ValueError:
+            kind = next((kind for kind in ("dir_info", "vcs_info") if kind in record), "archive_info")
+            # A checkout is named by its commit, wherever it lay.
+            kept = {key: value for key, value in record.get(kind, {}).items() if key in ("vcs", "commit_id")}
+            record = {"url": "file:///", kind: kept}
+    except (ValueError, AttributeError):
         return data
     return json.dumps(record, sort_keys=True).encode()
-
-
-def outside_paths(path_file: str, prefixes: Collection[str]) -> list[str]:
-    """Folders outside of *prefixes* that a ``.pth`` file adds to ``sys.path``. Source: the module ``site``."""
-    with open(path_file, encoding="utf-8", errors="surrogateescape") as file:
-        lines = [line.strip() for line in file if not line.startswith(("#", "import ", "import\t"))]
-    folders = [os.path.normpath(os.path.join(os.path.dirname(path_file), line)) for line in lines if line]
-    inside = tuple(prefix + "/" for prefix in prefixes)
-    return [folder for folder in folders if os.path.exists(folder) and not (folder + "/").startswith(inside)]
 
 
 def _read(site_folder: str, site_path: str, folder: str) -> Distribution:
@@ -117,11 +120,12 @@ def _recorded(where: str, site_folder: str, site_path: str) -> list[str]:
             rows = list(csv.reader(file))
     except FileNotFoundError:
         return []
+    recorded = {row[0] for row in rows if row}
     depth = len(PurePosixPath(site_path).parts)
     prefix = os.path.normpath(os.path.join(site_folder, *[".."] * depth))
     paths = []
     for row in rows:
-        if not row or row[0].endswith(".pyc"):
+        if not row or is_byte_code(row[0], recorded):
             continue
         if os.path.isabs(row[0]):
             path = os.path.relpath(row[0], prefix)

@@ -1,9 +1,10 @@
-"""The draft of a distribution that pip, uv or another installer put into a prefix."""
+"""The drafts of distributions that pip, uv or another installer put into a prefix, and of projects it links to."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, MutableMapping
+import stat
+from collections.abc import Mapping, MutableMapping, Sequence
 
 from envship.canonical import Rewritten, Treatment
 from envship.sources.distributions import (
@@ -14,9 +15,22 @@ from envship.sources.distributions import (
     canonical_record,
 )
 from envship.sources.draft import Draft, Item
+from envship.sources.faults import Fault, Owner
 from envship.sources.items import Collector
-from envship.sources.projects import Moved, Project
+from envship.sources.path_files import is_inside
+from envship.sources.projects import Project, linked_by_path_files, project_of, too_large
+from envship.sources.source_tree import repository
+from envship.sources.symlinks import target_inside
 from envship.sources.tree import Found
+from worker_bootstrap.manifest import Link
+
+_NOT_EDITABLE = (
+    "Install such projects without -e, or leave them out: PackOptions(ignore_editable=True), --ignore-editable."
+)
+_TOO_LARGE = (
+    "Leave data out of projects (--exclude, .gitignore), or raise the limit: PackOptions(project_limit_bytes=…), "
+    "--project-limit."
+)
 
 
 def distribution_draft(
@@ -29,34 +43,90 @@ def distribution_draft(
 
     The source tree of a project that is installed in editable mode comes along (`Project`), unless the user wants none.
     """
-    if distribution.editable is not None and collector.options.ignore_editable:
-        info = distribution.info + "/"
-        mine = {*distribution.files, *(path for path in files if path.startswith(info))}
-        owners.update((path, distribution.name) for path in mine if path not in owners)
-        return Draft(distribution.name, distribution.version, "", "project", [])
-    project = Project(distribution, files) if distribution.editable is not None else None
-    if project is not None and not project.is_understood:
-        collector.problems.append(
-            f"{distribution.name} {distribution.version} is installed in editable mode from {distribution.editable}, "
-            "in a way that cannot be followed: install it without -e"
-        )
+    info = distribution.info + "/"
+    mine = dict.fromkeys((*distribution.files, *(path for path in files if path.startswith(info))))
+    mine = {path: None for path in mine if path in files and path not in owners}
+    owners.update((path, distribution.name) for path in mine)
+    draft = Draft(distribution.name, distribution.version, "", "pypi", [])
+    project = None
+    if distribution.editable is not None:
+        draft = draft._replace(kind="project")
+        if collector.options.ignore_editable:
+            return draft
+        project = project_of(distribution, files, collector.prefixes)
+    if project is not None and project.problem:
+        collector.note(project.problem, _NOT_EDITABLE)
         project = None
     items: list[Item] = []
-    info = distribution.info + "/"
-    for path in dict.fromkeys((*distribution.files, *(path for path in files if path.startswith(info)))):
-        if path not in files or path in owners:
+    for path in mine:
+        if path.startswith(info) and os.path.basename(path) in MACHINE_BOUND:
             continue
-        owners[path] = distribution.name
-        if not (path.startswith(info) and os.path.basename(path) in MACHINE_BOUND):
-            treatment = _treatment(path, info, collector)
-            if project is not None and path in project.links:
-                treatment = Moved(project.root, project.place, collector.own(path))
-            items += collector.item(path, *files[path], treatment)
+        treatment = _treatment(path, info, collector)
+        if project is not None and path in project.links:
+            treatment = project.moved(path, files[path].origin, collector.own(path))
+        items += collector.item(path, *files[path], treatment)
     if project is not None:
-        for path, found in project.files(collector.trees):
-            items += collector.item(path, *found)
-    kind = "pypi" if project is None else "project"
-    return Draft(distribution.name, distribution.version, "", kind, items)
+        items += _project_items(project, collector)
+    return draft._replace(items=items)
+
+
+def missing_files(distributions: Sequence[Distribution], files: Mapping[str, Found]) -> list[Fault]:
+    """The files that distributions recorded and that are not there."""
+    return [
+        Fault(Owner(distribution.name, distribution.version, "pip"), path)
+        for distribution in distributions
+        for path in distribution.files
+        if path not in files
+    ]
+
+
+def path_file_drafts(
+    site_path: str,
+    files: Mapping[str, Found],
+    distributions: Sequence[Distribution],
+    owners: MutableMapping[str, str],
+    collector: Collector,
+) -> list[Draft]:
+    """The drafts of projects to which ``.pth`` files in the site folder link; they take these files."""
+    if collector.options.ignore_editable:
+        return []
+    drafts = []
+    for project in linked_by_path_files(site_path, files, distributions, collector.prefixes):
+        if project.problem:
+            collector.note(project.problem, _NOT_EDITABLE)
+            continue
+        items: list[Item] = []
+        for path in project.links:
+            if path not in owners:
+                owners[path] = project.name
+                origin, node = files[path]
+                items += collector.item(path, origin, node, project.moved(path, origin, collector.own(path)))
+        drafts.append(Draft(project.name, "", "", "project", [*items, *_project_items(project, collector)]))
+    return drafts
+
+
+def _project_items(project: Project, collector: Collector) -> list[Item]:
+    items: list[Item] = []
+    sizes: dict[str, int] = {}
+    for path, (origin, node), tree in project.files(collector.trees):
+        if not stat.S_ISLNK(node.st_mode):
+            items += collector.item(path, origin, node)
+            if stat.S_ISREG(node.st_mode) and collector.options.keeps(path):
+                sizes[path] = node.st_size
+            continue
+        target = target_inside(path[len(tree.place) + 1 :], origin, [tree.root])
+        real = os.path.realpath(origin)
+        if target is not None and (project.has(real) or not os.path.exists(real)):
+            items.append(Link(path, target))
+        elif os.path.exists(real) and is_inside(real, [repository(tree.root)]):
+            # A part of the project that does not go along as such.
+            items += collector.copied(path, origin)
+        else:
+            items += collector.outside_link(path, origin)
+    problem = too_large(project, sizes, collector.options.project_limit_bytes)
+    if problem:
+        collector.note(problem, _TOO_LARGE)
+    return items
 
 
 def _treatment(path: str, info: str, collector: Collector) -> Treatment | None:

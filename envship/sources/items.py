@@ -5,20 +5,38 @@ Shared by all sources; see `envship.sources.draft` for what the items are.
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from envship.canonical import SYSTEM_PREFIXES, Own, Recorded, Treatment
+from envship import elf
+from envship.canonical import Own, Recorded, Treatment
 from envship.options import NO_OPTIONS, PackOptions
-from envship.sources.distributions import Distribution, outside_paths
 from envship.sources.draft import CodeItem, FileItem, Item
+from envship.sources.faults import Fault, report
 from envship.sources.projects import PLACE
-from envship.sources.tree import Found, Trees
+from envship.sources.symlinks import leads_back, target_inside
+from envship.sources.tree import Root, Trees
 from envship.sources.unpacked import Unpacked
-from worker_bootstrap.errors import ManifestInvalid
-from worker_bootstrap.manifest import Directory, Link
-from worker_bootstrap.paths import check_link
+from worker_bootstrap.errors import SourceProblems
+from worker_bootstrap.manifest import Directory, HardLink, Link
+
+logger = logging.getLogger("envship.sources")
+
+_SPECIAL = {
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+}
+_GO_ON = "Mend the packages, or pack them as they are: PackOptions(ignore_missing=True), --ignore-missing."
+_MAKE_READABLE = "Make these folders readable, or remove them."
+_REMOVE_SPECIAL = "Remove sockets, FIFOs and devices, or leave them out (--exclude)."
+_COPY_LINKS = (
+    "Replace links that lead outside, leave them out (--exclude), or copy what they point to: "
+    "PackOptions(copy_outside_links=True), --copy-outside-links."
+)
 
 
 class Collector:
@@ -39,6 +57,8 @@ class Collector:
     ----------
     problems
         One line for everything that cannot be packed.
+    remedies
+        What can be done about it.
     """
 
     def __init__(
@@ -53,23 +73,67 @@ class Collector:
         self.unpacked = unpacked
         self.prefixes = tuple(dict.fromkeys(prefixes))
         self.problems: list[str] = []
+        self.remedies: dict[str, None] = {}
 
     def own(self, path: str) -> Own:
         """The treatment of a file of which no installer recorded how it names its prefix."""
         return Own(self.prefixes, path)
 
-    def check_path_files(self, site_path: str, files: Mapping[str, Found], known: Sequence[Distribution]) -> None:
-        """Note the ``.pth`` files in the site folder that lead out of the environment, except for *known* projects."""
-        if self.options.ignore_editable:
-            return
-        followed = {path for distribution in known if distribution.editable is not None for path in distribution.files}
-        for path, found in files.items():
-            if path.endswith(".pth") and os.path.dirname(path) == site_path and path not in followed:
-                for folder in outside_paths(found.origin, self.prefixes):
-                    self.problems.append(f"{path} adds {folder} to the module path, outside of the environment")
+    def note(self, problem: str, remedy: str, path: str = "") -> None:
+        """Keep *problem*, which there is not where *path* stays away anyway."""
+        if not path or self.options.keeps(path):
+            self.problems.append(problem)
+            self.remedies[remedy] = None
+
+    def settle(self, prefix: str, faults: Sequence[Fault]) -> list[str]:
+        """End the collection; returns what the user chose to ignore of *faults*, one line for each package.
+
+        Raises
+        ------
+        SourceProblems
+            If anything is wrong; lists all of it.
+        """
+        if self.trees.unreadable:
+            self.problems += sorted(self.trees.unreadable)
+            self.remedies[_MAKE_READABLE] = None
+        lines = report(fault for fault in faults if self.options.keeps(fault.path))
+        if lines and not self.options.ignore_missing:
+            self.problems += lines
+            self.remedies[_GO_ON] = None
+            lines = []
+        if self.problems:
+            raise SourceProblems(prefix, self.problems, " ".join(self.remedies))
+        for line in lines:
+            logger.warning("packed all the same: %s", line)
+        return lines
 
     def item(self, path: str, origin: str, node: os.stat_result, treatment: Treatment | None = None) -> Iterator[Item]:
-        """The item of the file, link or empty folder at *origin*; none, and a problem, if there can be none."""
+        """The item of the file, link or empty folder at *origin*; none, and a problem, if there can be none.
+
+        Several, where what a link points to is copied.
+        """
+        if stat.S_ISLNK(node.st_mode):
+            yield from self._link(path, origin, ())
+        else:
+            yield from self._entry(path, origin, node, treatment)
+
+    def copied(self, path: str, origin: str, chain: tuple[str, ...] = ()) -> Iterator[Item]:
+        """The items of what the link *origin* points to, as if it lay at *path*. *chain* are the folders on the way."""
+        real = os.path.realpath(origin)
+        if not os.path.exists(real):
+            self.note(f"{path} is a symbolic link to {os.readlink(origin)}, where nothing is", _COPY_LINKS, path)
+            return
+        if os.path.isdir(real) and leads_back(real, chain):
+            self.note(f"{path} is a symbolic link to {real}, which holds the link itself", _COPY_LINKS, path)
+            return
+        for relative, node in self.trees.walk(Root(real)).items():
+            place, inner = (f"{path}/{relative}", f"{real}/{relative}") if relative else (path, real)
+            if stat.S_ISLNK(node.st_mode):
+                yield from self._link(place, inner, (*chain, real), stays_in=(path, real))
+            else:
+                yield from self._entry(place, inner, node, None)
+
+    def _entry(self, path: str, origin: str, node: os.stat_result, treatment: Treatment | None) -> Iterator[Item]:
         if stat.S_ISREG(node.st_mode):
             treatment = treatment or self.own(path)
             if self.unpacked is not None:
@@ -77,22 +141,31 @@ class Collector:
             yield FileItem(path, origin, node, treatment)
         elif stat.S_ISDIR(node.st_mode):
             yield Directory(path)
-        elif stat.S_ISLNK(node.st_mode):
-            yield from self._link(path, os.readlink(origin))
         else:
-            self.problems.append(f"{path} is neither a file nor a link")
+            kind = _SPECIAL.get(stat.S_IFMT(node.st_mode), "neither a file nor a link")
+            self.note(f"{path} is {kind}", _REMOVE_SPECIAL, path)
 
-    def _link(self, path: str, target: str) -> Iterator[Link]:
-        inside = target
-        if target.startswith("/"):
-            for prefix in self.prefixes:
-                if prefix not in SYSTEM_PREFIXES and target.startswith(prefix + "/"):
-                    inside = os.path.relpath(target[len(prefix) + 1 :], os.path.dirname(path) or ".")
-                    break
-        try:
-            yield Link(path, check_link(path, inside))
-        except ManifestInvalid:
-            self.problems.append(f"{path} is a symbolic link to {target}, outside of the environment")
+    def _link(
+        self, path: str, origin: str, chain: tuple[str, ...], stays_in: tuple[str, str] | None = None
+    ) -> Iterator[Item]:
+        if stays_in is None:
+            target = target_inside(path, origin, self.prefixes)
+        else:
+            # Within what is copied, a link is kept that leads to another part of it.
+            place, root = stays_in
+            target = target_inside(path[len(place) + 1 :], origin, [root])
+        if target is not None:
+            yield Link(path, target)
+        else:
+            yield from self.outside_link(path, origin, chain)
+
+    def outside_link(self, path: str, origin: str, chain: tuple[str, ...] = ()) -> Iterator[Item]:
+        """The items of a link that leads outside: what it points to, if the user wants that; else a problem."""
+        if self.options.copy_outside_links:
+            yield from self.copied(path, origin, chain)
+        else:
+            outside = f"{path} is a symbolic link to {os.readlink(origin)}, outside of the environment"
+            self.note(outside, _COPY_LINKS, path)
 
 
 def with_byte_code(items: Iterable[Item], library: str, cache_tag: str) -> Iterator[Item]:
@@ -119,3 +192,36 @@ def with_byte_code(items: Iterable[Item], library: str, cache_tag: str) -> Itera
             module_path=item.path,
             source_digest=treatment.digest if isinstance(treatment, Recorded) else None,
         )
+
+
+def with_hard_links(items: Iterable[Item]) -> list[Item]:
+    """*items*, sorted, in which other names of one file are links to the first of them.
+
+    For files of no package only: whether the files of a package share an inode depends on how it was installed (from
+    which cache, by link or copy), which must not show in the environment's identity.
+    """
+    first: dict[tuple[int, int], FileItem] = {}
+    found: list[Item] = []
+    for item in sorted(items, key=lambda item: item.path):
+        if isinstance(item, FileItem) and item.node.st_nlink > 1:
+            target = first.setdefault((item.node.st_dev, item.node.st_ino), item)
+            if target is not item and _reads_alike(target, item):
+                found.append(HardLink(item.path, target.path))
+                continue
+        found.append(item)
+    return found
+
+
+def _reads_alike(one: FileItem, other: FileItem) -> bool:
+    """Whether the content of a file is the same at both paths: scripts and ELF files may differ with the folder."""
+    if type(one.treatment) is not type(other.treatment):
+        return False
+    if os.path.dirname(one.path) == os.path.dirname(other.path):
+        return True
+    if one.path.startswith("bin/") or other.path.startswith("bin/"):
+        return False
+    try:
+        with open(one.origin, "rb") as file:
+            return not elf.is_elf(file.read(8))
+    except OSError:
+        return False

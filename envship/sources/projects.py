@@ -1,132 +1,197 @@
-"""Projects installed in editable mode: their source trees come along, as they are now, and the links lead to them.
+"""Source trees outside of an environment to which it links: they come along, as they are now, and the links lead there.
 
-A tree lies in the environment at ``share/envship/projects/<name>``. Understood are the two ways in which build backends
-link to a tree: lines of a ``.pth`` file, and the mapping of setuptools' finder module. Source: PEP 660.
+A tree lies in the environment at ``share/envship/projects/<name>``. Followed are the projects that are installed in
+editable mode, whatever build backend did it, and ``.pth`` files that lead outside, whoever wrote them (``conda
+develop``, a person). See `envship.sources.path_files` for the links, `envship.sources.source_tree` for the files.
 """
 
 from __future__ import annotations
 
-import ast
 import os
 import re
-import subprocess
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from envship.canonical import PLACEHOLDER, Content, Own
+from dask.utils import format_bytes
+
+from envship.canonical import SYSTEM_PREFIXES, Content, Own
+from envship.sources import path_files, source_tree
 from envship.sources.distributions import Distribution
-from envship.sources.tree import Found, Root, Trees
+from envship.sources.tree import Found, Trees
 from worker_bootstrap.manifest import Relocation
+from worker_bootstrap.relocate import PLACEHOLDER
 
 PLACE = "share/envship/projects"
+_REBUILDING = "_editable_loader.py"
+"""What meson-python writes: a module that builds the project anew whenever it is imported."""
 
-_SKIPPED = (
-    *(".git", ".hg", ".svn", ".venv", "venv", "node_modules", ".tox", ".nox", ".eggs", ".ipynb_checkpoints"),
-    *(".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis", ".idea", ".vscode"),
-)
-_MAPPING = re.compile(r"^MAPPING\b[^=]*=\s*(\{.*\})\s*$", re.MULTILINE)
-_GIT_TIMEOUT_S = 30
+
+class Tree(NamedTuple):
+    """A folder (or file) outside of the environment, and the place where it will lie."""
+
+    root: str
+    place: str
 
 
 @dataclass(frozen=True)
 class Moved:
-    """Text in which the path of a project is replaced by its place in the environment."""
+    """Text in which the paths of source trees are replaced by their places in the environment.
 
-    root: str
-    place: str
+    *path_file* is the ``.pth`` file that the text is of, whose lines may be relative; otherwise empty.
+    """
+
+    trees: tuple[Tree, ...]
     own: Own
+    path_file: str = ""
 
     @property
     def key(self) -> str:
-        return f"moved {self.root} {self.place} {self.own.key}"
+        return f"moved {self.trees} {self.path_file} {self.own.key}"
 
     def __call__(self, data: bytes) -> Content:
-        # The tree may hold the environment, or lie in it: what names the tree is replaced first.
-        moved = data.replace(os.fsencode(self.root), os.fsencode(f"{PLACEHOLDER}/{self.place}"))
-        return self.own(data) if moved == data else Content(moved, Relocation("text", PLACEHOLDER))
+        places = dict.fromkeys(self.own.prefixes, PLACEHOLDER)
+        places.update((tree.root, f"{PLACEHOLDER}/{tree.place}") for tree in self.trees)
+        text = data.decode("utf-8", "surrogateescape")
+        if self.path_file:
+            roots = [tree.root for tree in self.trees]
+            lines = path_files.lines_of(self.path_file, text)
+            text = "".join(_plain_line(line, folder, roots) for line, folder in lines)
+        # One pass, the longest first: a tree may lie in the environment's folder, or the environment in the tree.
+        names = "|".join(re.escape(name) for name in sorted(places, key=len, reverse=True))
+        moved = re.sub(rf"(?:{names})(?![\w-]|\.\w)", lambda match: places[match[0]], text)
+        relocation = Relocation("text", PLACEHOLDER) if PLACEHOLDER in moved else None
+        return Content(moved.encode("utf-8", "surrogateescape"), relocation)
 
 
 class Project:
-    """The source tree that an editable distribution links to.
+    """A project outside of the environment.
 
     Attributes
     ----------
-    root
-        Absolute path of the tree, without a trailing slash.
-    place
-        Where it will lie in the environment.
+    name
+        Of the distribution, or of the ``.pth`` file.
     links
-        Paths in the environment of the files that name the tree.
+        Paths in the environment of the files that name its trees.
+    trees
+        Where its parts lie, and will lie.
+    problem
+        Why it cannot be followed; empty if it can.
     """
 
-    def __init__(self, distribution: Distribution, files: Mapping[str, Found]) -> None:
-        url = urlsplit(distribution.editable or "")
-        self.root = os.path.normpath(unquote(url.path)) if url.scheme == "file" and url.path else ""
-        self.place = f"{PLACE}/{distribution.name}"
-        self.links: list[str] = []
-        self._parts: list[str] = []
-        for path in distribution.files:
-            named = _named_paths(files[path].origin) if path in files and path.endswith((".pth", ".py")) else []
-            inside = [name for name in named if name == self.root or name.startswith(self.root + "/")]
-            if inside:
-                self.links.append(path)
-                self._parts += inside
+    def __init__(self, name: str, links: Mapping[str, Sequence[str]], root: str = "") -> None:
+        self.name = name
+        self.links = links
+        named = source_tree.minimal([path for paths in links.values() for path in paths])
+        everything = [path for path in named if path in {*SYSTEM_PREFIXES, os.path.expanduser("~")}]
+        self.problem = f"{', '.join(links)}: {everything[0]} is too much to take along" if everything else ""
+        inside = [path for path in named if root and (path == root or path.startswith(root + "/"))]
+        self._parts: list[tuple[Tree, list[str]]] = []
+        if inside:
+            self._parts.append((Tree(root, f"{PLACE}/{name}"), inside))
+        for path in named:
+            if path not in inside:
+                number = len(self._parts)
+                place = f"{PLACE}/{name}-{number}" if number else f"{PLACE}/{name}"
+                self._parts.append((Tree(path, place), [path]))
 
     @property
-    def is_understood(self) -> bool:
-        """Whether the links were found, and all lead into the tree."""
-        return bool(self._parts)
+    def trees(self) -> tuple[Tree, ...]:
+        return tuple(tree for tree, _ in self._parts)
 
-    def files(self, trees: Trees) -> Iterator[tuple[str, Found]]:
-        """The files of the tree by their path in the environment: what git does not ignore, and compiled modules."""
-        root = Root(self.root, tuple(_environments(self.root)), _SKIPPED)
-        ignored = _ignored(self.root)
-        for relative, node in trees.walk(root).items():
-            origin = f"{self.root}/{relative}"
-            wanted = any(origin == part or origin.startswith(part + "/") for part in self._parts)
-            if wanted and (relative.endswith(".so") or not _is_in(relative, ignored)):
-                yield f"{self.place}/{relative}", Found(origin, node)
+    def files(self, trees: Trees) -> Iterator[tuple[str, Found, Tree]]:
+        """The files by their path in the environment, and the tree that each lies in."""
+        for tree, parts in self._parts:
+            for relative, found in source_tree.files_below(tree.root, parts, trees):
+                yield (tree.place if relative == "." else f"{tree.place}/{relative}"), found, tree
 
+    def has(self, path: str) -> bool:
+        """Whether what lies at *path* on this machine is part of the project."""
+        return any(path_files.is_inside(path, [part]) for _, parts in self._parts for part in parts)
 
-def _named_paths(file: str) -> list[str]:
-    """Absolute paths that a ``.pth`` file or a finder module of setuptools names."""
-    text = Path(file).read_text(encoding="utf-8", errors="surrogateescape")
-    if file.endswith(".pth"):
-        return [os.path.normpath(line) for line in text.splitlines() if line.startswith("/")]
-    found = _MAPPING.search(text) if "__editable__" in os.path.basename(file) else None
-    try:
-        mapping = ast.literal_eval(found[1]) if found else {}
-    except (ValueError, SyntaxError):
-        return []
-    # A module's entry lacks the suffix in older versions of setuptools.
-    names = [str(name) for name in mapping.values()]
-    return [name if os.path.exists(name) else f"{name}.py" for name in names]
+    def moved(self, path: str, origin: str, own: Own) -> Moved:
+        """How the link at *path*, which is the file *origin*, is treated."""
+        return Moved(self.trees, own, origin if path.endswith(".pth") else "")
 
 
-def _environments(root: str) -> Iterator[str]:
-    """Environments that lie in the tree."""
-    with os.scandir(root) as entries:
-        for entry in entries:
-            marks = ("pyvenv.cfg", "conda-meta")
-            if entry.is_dir(follow_symlinks=False) and any(os.path.exists(f"{entry.path}/{mark}") for mark in marks):
-                yield entry.name
+def project_of(distribution: Distribution, files: Mapping[str, Found], prefixes: Sequence[str]) -> Project | None:
+    """The project that an editable *distribution* links to; None if it lies in the environment anyway."""
+    url = urlsplit(distribution.editable or "")
+    root = os.path.normpath(unquote(url.path)) if url.scheme == "file" and url.path else ""
+    if root and path_files.is_inside(root, prefixes):
+        return None
+    links: dict[str, list[str]] = {}
+    problem = "in a way that cannot be followed"
+    for path in distribution.files:
+        if path not in files or not path.endswith((".pth", ".py")):
+            continue
+        if path.endswith(_REBUILDING):
+            problem = "in a way that builds it again on every import"
+            links.clear()
+            break
+        origin = files[path].origin
+        if path.endswith(".pth"):
+            named = path_files.folders_outside(origin, prefixes)
+        else:
+            named = [name for name in path_files.paths_in_module(origin) if not path_files.is_inside(name, prefixes)]
+            named = [name for name in named if _is_part(name, root)]
+        if named:
+            links[path] = named
+    project = Project(distribution.name, links, root)
+    if not links:
+        project.problem = (
+            f"{distribution.name} {distribution.version} is installed in editable mode from {distribution.editable}, "
+            + problem
+        )
+    return project
 
 
-def _ignored(root: str) -> frozenset[str]:
-    """Files and folders that git ignores, relative to *root*; none where there is no git."""
-    command = ["git", "-C", root, "ls-files", "-z", "--others", "--ignored", "--exclude-standard", "--directory"]
-    try:
-        done = subprocess.run(command, capture_output=True, timeout=_GIT_TIMEOUT_S, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return frozenset()
-    return frozenset(os.fsdecode(name).rstrip("/") for name in done.stdout.split(b"\0") if name)
+def _is_part(path: str, root: str) -> bool:
+    """Whether a path that a module names is part of the project: in its folder, or a module or package elsewhere."""
+    if root and (path + "/").startswith(root + "/"):
+        return True
+    return path.endswith(".py") or os.path.exists(f"{path}/__init__.py")
 
 
-def _is_in(relative: str, folders: Collection[str]) -> bool:
-    while relative:
-        if relative in folders:
-            return True
-        relative = os.path.dirname(relative)
-    return False
+def linked_by_path_files(
+    site_path: str, files: Mapping[str, Found], known: Sequence[Distribution], prefixes: Sequence[str]
+) -> list[Project]:
+    """The projects to which ``.pth`` files in the site folder link, except for those of *known* editable ones."""
+    followed = {path for distribution in known if distribution.editable is not None for path in distribution.files}
+    found = []
+    for path, (origin, _) in files.items():
+        if path.endswith(".pth") and os.path.dirname(path) == site_path and path not in followed:
+            folders = path_files.folders_outside(origin, prefixes)
+            if folders:
+                name = os.path.basename(path)[: -len(".pth")]
+                links = {path: folders, **dict(_egg_links(site_path, files, folders))}
+                found.append(Project(re.sub(r"[^\w.-]", "_", name) or "path", links))
+    return found
+
+
+def too_large(project: Project, sizes: Mapping[str, int], limit_bytes: int) -> str | None:
+    """What to say of a project whose files, with their *sizes*, are more than *limit_bytes*."""
+    total_bytes = sum(sizes.values())
+    if total_bytes <= limit_bytes:
+        return None
+    largest = sorted(sizes, key=lambda path: -sizes[path])[:3]
+    names = ", ".join(f"{path} ({format_bytes(sizes[path])})" for path in largest)
+    size, limit = format_bytes(total_bytes), format_bytes(limit_bytes)
+    return f"the project {project.name} holds {size}, more than {limit}; largest: {names}"
+
+
+def _egg_links(site_path: str, files: Mapping[str, Found], folders: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """What ``setup.py develop`` writes beside its line in ``easy-install.pth``."""
+    for path, (origin, _) in files.items():
+        if path.endswith(".egg-link") and os.path.dirname(path) == site_path:
+            named = [line for line in path_files.read(origin).splitlines() if line in folders]
+            if named:
+                yield path, named
+
+
+def _plain_line(line: str, folder: str | None, roots: Sequence[str]) -> str:
+    """A line of a ``.pth`` file, with the plain form of the folder that it adds if that lies in one of *roots*."""
+    if folder is None or not any(folder == root or folder.startswith(root + "/") for root in roots):
+        return line
+    return line.replace(line.strip(), folder)

@@ -6,6 +6,7 @@ change of the environment. See also `envship.scan_index`, which compares walks.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import stat
@@ -41,19 +42,22 @@ class Trees:
     ----------
     started_ns
         Wall clock before the first walk: whatever was changed later has a later time stamp.
+    unreadable
+        One line for every folder that could not be looked into.
     """
 
     def __init__(self) -> None:
         self.started_ns = time.time_ns()
+        self.unreadable: list[str] = []
         self._walked: dict[Root, Mapping[str, os.stat_result]] = {}
 
     def walk(self, root: Root) -> Mapping[str, os.stat_result]:
         """Relative path to `lstat` result of every file, link and empty folder; ``""`` for a root that is a file.
 
-        A root that does not exist has no files; a folder that cannot be read raises `OSError`.
+        A root that does not exist has no files; a folder that cannot be read is `unreadable`.
         """
         if root not in self._walked:
-            self._walked[root] = _walk(root)
+            self._walked[root] = _walk(root, self.unreadable)
         return self._walked[root]
 
     def found(self, root: Root, place: str = "") -> dict[str, Found]:
@@ -79,7 +83,7 @@ class Trees:
         found = []
         for root, before in self._walked.items():
             try:
-                now = _walk(root)
+                now = _walk(root, [])
             except OSError as error:
                 found.append(str(error.filename or root.path))
                 continue
@@ -105,7 +109,7 @@ def is_settled(node: os.stat_result, started_ns: int) -> bool:
     return changed_ns < started_ns - tick_ns
 
 
-def _walk(root: Root) -> dict[str, os.stat_result]:
+def _walk(root: Root, unreadable: list[str]) -> dict[str, os.stat_result]:
     try:
         node = os.lstat(root.path)
     except FileNotFoundError:
@@ -118,17 +122,24 @@ def _walk(root: Root) -> dict[str, os.stat_result]:
     waiting = [("", root.path)]
     while waiting:
         relative, folder = waiting.pop()
-        with os.scandir(folder) as entries:
-            is_empty = True
-            for entry in entries:
-                is_empty = False
-                name = entry.name
-                if name in names or relative + name in paths:
-                    continue
-                if entry.is_dir(follow_symlinks=False):
-                    waiting.append((relative + name + "/", entry.path))
-                else:
-                    found[relative + name] = entry.stat(follow_symlinks=False)
-        if is_empty and relative:
-            found[relative[:-1]] = os.lstat(folder)
+        try:
+            with os.scandir(folder) as entries:
+                is_empty = True
+                for entry in entries:
+                    is_empty = False
+                    name = entry.name
+                    if name in names or relative + name in paths:
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append((relative + name + "/", entry.path))
+                        continue
+                    # Gone by now: as if it had gone a moment earlier.
+                    with contextlib.suppress(FileNotFoundError):
+                        found[relative + name] = entry.stat(follow_symlinks=False)
+            if is_empty and relative:
+                found[relative[:-1]] = os.lstat(folder)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            unreadable.append(f"{folder} cannot be read: {error.strerror}")
     return dict(sorted(found.items()))

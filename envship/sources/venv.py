@@ -12,23 +12,19 @@ from pathlib import Path
 
 from envship.options import PackOptions
 from envship.sources.base import base_draft, base_roots
-from envship.sources.distributions import Distribution, read_distributions
+from envship.sources.distributions import Distribution, is_byte_code, read_distributions
 from envship.sources.draft import Draft, Item, Plan
-from envship.sources.installed import distribution_draft
+from envship.sources.installed import distribution_draft, missing_files, path_file_drafts
 from envship.sources.interpreter import Interpreter, ask
 from envship.sources.items import Collector, with_byte_code
 from envship.sources.tree import Found, Root, Trees
-from worker_bootstrap.errors import NotAnEnvironment, SourceProblems
+from worker_bootstrap.errors import NotAnEnvironment
 
 _LEFT_OUT = re.compile(
     r"pyvenv\.cfg|\.lock|\.gitignore|CACHEDIR\.TAG|lib64|include|include/python[0-9.]*t?|bin/(?:python|pypy)[0-9.]*t?|bin/[Aa]ctivate.*"
-    r"|bin/deactivate.*|bin/pydoc\.bat|(?:.*/)?(?:\.DS_Store|[^/]*\.log|[^/]*\.pyc|[^/]*~|_virtualenv\.(?:pth|py))"
+    r"|bin/deactivate.*|bin/pydoc\.bat|(?:.*/)?(?:\.DS_Store|[^/]*\.log|[^/]*~|_virtualenv\.(?:pth|py))"
 )
 """What makes a folder a venv, which the prefix is not any more; caches and logs."""
-_REMEDY = (
-    "Reinstall the packages named (pip install --force-reinstall NAME), or, where files are missing only, pack what is "
-    "there: PackOptions(ignore_missing=True), --ignore-missing."
-)
 
 
 def plan_venv(prefix: Path, trees: Trees, options: PackOptions) -> Plan:
@@ -50,20 +46,12 @@ def plan_venv(prefix: Path, trees: Trees, options: PackOptions) -> Plan:
         trees.walk(root)
     files, distributions = _installed(prefix, f"{library}/site-packages", interpreter, trees)
     collector = Collector(_spellings(prefix, interpreter), trees, options)
-    collector.check_path_files(f"{library}/site-packages", files, distributions)
-    faults = [
-        f"{distribution.name} {distribution.version}: {path} is missing"
-        for distribution in distributions
-        for path in distribution.files
-        if path not in files
-    ]
     drafts = [base_draft(interpreter, trees, collector)]
     owners = {item.path: "python" for item in drafts[0].items}
     drafts += [distribution_draft(distribution, files, owners, collector) for distribution in distributions]
+    drafts += path_file_drafts(f"{library}/site-packages", files, distributions, owners, collector)
     drafts.append(_unowned(files, owners, collector))
-    problems = collector.problems + ([] if options.ignore_missing else faults)
-    if problems:
-        raise SourceProblems(str(prefix), problems, _REMEDY)
+    ignored = collector.settle(str(prefix), missing_files(distributions, files))
     return Plan(
         prefix=str(prefix),
         prefixes=collector.prefixes,
@@ -74,7 +62,7 @@ def plan_venv(prefix: Path, trees: Trees, options: PackOptions) -> Plan:
         drafts=[
             draft._replace(items=list(with_byte_code(draft.items, library, interpreter.cache_tag))) for draft in drafts
         ],
-        problems=faults,
+        problems=ignored,
     )
 
 
@@ -134,6 +122,6 @@ def _spellings(prefix: Path, interpreter: Interpreter) -> list[str]:
 def _unowned(files: Mapping[str, Found], owners: Mapping[str, str], collector: Collector) -> Draft:
     items: list[Item] = []
     for path, found in files.items():
-        if path not in owners and _LEFT_OUT.fullmatch(path) is None:
+        if path not in owners and _LEFT_OUT.fullmatch(path) is None and not is_byte_code(path, files):
             items += collector.item(path, *found)
     return Draft("", "", "", "files", items)
