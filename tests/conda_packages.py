@@ -2,8 +2,9 @@
 
 rattler-build makes the packages (with conda's long placeholder, ``paths.json`` and all), rattler installs them; both
 are libraries on PyPI, so that no conda, channel or compiler is needed. The package ``python`` is the interpreter that
-runs this. The others have one of everything that relocation meets: a binary file, text files, a script, a chain of
-links, a ``noarch: python`` package with an entry point, an activation script.
+runs this. The others have one of everything that relocation meets: binary files (a compiled library, where there is a
+compiler), text files, scripts, a module, a chain of links, a ``noarch: python`` package with an entry point, an
+activation script.
 """
 
 from __future__ import annotations
@@ -54,12 +55,23 @@ mkdir -p $PREFIX/lib $PREFIX/bin $PREFIX/share/libmini $PREFIX/etc/conda/activat
 printf '\177MINI\000\001%s/share:%s/lib\000tail\000' "$PREFIX" "$PREFIX" > $PREFIX/lib/libmini.so.1.0.0
 ln -s libmini.so.1.0.0 $PREFIX/lib/libmini.so.1
 ln -s libmini.so.1 $PREFIX/lib/libmini.so
+printf '\177MINI\000\001at the end: %s/end' "$PREFIX" > $PREFIX/share/libmini/end.bin
+if command -v cc > /dev/null; then
+  printf 'const char *place(void) { return "%s/share:%s/lib"; }\n' "$PREFIX" "$PREFIX" > place.c
+  cc -shared -fPIC -o $PREFIX/lib/libplace.so place.c
+fi
 printf '[libmini]\nprefix=%s\n' "$PREFIX" > $PREFIX/share/libmini/libmini.conf
+mkdir -p $PREFIX/lib/pkgconfig
+printf 'prefix=%s\nName: libmini\n' "$PREFIX" > $PREFIX/lib/pkgconfig/libmini.pc
+printf '#!%s/bin/python -I\nimport sys\nprint(sys.prefix, sys.flags.isolated)\n' "$PREFIX" > $PREFIX/bin/mini-isolated
+printf '#!%s/bin/mini-prefix -x\n' "$PREFIX" > $PREFIX/bin/mini-other
+chmod +x $PREFIX/bin/mini-isolated $PREFIX/bin/mini-other
 printf '#!%s/bin/python\nimport sys\nprint(sys.prefix)\n' "$PREFIX" > $PREFIX/bin/mini-prefix
 chmod +x $PREFIX/bin/mini-prefix
 printf 'export LIBMINI_DATA=%s/share/libmini\n' "$PREFIX" > $PREFIX/etc/conda/activate.d/libmini.sh
 mkdir -p $PREFIX/{library}/site-packages/libmini
 printf 'VERSION = "1.0"\n' > $PREFIX/{library}/site-packages/libmini/__init__.py
+printf 'PREFIX = "%s"\n' "$PREFIX" > $PREFIX/{library}/site-packages/libmini/config.py
 $PREFIX/bin/python -m compileall -q $PREFIX/{library}/site-packages/libmini
 """
 

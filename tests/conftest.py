@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from envship.environment import Environment
+from envship.pack import pack
 from worker_bootstrap.store import Store
 
 from .cluster import base_venv, client_store, lab, onlyhere, packed, prefixes, warm_stores
@@ -49,3 +51,9 @@ def conda_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     pair = folder / "env", folder / "at" / "a-longer-path" / "environment"
     conda_environments(folder, *pair)
     return pair
+
+
+@pytest.fixture(scope="session")
+def conda_environment(conda_pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """The first of the pair, packed into a store where nothing is ever built: build it in a store that reads this."""
+    return pack(conda_pair[0], store=Store(tmp_path_factory.mktemp("conda-chunks") / "store"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -45,3 +47,23 @@ def conda_environments(folder: Path, *prefixes: Path) -> None:
         [sys.executable, str(script), str(folder), *map(str, prefixes)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def copy_of(original: Path, target: Path) -> Path:
+    """A copy of the environment at *original*, moved: its text files name *target*."""
+    shutil.copytree(original, target, symlinks=True)
+    old, new = os.fsencode(original), os.fsencode(target)
+    for path in target.rglob("*"):
+        if path.is_file() and not path.is_symlink() and path.suffix != ".json":
+            data = path.read_bytes()
+            if b"\0" not in data and old in data:
+                path.write_bytes(data.replace(old, new))
+    return target
+
+
+def said(*command: object, **environ: str) -> str:
+    """What *command* prints, with no variable of ours but *environ*."""
+    clean = {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", **environ}
+    done = subprocess.run([*map(str, command)], env=clean, capture_output=True, text=True, check=False, cwd="/")
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
