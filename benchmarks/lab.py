@@ -167,15 +167,16 @@ class Lab:
         """Bytes per second that one TCP connection brings from *source* to *target*, as iperf3 measures it."""
         self.start("iperf-server", target, ["iperf3", "--server"], os.environ)
         command = ["iperf3", "--client", self.address(target), "--json", "--time", str(IPERF_SECONDS), "--omit", "1"]
-        deadline = time.monotonic() + STOP_TIMEOUT_S
+        deadline = time.monotonic() + 6 * STOP_TIMEOUT_S
         while True:
-            with suppress(LabError):
+            with suppress(LabError, ValueError, KeyError):
                 report = json.loads(self.run("iperf", source, command, os.environ, timeout_s=60))
+                rate = float(report["end"]["sum_received"]["bits_per_second"]) / 8
                 break
             if time.monotonic() > deadline:
                 raise LabError(f"iperf3 from {source} to {target} failed:\n{self.log('iperf')[-2000:]}")
         self.stop("iperf-server")
-        return float(report["end"]["sum_received"]["bits_per_second"]) / 8
+        return rate
 
     def carried_bytes(self, host: str) -> tuple[int, int]:
         """(sent, received) on the link of *host* so far, headers included."""

@@ -3,43 +3,153 @@
     python benchmarks/spread_client.py METHOD ADDRESS HOSTS ARGUMENT…
 
 Methods are the functions of `METHODS`. Each waits until the cluster is complete, then takes the time of one way to
-bring the same bytes to every host.
+bring the same bytes to every host, or of tasks beside it.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from distributed import Client
+from distributed import Client, wait
 
 READY_TIMEOUT_S = 300
+PROBE_S = 0.01
+PART_BYTES = 1 << 18
 
 
-def stage(client: Client, hosts: int, environment_id: str) -> dict[str, Any]:
+def stage(client: Client, hosts: int, environment_id: str, rate_limit: str = "") -> dict[str, Any]:
     """envship: chunks only, nothing is built."""
+    import dask
+
+    ready(client, hosts)
+    client.run_on_scheduler(start_probe)
+    time.sleep(1)
+    idle = client.run_on_scheduler(read_probe)
+    began = time.time()
+    with dask.config.set({"envship.rate-limit": rate_limit or None}):
+        result = client.stage_environment(environment_id, build=False, progress=False)
+    seconds = time.time() - began
+    busy = client.run_on_scheduler(read_probe)
+    return {
+        "began": began,
+        "seconds": seconds,
+        "uploaded_bytes": result.uploaded_bytes,
+        "phases": result.seconds,
+        "lag_p99_ms": busy["lag_p99_ms"],
+        "idle_lag_p99_ms": idle["lag_p99_ms"],
+        "growth_mb": busy["growth_mb"],
+    }
+
+
+def ready(client: Client, hosts: int) -> None:
+    """Wait until every host has an agent."""
     import envship  # noqa: F401  # adds the methods
 
     deadline = time.monotonic() + READY_TIMEOUT_S
     while len(client.environment_status().hosts) < hosts + 1:  # and the scheduler's
         if time.monotonic() > deadline:
             raise TimeoutError("not every host has joined")
-        time.sleep(0.2)
-    began = time.time()
-    result = client.stage_environment(environment_id, build=False, progress=False)
-    return {
-        "began": began,
-        "seconds": time.time() - began,
-        "uploaded_bytes": result.uploaded_bytes,
-        "uploaded_chunks": result.uploaded_chunks,
-        "phases": result.seconds,
+        time.sleep(0.5)
+
+
+async def start_probe(dask_scheduler: Any) -> None:
+    """In the scheduler: see every hundredth of a second how late the event loop is, and how much memory there is."""
+    import asyncio
+    import gc
+    import time
+
+    gc.collect()
+    samples: list[float] = []
+    sizes: list[float] = []
+    dask_scheduler.spread_probe = (samples, sizes)
+
+    def resident_mb() -> float:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096 / 1e6
+
+    async def look() -> None:
+        while True:
+            due = time.perf_counter() + 0.01
+            await asyncio.sleep(0.01)
+            samples.append(time.perf_counter() - due)
+            if len(samples) % 20 == 1:
+                sizes.append(resident_mb())
+
+    dask_scheduler.spread_task = asyncio.ensure_future(look())
+
+
+async def read_probe(dask_scheduler: Any) -> dict[str, float]:
+    """What `start_probe` has seen since the last reading."""
+    samples, sizes = dask_scheduler.spread_probe
+    late = sorted(samples)
+    seen = {
+        "lag_p99_ms": 1000 * late[int(len(late) * 0.99)] if late else 0.0,
+        "growth_mb": max(sizes) - sizes[0] if sizes else 0.0,
     }
+    samples.clear()
+    del sizes[1:]
+    return seen
 
 
-METHODS = {"stage": stage}
+def scatter(client: Client, hosts: int, path: str) -> dict[str, Any]:
+    """Dask's own broadcast."""
+    blob = Path(path).read_bytes()
+    began = time.time()
+    future = client.scatter(blob, broadcast=True, timeout=600)
+    wait(future)
+    return {"seconds": time.time() - began}
+
+
+def upload_file(client: Client, hosts: int, path: str) -> dict[str, Any]:
+    """Dask's own distribution of files."""
+    began = time.time()
+    client.upload_file(path, load=False)
+    return {"seconds": time.time() - began}
+
+
+def tasks(client: Client, hosts: int, environment_id: str, rate_limit: str) -> dict[str, Any]:
+    """A stream of small tasks, and an exchange of all workers with all: alone, and while an environment spreads."""
+    ready(client, hosts)
+    alone = throughput(client, hosts, 12.0)
+    answer: dict[str, Any] = {}
+    staging = threading.Thread(target=lambda: answer.update(stage(client, hosts, environment_id, rate_limit)))
+    staging.start()
+    time.sleep(3)
+    beside = throughput(client, hosts, 12.0)
+    still_going = staging.is_alive()
+    staging.join()
+    again = throughput(client, hosts, 12.0)
+    return {"alone": alone, "beside": beside, "again": again, "overlapped": still_going, "staging": answer}
+
+
+def throughput(client: Client, hosts: int, seconds: float) -> dict[str, float]:
+    """Small tasks, and bytes exchanged, per second."""
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds / 2:
+        wait(client.map(abs, range(200), pure=False))
+        count += 200
+    small = count / (time.perf_counter() - began)
+    began, moved = time.perf_counter(), 0
+    names = list(client.scheduler_info(n_workers=-1)["workers"])
+    while time.perf_counter() - began < seconds / 2:
+        parts = [client.submit(bytes, PART_BYTES, workers=[name], pure=False) for name in names for _ in range(4)]
+        sums = [client.submit(lengths, parts, workers=[name], pure=False) for name in names]
+        client.gather(sums)
+        moved += (len(names) - 1) * len(parts) * PART_BYTES
+    return {"tasks_per_s": small, "exchanged_mb_per_s": moved / 1e6 / (time.perf_counter() - began)}
+
+
+def lengths(parts: Any) -> int:
+    """What a task of the exchange makes of the parts that it fetched."""
+    return sum(map(len, parts))
+
+
+METHODS = {"stage": stage, "scatter": scatter, "upload_file": upload_file, "tasks": tasks}
 
 
 def main() -> None:
@@ -52,5 +162,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     main()

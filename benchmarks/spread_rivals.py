@@ -1,0 +1,116 @@
+"""What people would do instead of envship to bring one file to every host of a `benchmarks.lab`.
+
+Each function returns the seconds until the last host has the file. Dask's own ways are in `benchmarks.spread_client`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from benchmarks.lab import Lab, LabError
+
+PIECE_BYTES = 1 << 20
+TIMEOUT_S = 900.0
+
+
+def copy_to_each(lab: Lab, hosts: Sequence[str], file: Path) -> float:
+    """``scp`` from the client's machine to each host, to all of them at the same time."""
+    folder = lab.folder / "ssh"
+    folder.mkdir()
+    Path("/run/sshd").mkdir(exist_ok=True)
+    lab.run("keygen", "client", ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / "key"], os.environ)
+    shutil.copy(folder / "key.pub", folder / "authorized")
+    for path in (folder / "key", folder / "authorized"):
+        path.chmod(0o600)
+    quiet = ["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR"]
+    login = ["-i", str(folder / "key"), *quiet]
+    for name in hosts:
+        options = ["StrictModes=no", "UsePAM=no", f"AuthorizedKeysFile={folder / 'authorized'}"]
+        settings = [part for option in options for part in ("-o", option)]
+        keys = ["-h", str(folder / "key"), "-f", "/dev/null", *settings]
+        lab.start(f"sshd-{name}", name, [shutil.which("sshd") or "/usr/sbin/sshd", "-D", "-e", *keys], os.environ)
+    for name in hosts:
+        _until_listening(lab, ["ssh", *login, f"root@{lab.address(name)}", "true"])
+    began = time.time()
+    copies = {}
+    for name in hosts:
+        target = f"root@{lab.address(name)}:{lab.folder / name / 'copy'}"
+        (lab.folder / name).mkdir(exist_ok=True)
+        copies[name] = lab.start(f"scp-{name}", "client", ["scp", "-q", *login, file, target], os.environ)
+    for name, process in copies.items():
+        lab.wait(f"scp-{name}", process, TIMEOUT_S)
+    seconds = time.time() - began
+    lab.stop(*(f"sshd-{name}" for name in hosts))
+    for name in hosts:
+        (lab.folder / name / "copy").unlink()
+    return seconds
+
+
+def torrent(lab: Lab, hosts: Sequence[str], file: Path) -> float:
+    """BitTorrent: ``aria2c`` on every host and on the client's machine, which find each other by local discovery."""
+    description = lab.folder / "file.torrent"
+    description.write_bytes(_metainfo(file))
+    hook = lab.folder / "done"
+    hook.write_text('#!/bin/sh\ntouch "$(dirname "$3").complete"\n')
+    hook.chmod(0o755)
+    common = ["--enable-dht=false", "--bt-enable-lpd=true", "--file-allocation=none", "--seed-ratio=0.0"]
+    common += ["--bt-hash-check-seed=false", "--check-certificate=false", f"--on-bt-download-complete={hook}"]
+    for name in ("client", *hosts):
+        with suppress(LabError):
+            lab.run("route", name, ["ip", "route", "add", "239.0.0.0/8", "dev", "eth0"], os.environ)
+    seed = ["aria2c", *common, f"--dir={file.parent}", "--check-integrity=true", description]
+    lab.start("seed", "client", seed, os.environ)
+    time.sleep(5)  # it hashes the whole file before it serves
+    began = time.time()
+    for name in hosts:
+        folder = lab.folder / name / "torrent"
+        folder.mkdir(parents=True)
+        lab.start(f"aria-{name}", name, ["aria2c", *common, f"--dir={folder}", description], os.environ)
+    waiting = {lab.folder / name / "torrent.complete" for name in hosts}
+    while waiting:
+        waiting = {mark for mark in waiting if not mark.exists()}
+        if time.time() - began > TIMEOUT_S:
+            raise LabError(f"BitTorrent is not done after {TIMEOUT_S:.0f} s")
+        time.sleep(0.05)
+    seconds = time.time() - began
+    lab.stop("seed", *(f"aria-{name}" for name in hosts))
+    for name in hosts:
+        shutil.rmtree(lab.folder / name / "torrent")
+    return seconds
+
+
+def _until_listening(lab: Lab, command: Sequence[str]) -> None:
+    deadline = time.time() + 30
+    while True:
+        try:
+            lab.run("ssh", "client", command, os.environ)
+            return
+        except LabError:
+            if time.time() > deadline:
+                raise
+            time.sleep(0.2)
+
+
+def _metainfo(file: Path) -> bytes:
+    """A torrent of one file, without trackers. Source: BEP 3."""
+    pieces = []
+    with open(file, "rb") as stream:
+        while piece := stream.read(PIECE_BYTES):
+            pieces.append(hashlib.sha1(piece, usedforsecurity=False).digest())
+    fields = {"length": file.stat().st_size, "name": file.name, "piece length": PIECE_BYTES, "pieces": b"".join(pieces)}
+    return b"d4:info" + _bencoded(fields) + b"e"
+
+
+def _bencoded(value: object) -> bytes:
+    if isinstance(value, dict):
+        return b"d" + b"".join(_bencoded(key) + _bencoded(value[key]) for key in sorted(value)) + b"e"
+    if isinstance(value, int):
+        return b"i%de" % value
+    data = value if isinstance(value, bytes) else str(value).encode()
+    return b"%d:%s" % (len(data), data)
