@@ -2,11 +2,11 @@
 
     python benchmarks/spread.py [--hosts 2,4,8,16] [--json FILE] [--svg FILE] …
 
-Makes a laboratory of network namespaces, one for each host, for the scheduler and for the client, each behind a link
-of its own whose rate ``tc tbf`` limits in both directions, measures that rate with ``iperf3`` (b), starts a real
-``dask scheduler`` and real ``dask worker`` processes there, and spreads the chunks of a real environment (F bytes on
-the wire). Nothing is built: all hosts share the processors and the disk of this machine. For the same reason, links must be
-slow enough for the processors not to be the limit; the load is measured and printed.
+Makes a laboratory of network namespaces, one for each host, for the scheduler and for the client, each behind a link of
+its own whose rate ``tc tbf`` limits in both directions, and measures that rate with ``iperf3`` (b). There it starts a
+real ``dask scheduler`` and real ``dask worker`` processes, and spreads the chunks of a real environment (F bytes on the
+wire). Nothing is built: all hosts share the processors and the disk of this machine. For the same reason, links must
+be slow enough for the processors not to be the limit; the load is measured and printed.
 
 Needs Linux, root, ``ip`` and ``tc`` (package iproute2) and ``iperf3``; for the comparisons also ``ssh``, ``scp``,
 ``sshd`` (openssh-client, openssh-server) and ``aria2c`` (aria2), each of which is left out where it is missing.

@@ -130,6 +130,7 @@ class Swarm:
         self._sequence = 0
         self._waiting: deque[tuple[SwarmHost, Callable[[Batch | None], None], float]] = deque()
         self._stirring = False
+        self._busy: dict[str, int] = {}
         self._place = place
         for number in range(hosts):
             self.join(number)
@@ -151,10 +152,12 @@ class Swarm:
 
     def upload(self) -> None:
         """The client begins to upload what nobody has."""
+        self.tracker.withdraw("client")
         absent = self.tracker.absent(self.chunks)
         plan = self._timed(lambda: self.tracker.plan_uploads(absent))
         self.tracker.promise("client", absent)
         pending = iter(plan)
+        self._busy = dict.fromkeys((upload.address for upload in plan), 0)
         for _ in range(UPLOADS):
             self._send_next(pending)
 
@@ -323,16 +326,21 @@ class Swarm:
         upload: Upload | None = next(pending, None)
         if upload is None:
             return
-        host = self.by_address[upload.address]
+        address = min(self._busy, key=lambda a: (self._busy[a], a != upload.address))
+        self._busy[address] += 1
+        host = self.by_address[address]
         size_bytes = sum(self.chunks[digest] for digest in upload.digests) * COMPRESSION
         self.uploaded_bytes += size_bytes
 
         def arrived() -> None:
+            self._busy[address] -= 1
             self._call(self._kept(host, upload))
             self._send_next(pending)
 
         if host.alive:
             self._send(self.client_up, host.down, size_bytes, arrived)
+        else:  # whoever is dead stays busy, so the rest goes to others
+            self.at(self.now_s + CALL_S, lambda: self._send_next(pending))
 
     def _kept(self, host: SwarmHost, upload: Upload) -> Callable[[], None]:
         def tell() -> None:

@@ -222,6 +222,7 @@ def _terms(scheduler: bool | None, timeout: str | float | None) -> dict[str, Any
         "commit_timeout_s": commit,
         "keep_warm": config.keep_warm(),
         "link_mode": config.link_mode(),
+        "rate_limit": config.rate_limit(),
     }
 
 

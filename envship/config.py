@@ -14,6 +14,7 @@ import dask.config
 import yaml
 from dask.utils import parse_bytes, parse_timedelta
 
+from worker_bootstrap.courtesy import own_rate
 from worker_bootstrap.errors import SettingInvalid
 
 LinkMode = Literal["auto", "reflink", "hardlink", "copy"]
@@ -133,6 +134,38 @@ def timeout_s(phase: Timeout) -> float:
     if not seconds > 0:
         raise SettingInvalid(name, value, "a duration over 0")
     return seconds
+
+
+def rate_limit() -> float | None:
+    """Bytes per second that chunks may take of a host's network, in each direction, or None for no limit.
+
+    Raises
+    ------
+    SettingInvalid
+        If ``envship.rate-limit`` is not a size over 0.
+    """
+    return own_rate()
+
+
+def topology() -> dict[str, list[str]]:
+    """Places, and the patterns of names that say who stands there; empty if machines speak for themselves.
+
+    Raises
+    ------
+    SettingInvalid
+        If ``envship.topology`` is neither a place nor a mapping of places to patterns.
+    """
+    value = _get("topology")
+    if value is None or isinstance(value, str):
+        return {}
+    rule = "a place such as 'site/rack', a mapping of places to lists of patterns, or null"
+    if not isinstance(value, dict):
+        raise SettingInvalid("topology", value, rule)
+    for place, patterns in value.items():
+        texts = isinstance(patterns, (list, tuple)) and all(isinstance(pattern, str) for pattern in patterns)
+        if not isinstance(place, str) or not texts:
+            raise SettingInvalid("topology", value, rule)
+    return {place: list(patterns) for place, patterns in value.items()}
 
 
 def progress() -> bool | None:

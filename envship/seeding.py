@@ -19,6 +19,7 @@ from envship import config
 from envship.bundle import read_bundle
 from envship.environment import Environment
 from worker_bootstrap import mounts
+from worker_bootstrap.courtesy import Pace
 from worker_bootstrap.digest import Digest, EnvironmentId
 from worker_bootstrap.errors import EnvironmentMissing, EnvshipError, TransferError
 from worker_bootstrap.relay import RelayedChunks
@@ -113,6 +114,7 @@ class Seeding:
             manifest=None if environment is None else environment.manifest.to_bytes(),
             avoid=sorted(self._avoid),
             client=self._name,
+            topology=config.topology(),
             places=[(list(place), extents) for place, extents in self._places()],
         )
         if offer and environment is None:
@@ -174,6 +176,7 @@ class Seeding:
     async def _upload(self, environment: Environment, plan: Sequence[Upload]) -> list[Digest]:
         sizes = environment.manifest.chunks
         total = sum(sizes[digest] for upload in plan for digest in upload.digests)
+        pace = Pace(config.rate_limit())
         done = 0
 
         def road(address: str) -> PeerChunks:
@@ -183,6 +186,7 @@ class Seeding:
             return await road(address).held(address, digests)
 
         async def put(address: str, chunks: Sequence[EncodedChunk]) -> list[Digest]:
+            await pace.spend(sum(len(chunk.payload) for chunk in chunks))
             kept = await road(address).put(address, chunks)
             self.uploaded_bytes += sum(len(chunk.payload) for chunk in chunks)
             self.uploaded_chunks += len(chunks)

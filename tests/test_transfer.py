@@ -144,7 +144,7 @@ def test_chunks_are_transcoded_for_a_peer_without_zstd(tmp_path: Path) -> None:
     digest = store.write_chunk(data)
 
     async def main() -> None:
-        reply = await ChunkServer(store).get_chunks([digest], ["zlib", "raw"])
+        reply = await ChunkServer(store).get_chunks(None, [digest], ["zlib", "raw"])
         [(name, codec_name, payload)] = reply["chunks"]
         assert (name, codec_name) == (digest, "zlib")
         assert codec.decode(bytes(wire.payload_of(payload)), codec_name, len(data)) == data
@@ -506,7 +506,7 @@ def test_a_call_cancelled_in_the_middle_does_not_poison_the_connection(tmp_path:
             if first in digests:
                 entered.set()
                 await released.wait()
-            return await serve(digests, accept)
+            return await serve(None, digests, accept)
 
         async with Peer({"envship_get_chunks": get_chunks}) as agent, Peer({}) as receiver:
             task = asyncio.ensure_future(receiver.chunks().get(agent.address, [first]))

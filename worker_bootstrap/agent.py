@@ -17,7 +17,7 @@ import sys
 from collections.abc import Awaitable, Mapping
 from typing import Any, Callable
 
-from worker_bootstrap import activation, carry, codec
+from worker_bootstrap import activation, carry, codec, topology
 from worker_bootstrap.digest import Digest, EnvironmentId
 from worker_bootstrap.errors import EnvironmentMissing, EnvshipError
 from worker_bootstrap.interpreter import (
@@ -101,7 +101,7 @@ class Agent:
             "envship_rejoin": self.rejoin,
             "envship_wait_out": self.wait_out,
         }
-        chunks = ChunkServer(self.store, on_received=self.provision.arrived)
+        chunks = ChunkServer(self.store, on_received=self.provision.arrived, pace=self.provision.sending)
         return {**{name: answering(method) for name, method in own.items()}, **chunks.handlers()}
 
     # -- what the coordinator asks for
@@ -114,6 +114,8 @@ class Agent:
             "role": self.role,
             "host_id": self.store.host_id,
             "hostname": socket.gethostname(),
+            "place": topology.own_place(),
+            "machine": topology.machine(socket.gethostname()),
             "pid": os.getpid(),
             "token": PROCESS_TOKEN,
             "environment_id": self.environment_id,
@@ -144,9 +146,18 @@ class Agent:
         return await asyncio.to_thread(look)
 
     async def provide(
-        self, environment_id: str, manifest: bytes | None = None, link_mode: str = "auto", chunks_only: bool = False
+        self,
+        environment_id: str,
+        manifest: bytes | None = None,
+        link_mode: str = "auto",
+        chunks_only: bool = False,
+        rate_limit: float | None = None,
     ) -> dict[str, Any]:
-        """Fetch what is missing and, unless *chunks_only*, build; returns the seconds that each took."""
+        """Fetch what is missing and, unless *chunks_only*, build; returns the seconds that each took.
+
+        From now on, chunks are sent and received at no more than *rate_limit* bytes per second.
+        """
+        self.provision.limit(rate_limit)
         return await self.provision.provide(EnvironmentId(environment_id), manifest, link_mode, chunks_only)
 
     async def prepare(self, environment_id: str | None, options: Mapping[str, Any]) -> dict[str, Any]:

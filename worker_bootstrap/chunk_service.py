@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from worker_bootstrap import codec
+from worker_bootstrap.courtesy import Pace, step_back
 from worker_bootstrap.digest import Digest, is_digest
 from worker_bootstrap.errors import ChunkInvalid, ChunkMissing, EnvshipError, ProtocolBroken, TransferError
 from worker_bootstrap.store import Store
@@ -53,6 +54,8 @@ class ChunkServer:
         The store of this host.
     on_received
         Called on the event loop with the digests that a peer has put here.
+    pace
+        How fast chunks may be sent.
 
     Notes
     -----
@@ -60,8 +63,14 @@ class ChunkServer:
     answer errors in words, never by raising, because Dask sends exceptions pickled.
     """
 
-    def __init__(self, store: Store, on_received: Callable[[list[Digest]], object] | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        on_received: Callable[[list[Digest]], object] | None = None,
+        pace: Pace | None = None,
+    ) -> None:
         self._store = store
+        self._pace = pace or Pace()
         self._on_received = on_received
 
     def handlers(self) -> dict[str, Callable[..., Awaitable[dict[str, Any]]]]:
@@ -73,12 +82,14 @@ class ChunkServer:
             "envship_check_chunks": self.check_chunks,
         }
 
-    async def get_chunks(self, digests: Any = (), accept: Any = ()) -> dict[str, Any]:
+    async def get_chunks(self, comm: Any, digests: Any = (), accept: Any = ()) -> dict[str, Any]:
         """Chunks in codecs that the peer accepts; those that this store lacks are left out."""
         try:
             found = await asyncio.to_thread(read_chunks, self._store, _checked(digests), _codec_names(accept))
         except (EnvshipError, ValueError, OSError) as error:
             return _refusal(error)
+        step_back(comm, self._pace.rate)
+        await self._pace.spend(sum(len(chunk.payload) for chunk in found))
         rows = [(chunk.digest, chunk.codec, frame(chunk.payload)) for chunk in found]
         return {"status": "OK", "chunks": rows}
 
@@ -116,12 +127,13 @@ class PeerChunks:
     """The chunk operations of other agents, called over *pool* (``server.rpc`` or ``client.rpc``).
 
     Every method raises `TransferError`, naming the peer, if the peer cannot be reached in *timeout_s* or breaks the
-    protocol.
+    protocol. What is got is counted on *pace*: the next call waits as long as this one was too fast.
     """
 
-    def __init__(self, pool: Any, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(self, pool: Any, timeout_s: float = TIMEOUT_S, pace: Pace | None = None) -> None:
         self._pool = pool
         self._timeout_s = timeout_s
+        self._pace = pace or Pace()
 
     async def get(self, address: str, digests: Sequence[Digest]) -> list[EncodedChunk]:
         """Those of *digests* that the peer holds, unverified, in codecs that this process can decode."""
@@ -131,6 +143,7 @@ class PeerChunks:
         wanted = set(digests)
         if len(chunks) > len(wanted) or not wanted.issuperset(chunk.digest for chunk in chunks):
             raise ProtocolBroken(address, "it sent chunks that nobody asked for")
+        await self._pace.spend(sum(len(chunk.payload) for chunk in chunks))
         return chunks
 
     async def put(self, address: str, chunks: Sequence[EncodedChunk]) -> list[Digest]:

@@ -16,6 +16,11 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import dask.config
+from dask.utils import parse_bytes
+
+from worker_bootstrap.errors import SettingInvalid
+
 SO_MAX_PACING_RATE = 47
 """Linux; the socket module has no name for it (asm-generic/socket.h)."""
 PRIORITY_BULK = 2
@@ -60,6 +65,26 @@ class Pace:
         self._free_s = begin_s + size_bytes / self.rate
         if begin_s > now_s:
             await self._sleep(begin_s - now_s)
+
+
+def own_rate() -> float | None:
+    """The limit that this machine's configuration sets, in bytes per second: ``envship.rate-limit``.
+
+    Raises
+    ------
+    SettingInvalid
+        If it is not a size over 0.
+    """
+    value = dask.config.get("envship.rate-limit", default=None)
+    if value is None:
+        return None
+    try:
+        rate = float(parse_bytes(value))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise SettingInvalid("rate-limit", value, "bytes per second such as '50 MB', or null") from error
+    if not rate > 0:
+        raise SettingInvalid("rate-limit", value, "over 0 bytes per second, or null")
+    return rate
 
 
 def slower_of(*rates: float | None) -> float | None:

@@ -22,6 +22,7 @@ from worker_bootstrap.mistrust import LACKS
 from worker_bootstrap.pulling import Pulling
 from worker_bootstrap.roster import Roster
 from worker_bootstrap.store import Store
+from worker_bootstrap.topology import Topology, place_of
 from worker_bootstrap.tracker import Tracker
 
 logger = logging.getLogger("envship.exchange")
@@ -55,6 +56,7 @@ class Exchange:
         self._store = store
         self._known: set[EnvironmentId] = set()
         self._givers: set[str] = set()
+        self._topology: Topology = {}
         self._waiting: deque[tuple[str, asyncio.Future[dict[str, Any]]]] = deque()
         self._stirring = False
 
@@ -65,13 +67,16 @@ class Exchange:
         avoid: Sequence[str] = (),
         client: str = "",
         places: Sequence[tuple[Sequence[str], Mapping[Digest, Sequence[int]] | None]] = (),
+        topology: Topology | None = None,
     ) -> list[tuple[str, list[Digest]]]:
         """What the client must upload: chunks that no host has, with the agent to take each; never one of *avoid*.
 
         Chunks that another client has promised are left out. A *client* that gives its id promises to bring the rest,
         so hosts may begin to fetch while it uploads; what it promised before is forgotten. What hosts can read
-        themselves from one of *places* they are told to; each goes with where in it the chunks lie (`Pulling.begin`).
+        themselves from one of *places* they are told to; each goes with where in it the chunks lie (`Pulling.begin`). *topology* says
+        where hosts stand that do not know it themselves.
         """
+        self._topology = topology or self._topology
         wanted = EnvironmentId(environment_id)
         if manifest is not None:
             await asyncio.to_thread(self._store.write_manifest, Manifest.from_bytes(manifest, wanted))
@@ -112,7 +117,8 @@ class Exchange:
         wanted = EnvironmentId(environment_id)
         chunks = (await asyncio.to_thread(self._store.read_manifest, wanted)).chunks
         absent_here = set(missing)
-        self.tracker.add_host(host_id, address, [digest for digest in chunks if digest not in absent_here])
+        have = [digest for digest in chunks if digest not in absent_here]
+        self.tracker.add_host(host_id, address, have, place=self._place(address))
         if wanted not in self._known:
             hosts = await self._hosts()
             hosts.pop(host_id, None)
@@ -208,6 +214,11 @@ class Exchange:
             self.tracker.remove_address(address)
         return {identity["host_id"]: address for address, identity in agents.items()}
 
+    def _place(self, address: str) -> tuple[str, ...]:
+        identity = self._roster.members.get(address, {})
+        names = self._roster.names(address) if self._topology else []
+        return place_of(identity.get("place", ()), identity.get("machine", address), names, self._topology)
+
     async def _is_built(self, address: str, wanted: EnvironmentId) -> bool:
         return bool(await self._roster.ask_quietly(address, "envship_has_built", environment_id=wanted))
 
@@ -225,7 +236,7 @@ class Exchange:
             if missing is not None:
                 lacks = set(missing)
                 have = [digest for digest in manifest.chunks if digest not in lacks]
-                self.tracker.add_host(host_id, address, have, lacks)
+                self.tracker.add_host(host_id, address, have, lacks, self._place(address))
 
         await asyncio.gather(*(look(host_id, address) for host_id, address in hosts.items()))
         self._known.add(wanted)

@@ -1,8 +1,8 @@
 """Which host does not ask which other one, for how long.
 
-A peer that lied is left out by everybody; one that was silent, by the host that waited for it, for a time that doubles
-from failure to failure, so that a network that was cut in two finds together again. Only the order of preference is
-decided here: whom nobody else can replace is asked all the same.
+A peer that lied is asked, by everybody, only for what nobody else has. One that was silent is left out by the host that
+waited for it, for a time that doubles from failure to failure, so that a network that was cut in two finds together
+again; in the end it counts as gone.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator
 
 LACKS, SILENT, LIED = "lacks", "silent", "lied"
 """What can be wrong with an answer."""
-SILENT_S = 5.0
+SILENT_S = 2.0
 """So long a host does not ask a peer that was silent once."""
 SILENT_LIMIT_S = 60.0
 LIED_S = 600.0
+HOPELESS_S = 30.0
+"""A peer that is left out for so long, silent five times in a row, counts as gone with what only it has."""
 COMPLAINTS = 2
 """A peer of which so many hosts complain is asked by the others only where nobody else will do."""
 
@@ -40,6 +42,11 @@ class Mistrust:
             known[culprit] = (now_s + wait_s, wait_s)
             self._complaints.setdefault(culprit, set()).add(host)
 
+    def is_hopeless(self, culprit: int, others: int) -> bool:
+        """Whether so many of the *others* have waited for *culprit* so often that nobody should any more."""
+        waits = (known[culprit][1] for known in self._silent.values() if culprit in known)
+        return sum(wait_s >= HOPELESS_S for wait_s in waits) >= max(1, min(COMPLAINTS, others))
+
     def forgive(self, host: int) -> None:
         """What *host* had against others is forgotten; lies are not."""
         for culprit in self._silent.pop(host, ()):
@@ -58,10 +65,11 @@ class Mistrust:
         return not (self._liars_now() | self._silent_now(host)) >> other & 1
 
     def sieve(self, host: int, among: int) -> Iterator[int]:
-        """*among*, as masks: those of good repute, then those that others complain of, then those mistrusted."""
+        """*among* but for the silent, as masks: those of good repute, those that others complain of, then liars."""
         trusted = among
         if self._liars or self._silent:
-            trusted &= ~(self._liars_now() | self._silent_now(host))
+            among &= ~self._silent_now(host)
+            trusted = among & ~self._liars_now()
             suspect = 0
             for number, hosts in self._complaints.items():
                 if len(hosts) >= COMPLAINTS:

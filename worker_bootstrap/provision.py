@@ -15,7 +15,10 @@ from collections.abc import Awaitable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Callable
 
+from distributed.core import ConnectionPool
+
 from worker_bootstrap.build import Arrived, build
+from worker_bootstrap.courtesy import Pace, own_rate, slower_of
 from worker_bootstrap.digest import Digest, EnvironmentId
 from worker_bootstrap.errors import ChunkInvalid, ChunkMissing, TransferError
 from worker_bootstrap.interpreter import python_of
@@ -32,6 +35,8 @@ Call = Callable[..., Awaitable[Any]]
 PROVIDE_ATTEMPTS = 3
 """A chunk that turns out damaged while it is unpacked is dropped and fetched again this often."""
 REPORT_INTERVAL_S = 0.2
+POOL_LIMIT = 64
+"""Connections to peers that are kept open while a host fetches."""
 
 
 class Provision:
@@ -54,6 +59,7 @@ class Provision:
         self._store = store
         self._code = code
         self._call = call
+        self.sending, self.receiving = Pace(own_rate()), Pace(own_rate())
         self._under_way: dict[EnvironmentId, asyncio.Task[dict[str, Any]]] = {}
         self._listeners: dict[Arrived, None] = {}
         self._reports: set[asyncio.Task[None]] = set()
@@ -80,6 +86,10 @@ class Provision:
             task = self._under_way[environment_id] = asyncio.ensure_future(self._provide(environment_id, link_mode))
             task.add_done_callback(lambda done: self._ended(environment_id, done))
         return await asyncio.shield(task)
+
+    def limit(self, rate: float | None) -> None:
+        """Send, and receive, no more than *rate* bytes per second, nor more than this machine's own limit."""
+        self.sending.rate = self.receiving.rate = slower_of(rate, own_rate())
 
     def arrived(self, digests: Sequence[Digest]) -> None:
         """Chunks that came without being fetched: a client has uploaded them here."""
@@ -145,7 +155,9 @@ class Provision:
                 arrived(outcome.received)
             return await self._trade(outcome)
 
-        peers = PeerChunks(self._server.rpc)
+        # Connections of their own: what is marked as bulk must not carry the data of tasks, nor wait behind it.
+        pool = await ConnectionPool(limit=POOL_LIMIT, connection_args=self._server.rpc.connection_args)
+        peers = PeerChunks(pool, pace=self.receiving)
         self._listeners[arrived] = None
         try:
             while await self._want(manifest, wanted):
@@ -154,9 +166,11 @@ class Provision:
                 except _Forgotten:
                     logger.info("environment %s: the coordinator forgot this host; telling it again", manifest.id[:16])
                 else:
+                    logger.info("environment %s: %d chunks fetched", manifest.id[:16], len(wanted))
                     return
         finally:
             self._listeners.pop(arrived, None)
+            await pool.close()
 
     async def _want(self, manifest: Manifest, wanted: Collection[Digest]) -> bool:
         """Tell the coordinator what is missing of *wanted*; whether anything is."""

@@ -10,6 +10,8 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from distributed.comm import get_address_host
+
 logger = logging.getLogger("envship.roster")
 
 IDENTIFY_TIMEOUT_S = 10.0
@@ -59,6 +61,14 @@ class Roster:
     def strangers(self, agents: Mapping[str, Mapping[str, Any]]) -> list[str]:
         """Workers that none of *agents* answers for."""
         return [w.address for w in self._scheduler.workers.values() if (w.nanny or w.address) not in agents]
+
+    def names(self, address: str) -> list[str]:
+        """What the user may call the agent at *address*: its machine, and its workers with their resources."""
+        names = [self.members.get(address, {}).get("hostname", ""), get_address_host(address)]
+        for worker in self._scheduler.workers.values():
+            if (worker.nanny or worker.address) == address:
+                names += [str(worker.name), *map(str, worker.resources)]
+        return names
 
     async def ask(self, address: str, operation: str, **arguments: Any) -> Any:
         """The answer of the agent at *address*.

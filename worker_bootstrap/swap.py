@@ -178,8 +178,7 @@ class Swap(SwapAccount):
     async def _provide(self, cluster: Cluster, addresses: Sequence[str]) -> dict[str, Any] | None:
         """Have the first agent of a host that is there fetch and build; the others share its store."""
         what = {"environment_id": self.environment_id, "link_mode": self.options["link_mode"]}
-        if self.options.get("chunks_only"):
-            what["chunks_only"] = True
+        what.update((name, self.options[name]) for name in ("chunks_only", "rate_limit") if self.options.get(name))
         for address in addresses:
             try:
                 try:

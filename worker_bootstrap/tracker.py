@@ -287,6 +287,8 @@ class Tracker:
         awaited = [self._assignments.failed(host, source, chunk) for chunk in self._holdings.known(digests)]
         if fault == SILENT and any(awaited):
             host.leniency = min(2 * host.leniency, LENIENCY_LIMIT)
+        if culprit is not None:
+            self._give_up(culprit, digests)
 
     # -- decisions --------------------------------------------------------------------------------------------------
 
@@ -388,6 +390,12 @@ class Tracker:
         for assignment in self._assignments.expired():
             self._mistrust.blame(assignment.host.number, assignment.source.number, SILENT)
             self._assignments.give_back(assignment)
+            self._give_up(assignment.source, assignment.batch.digests)
+
+    def _give_up(self, host: Host, digests: Iterable[Digest]) -> None:
+        """Of a host that stays silent, what only it holds counts as lost: a client can bring it again."""
+        if self._mistrust.is_hopeless(host.number, len(self._hosts) - 1):
+            self._lose(host, [c.digest for c in self._holdings.known(digests) if c.holders == host.bit])
 
     def _lose(self, host: Host, digests: Iterable[Digest]) -> None:
         for chunk in self._holdings.known(digests):

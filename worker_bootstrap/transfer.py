@@ -164,11 +164,17 @@ async def upload_chunks(
     May be cancelled at any point; what has arrived stays there.
     """
     rest: list[Digest] = []
+    plan = list(plan)
+    busy = dict.fromkeys((address for address, _ in plan), 0)
     pending = iter(plan)
 
     async def work() -> None:
-        for upload in pending:  # one iterator for all workers: each upload is taken once
-            outcome = await _upload_batch(store, Upload(*upload), held, put)
+        for planned in pending:  # one iterator for all workers: each upload is taken once
+            # To the one planned, unless it is still busy and another is not: none that is slow may hold up the rest.
+            address = min(busy, key=lambda a: (busy[a], a != planned[0]))
+            busy[address] += 1
+            outcome = await _upload_batch(store, Upload(address, tuple(planned[1])), held, put)
+            busy[address] -= 1
             rest.extend(outcome.failed)
             await report(outcome)
 

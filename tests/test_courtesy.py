@@ -1,0 +1,124 @@
+"""Rates that are kept, and connections that step back behind those of tasks."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import dask
+import pytest
+from distributed.core import Server
+
+from tests.test_transfer import Peer
+from worker_bootstrap.chunk_service import ChunkServer, PeerChunks
+from worker_bootstrap.courtesy import DSCP_CS1, PRIORITY_BULK, SO_MAX_PACING_RATE, Pace, own_rate, slower_of
+from worker_bootstrap.errors import SettingInvalid
+from worker_bootstrap.store import Store
+
+
+class Time:
+    """A clock that only sleeping moves."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    async def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
+def test_a_pace_is_kept_in_the_mean_and_the_first_message_goes_at_once() -> None:
+    time = Time()
+    pace = Pace(1000.0, time, time.sleep)
+
+    async def main() -> list[float]:
+        moments = []
+        for _ in range(4):
+            await pace.spend(500)
+            moments.append(time.now_s)
+        return moments
+
+    assert asyncio.run(main()) == [0.0, 0.5, 1.0, 1.5]
+
+
+def test_time_without_messages_is_not_saved_up() -> None:
+    time = Time()
+    pace = Pace(1000.0, time, time.sleep)
+
+    async def main() -> float:
+        await pace.spend(100)
+        time.now_s += 60
+        await pace.spend(1000)
+        await pace.spend(1)
+        return time.now_s
+
+    assert asyncio.run(main()) == pytest.approx(61.0)
+
+
+def test_no_limit_never_waits_and_the_lowest_of_several_counts() -> None:
+    time = Time()
+    asyncio.run(Pace(None, time, time.sleep).spend(1 << 40))
+    assert time.now_s == 0
+    assert slower_of(None, 5.0, 3.0) == 3.0
+    assert slower_of(None, None) is None
+
+
+@pytest.mark.parametrize("value", ["fast", 0, "-1 MB", []])
+def test_a_limit_that_is_none_is_refused(value: object) -> None:
+    with dask.config.set({"envship.rate-limit": value}), pytest.raises(SettingInvalid, match="rate-limit"):
+        own_rate()
+
+
+def test_a_machines_own_limit_is_read_from_its_configuration() -> None:
+    with dask.config.set({"envship.rate-limit": "50 MB"}):
+        assert own_rate() == 50e6
+
+
+def test_what_is_served_and_what_is_fetched_count_on_their_paces(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    digests = [store.write_chunk(os.urandom(100_000)) for _ in range(3)]
+    sending, receiving = Time(), Time()
+
+    async def main() -> None:
+        slow = ChunkServer(store, pace=Pace(100_000.0, sending, sending.sleep))
+        async with Peer(slow.handlers()) as agent, Peer({}) as receiver:
+            peers = PeerChunks(receiver.server.rpc, 10.0, Pace(50_000.0, receiving, receiving.sleep))
+            for digest in digests:
+                await peers.get(agent.address, [digest])
+
+    asyncio.run(main())
+    assert sending.now_s == pytest.approx(2.0, rel=0.01)
+    assert receiving.now_s == pytest.approx(4.0, rel=0.01)
+
+
+@pytest.mark.skipif(not hasattr(socket, "SO_PRIORITY"), reason="socket priorities are a matter of Linux")
+def test_connections_that_carry_chunks_are_marked_and_paced(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    digest = store.write_chunk(b"content")
+    seen: list[tuple[int, int, int]] = []
+
+    class Watching(ChunkServer):
+        async def get_chunks(self, comm: Any, digests: Any = (), accept: Any = ()) -> dict[str, Any]:
+            reply = await super().get_chunks(comm, digests, accept)
+            connection = comm.stream.socket
+            seen.append(
+                (
+                    connection.getsockopt(socket.IPPROTO_IP, socket.IP_TOS),
+                    connection.getsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY),
+                    connection.getsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE),
+                )
+            )
+            return reply
+
+    async def main() -> None:
+        async with Peer(Watching(store, pace=Pace(1e6)).handlers()) as agent, Peer({}) as receiver:
+            assert isinstance(agent.server, Server)
+            await receiver.chunks().get(agent.address, [digest])
+
+    asyncio.run(main())
+    assert seen == [(DSCP_CS1, PRIORITY_BULK, 1_000_000)]
