@@ -73,8 +73,8 @@ class Exchange:
 
         Chunks that another client has promised are left out. A *client* that gives its id promises to bring the rest,
         so hosts may begin to fetch while it uploads; what it promised before is forgotten. What hosts can read
-        themselves from one of *places* they are told to; each goes with where in it the chunks lie (`Pulling.begin`). *topology* says
-        where hosts stand that do not know it themselves.
+        themselves from one of *places* they are told to; each goes with where in it the chunks lie (`Pulling.begin`).
+        *topology* says where hosts stand that do not know it themselves.
         """
         self._topology = topology or self._topology
         wanted = EnvironmentId(environment_id)

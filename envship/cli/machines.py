@@ -142,7 +142,7 @@ class LittleCluster:
         where = ["--host", "127.0.0.1", "--port", "0", "--dashboard-address", "127.0.0.1:0"]
         self._start("scheduler", 0, ["scheduler", *where, "--scheduler-file", str(file)])
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not file.exists():
+        while not (file.exists() and file.stat().st_size):
             self._check_alive("scheduler")
             if time.monotonic() > deadline:
                 raise MachinesError(f"the scheduler did not start:\n{self.log('scheduler')[-2000:]}")
