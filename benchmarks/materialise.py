@@ -34,6 +34,7 @@ from swap import machine, say, timed
 
 from envship.cli.tables import console, table
 from envship.environment import Environment
+from envship.options import PackOptions
 from envship.pack import pack
 from worker_bootstrap.build import STUB
 from worker_bootstrap.materialise import materialise
@@ -102,8 +103,8 @@ class Bench:
         self._prefix, self._changed, self._cache, self._folder = prefix, changed, cache, folder
         self._store = Store(cache / "store")
         say(f"packing {prefix}" + (f" and {changed}" if changed else ""))
-        self._environment = pack(prefix, store=self._store, ignore_missing=True)
-        self._other = pack(changed, store=self._store, ignore_missing=True) if changed else None
+        self._environment = pack(prefix, store=self._store, options=PackOptions(ignore_missing=True))
+        self._other = pack(changed, store=self._store, options=PackOptions(ignore_missing=True)) if changed else None
         self._evict(self._environment)
         self.measurements: dict[str, Callable[[], None]] = {
             "tar": self._tar,
