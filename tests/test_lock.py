@@ -140,7 +140,7 @@ def test_several_hold_one_lease(tmp_path: Path) -> None:
 
 def test_a_lease_survives_exec(tmp_path: Path) -> None:
     path = tmp_path / "lease"
-    program = HOLD_LEASE + "sys.stdout.flush(); os.execv('/bin/sh', ['sh', '-c', 'echo held; cat'])"
+    program = HOLD_LEASE + "sys.stdout.flush(); os.execv('/bin/sh', ['sh', '-c', 'echo held; exec cat'])"
     with Holder(program, path):
         assert not Lease(path).is_free()
     assert Lease(path).is_free()

@@ -2,7 +2,8 @@
 
 Plain ``flock`` and nothing else. ``filelock`` was considered: it has no shared lock that outlives an ``exec``, which
 a lease is, and exclusive locks alone do not pay for a dependency on machines that may lack it. Lock files are never
-removed: removing one while somebody waits for it makes two holders.
+removed: removing one while somebody waits for it makes two holders. Whether the locks of a file system exclude anybody
+is tried (`check_locks`), not believed.
 """
 
 from __future__ import annotations
@@ -10,21 +11,28 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import logging
 import os
+import stat
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
 from worker_bootstrap.errors import StoreBusy, StoreError
+from worker_bootstrap.mounts import locks_are_local
+
+logger = logging.getLogger("envship.store")
 
 POLL_INTERVAL_S = 0.05
 """``flock`` cannot wait with a limit, so waiting is asking again; 50 waiters at this pace cost nothing."""
 LEASE_TIMEOUT_S = 10.0
-"""Only eviction holds a lease file exclusively, and only while it looks whether it may."""
+"""Only eviction holds a lease file exclusively, and only until the prefix has been renamed."""
+TRY_TIMEOUT_S = 10.0
 
 
 class Lock:
-    """An exclusive lock on *path*, held by this object until released or until the process dies.
+    """A lock on *path*, held by this object until released or until the process dies.
 
     Parameters
     ----------
@@ -32,6 +40,8 @@ class Lock:
         The lock file; made if it is not there, with its folder.
     timeout_s
         How long to wait for another holder; None waits for ever.
+    shared
+        Keep out only those who want it for themselves.
 
     Notes
     -----
@@ -39,9 +49,10 @@ class Lock:
     do not inherit it; children made by a bare ``fork`` do, and keep it until they end.
     """
 
-    def __init__(self, path: Path, timeout_s: float | None = None) -> None:
+    def __init__(self, path: Path, timeout_s: float | None = None, *, shared: bool = False) -> None:
         self.path = path
         self.timeout_s = timeout_s
+        self.shared = shared
         self._handle: int | None = None
 
     def acquire(self) -> None:
@@ -57,11 +68,13 @@ class Lock:
         assert self._handle is None, "not reentrant"
         handle = _open(self.path)
         try:
-            if not _lock(handle, fcntl.LOCK_EX, self.timeout_s, self.path):
+            kind = fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX
+            if not _lock(handle, kind, self.timeout_s, self.path):
                 raise StoreBusy(str(self.path), self.timeout_s, _holder(handle))
             # Only for the message of those who wait in vain: the lock itself is the kernel's.
             os.ftruncate(handle, 0)
-            os.pwrite(handle, str(os.getpid()).encode(), 0)
+            if not self.shared:
+                os.pwrite(handle, str(os.getpid()).encode(), 0)
         except BaseException:
             os.close(handle)
             raise
@@ -92,20 +105,28 @@ class Lease:
     Parameters
     ----------
     path
-        ``layout.lease(environment_id)``; made if it is not there, with its folder.
+        ``store.lease(environment_id)``; made if it is not there, with its folder. In a store of somebody else it is
+        opened for reading, which is enough for a shared lock.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._handle: int | None = None
 
-    def hold(self) -> None:
-        """Hold the lease from now on; leases inherited through ``exec`` from an earlier environment end.
+    def hold(self, *, alone: bool = True) -> None:
+        """Hold the lease from now on, and note when.
+
+        Parameters
+        ----------
+        alone
+            This process runs from this environment and no other: leases that it inherited through ``exec`` end.
 
         Raises
         ------
         StoreBusy
             If the environment is being evicted.
+        OSError
+            If it lies in a store of somebody else who made no file for it.
 
         Notes
         -----
@@ -114,13 +135,27 @@ class Lease:
         if self._handle is not None:
             return
         handle = _open(self.path)
-        if not _lock(handle, fcntl.LOCK_SH, LEASE_TIMEOUT_S, self.path):
+        is_ours = fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+        try:
+            if not _lock(handle, fcntl.LOCK_SH, LEASE_TIMEOUT_S, self.path):
+                raise StoreBusy(str(self.path), LEASE_TIMEOUT_S, "an eviction")
+        except StoreError as error:
             os.close(handle)
-            raise StoreBusy(str(self.path), LEASE_TIMEOUT_S, "an eviction")
-        os.set_inheritable(handle, True)
+            if is_ours or isinstance(error, StoreBusy):
+                raise
+            logger.info("no lease on %s: %s", self.path, error)  # a read-only mount without locks: nobody evicts there
+            return
+        try:
+            with contextlib.suppress(OSError):  # in a store of somebody else
+                os.utime(handle)
+            os.set_inheritable(handle, alone)
+        except BaseException:
+            os.close(handle)
+            raise
         self._handle = handle
         _own_leases.add(handle)
-        _end_inherited(self.path.parent)
+        if alone:
+            _end_inherited(self.path.parent)
 
     def release(self) -> None:
         """End the lease; does nothing if it is not held."""
@@ -131,11 +166,56 @@ class Lease:
 
     def is_free(self) -> bool:
         """Whether nobody held the lease a moment ago, this object included."""
+        with self.claimed() as free:
+            return free
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[bool]:
+        """Whether nobody holds the lease; if so, nobody can for as long as the block lasts."""
         handle = _open(self.path)
         try:
-            return _lock(handle, fcntl.LOCK_EX, 0, self.path)
+            yield _lock(handle, fcntl.LOCK_EX, 0, self.path)
         finally:
             os.close(handle)
+
+
+def holders(path: Path) -> list[int]:
+    """PIDs of the processes that took a lock on *path*, as far as the kernel tells. Only for messages."""
+    try:
+        found = os.stat(path)
+        table = Path("/proc/locks").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return []
+    inode = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    rows = [line.split() for line in table.splitlines() if " -> " not in line]
+    return sorted({int(row[4]) for row in rows if len(row) > 5 and row[5] == inode and int(row[4]) > 0})
+
+
+def check_locks(folder: Path) -> None:
+    """Try whether locks in *folder* exclude anybody.
+
+    Raises
+    ------
+    StoreError
+        If the file system has no locks, grants one to two at once, or keeps them from other machines that see it.
+    """
+    if locks_are_local(folder):
+        raise StoreError(
+            f"{folder} is mounted so that no other machine sees its locks (nolock, local_lock or localflock), so a "
+            "store on it cannot be shared. Put the store on a local disk (ENVSHIP_STORE), or mount it with locks."
+        )
+    path = folder / "try.lock"
+    one, two = _open(path), _open(path)
+    try:
+        # Shared against exclusive: of two who try this at the same time, neither takes the other for a broken lock.
+        if _lock(one, fcntl.LOCK_SH, TRY_TIMEOUT_S, path) and _lock(two, fcntl.LOCK_EX, 0, path):
+            raise StoreError(
+                f"the file system of {folder} grants one lock to two at once, so a store on it cannot be shared. Put "
+                "the store on a local disk (ENVSHIP_STORE), or mount the file system with locks."
+            )
+    finally:
+        os.close(one)
+        os.close(two)
 
 
 _own_leases: set[int] = set()
@@ -158,12 +238,21 @@ def _end_inherited(folder: Path) -> None:
 
 
 def _open(path: Path) -> int:
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    common = os.O_CLOEXEC | os.O_NOFOLLOW
+    flags = common | os.O_RDWR | os.O_CREAT
     try:
-        return os.open(path, flags, 0o600)
+        return os.open(path, flags, 0o644)
     except FileNotFoundError:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return os.open(path, flags, 0o600)
+        return os.open(path, flags, 0o644)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EROFS):
+            raise
+    handle = os.open(path, common | os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise StoreError(f"{path} is no file that could be locked")
+    return handle
 
 
 def _lock(handle: int, kind: int, timeout_s: float | None, path: Path) -> bool:

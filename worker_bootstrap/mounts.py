@@ -1,4 +1,4 @@
-"""Which file system a path lies on, and whether other machines may see it as well."""
+"""Which file system a path lies on, and whether other machines may see it, and its locks, as well."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ NETWORK_FILE_SYSTEMS = frozenset(
 )
 """Where locks are slow or missing, and many small files are a burden: no place for a store that nobody asked for."""
 
+LOCAL_LOCKS = frozenset(("nolock", "local_lock=all", "local_lock=flock", "localflock"))
+"""Options of NFS (nfs(5)) and Lustre (mount.lustre(8)) that leave ``flock`` to the one machine that it is called on."""
+
 LOCAL_FILE_SYSTEMS = frozenset(
     ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "jfs", "reiserfs", "bcachefs", "tmpfs", "overlay")
 )
@@ -24,13 +27,25 @@ def file_system_of(path: Path, mount_table: str | None = None) -> str:
 
     *mount_table* stands for ``/proc/self/mountinfo``.
     """
+    return _mount_of(path, mount_table)[0]
+
+
+def locks_are_local(path: Path, mount_table: str | None = None) -> bool:
+    """Whether *path* lies on a network file system that is mounted so that no other machine sees our locks there."""
+    kind, options = _mount_of(path, mount_table)
+    return kind in NETWORK_FILE_SYSTEMS and not LOCAL_LOCKS.isdisjoint(options)
+
+
+def _mount_of(path: Path, mount_table: str | None) -> tuple[str, list[str]]:
+    """Type and options of the innermost mount."""
     if mount_table is None:
         try:
             mount_table = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
         except OSError:
-            return ""
+            return "", []
     real = os.path.realpath(path) + "/"
     best, kind = "", ""
+    options: list[str] = []
     for line in mount_table.splitlines():
         left, _, right = line.partition(" - ")
         fields = left.split(" ")
@@ -39,8 +54,10 @@ def file_system_of(path: Path, mount_table: str | None = None) -> str:
         point = fields[4].replace("\\040", " ").rstrip("/") + "/"
         # A later mount on the same point hides the earlier one.
         if real.startswith(point) and len(point) >= len(best):
-            best, kind = point, right.split(" ")[0]
-    return kind
+            best = point
+            kind, *_, flags = right.split(" ")
+            options = flags.split(",")
+    return kind, options
 
 
 def is_local(path: Path) -> bool:
