@@ -12,8 +12,9 @@ from typing import Any, Literal, cast, get_args
 
 import dask.config
 import yaml
-from dask.utils import parse_bytes, parse_timedelta
+from dask.utils import parse_timedelta
 
+from worker_bootstrap import location
 from worker_bootstrap.courtesy import own_rate
 from worker_bootstrap.errors import SettingInvalid
 
@@ -77,16 +78,7 @@ def store_limit_bytes() -> int | None:
     SettingInvalid
         If ``envship.store-limit`` is not a size.
     """
-    value = _get("store-limit")
-    if value is None:
-        return None
-    try:
-        limit_bytes = int(parse_bytes(value))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise SettingInvalid("store-limit", value, "a size such as '50 GB', or null") from error
-    if limit_bytes < 0:
-        raise SettingInvalid("store-limit", value, "a size of at least 0, or null")
-    return limit_bytes
+    return location.store_limit_bytes()
 
 
 def link_mode() -> LinkMode:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -156,6 +157,90 @@ def test_a_group_of_others_may_not_write(tmp_path: Path) -> None:
     store.chmod(0o775)
     with pytest.raises(StoreUntrusted, match=f"group {STRANGER}"):
         open_store(store)
+
+
+@pytest.mark.parametrize("name", ["envs", "chunks", "locks", "tmp"])
+@pytest.mark.parametrize("mode", [0o777, 0o1777])
+def test_a_folder_of_the_store_that_everybody_can_write_to(tmp_path: Path, name: str, mode: int) -> None:
+    open_store(tmp_path / "store")
+    (tmp_path / "store" / name).chmod(mode)
+    for stores in ({"root": tmp_path / "store"}, {"root": tmp_path / "own", "read_only": [tmp_path / "store"]}):
+        with pytest.raises(StoreUntrusted, match=f"everybody can write to .*/{name}"):
+            open_store(**stores)  # type: ignore[arg-type]
+
+
+@as_root
+def test_a_folder_of_the_store_that_somebody_else_made_first(tmp_path: Path) -> None:
+    (tmp_path / "store/envs").mkdir(parents=True)
+    os.chown(tmp_path / "store/envs", STRANGER, STRANGER)
+    with pytest.raises(StoreUntrusted, match=f"envs belongs to user {STRANGER}"):
+        open_store(tmp_path / "store")
+
+
+def test_a_folder_of_the_store_that_is_a_link(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store/envs").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StoreUntrusted, match="envs is not a folder"):
+        open_store(tmp_path / "store")
+
+
+@as_root
+def test_a_place_below_tmp_that_somebody_took_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default store of a user whose home is on a network is in ``/var/tmp``, where anybody can make it first."""
+    tmp_path.chmod(0o1777)
+    store = tmp_path / f"envship-{os.getuid()}"
+    store.mkdir(mode=0o700)
+    os.chown(store, STRANGER, STRANGER)
+    with pytest.raises(StoreUntrusted, match=f"belongs to user {STRANGER}.*ENVSHIP_STORE"):
+        open_store(store)
+
+
+def test_a_folder_with_other_files_is_no_store(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/chapter-1.tex").touch()
+    with pytest.raises(StoreUntrusted, match=r"it is no store, and holds other files, such as 'chapter-1.tex'"):
+        open_store(tmp_path / "thesis")
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter-1.tex"]
+
+
+def test_a_store_whose_making_was_interrupted_is_finished(tmp_path: Path) -> None:
+    (tmp_path / "store/chunks").mkdir(parents=True)
+    (tmp_path / "store/tmp").mkdir()
+    assert open_store(tmp_path / "store").layout.version.read_text() == "1"
+
+
+def acl(*entries: tuple[int, int, int]) -> bytes:
+    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+
+
+@pytest.mark.parametrize(
+    ("entry", "mask", "said"),
+    [
+        ((0x02, 7, STRANGER), 7, f"user {STRANGER}"),
+        ((0x08, 7, STRANGER), 7, f"group {STRANGER}"),
+        ((0x02, 5, STRANGER), 7, None),
+        ((0x02, 7, STRANGER), 5, None),
+        ((0x02, 7, os.getuid()), 7, None),
+    ],
+)
+def test_somebody_whom_an_access_control_list_lets_write(
+    tmp_path: Path, entry: tuple[int, int, int], mask: int, said: str | None
+) -> None:
+    store = tmp_path / "store"
+    store.mkdir()
+    nobody = 0xFFFFFFFF
+    entries = [(0x01, 7, nobody), (0x04, 5, nobody), entry, (0x10, mask, nobody), (0x20, 5, nobody)]
+    try:
+        os.setxattr(store, "system.posix_acl_access", acl(*sorted(entries)))
+    except OSError as error:
+        pytest.skip(f"no access control lists here: {error}")
+    os.chown(store, -1, 0 if os.getuid() == 0 else -1)
+    if said is None:
+        open_store(store)
+    else:
+        with pytest.raises(StoreUntrusted, match=rf"{said} can write to .* access control list|members of group"):
+            open_store(store)
 
 
 def test_the_users_own_group_may_write(tmp_path: Path) -> None:

@@ -13,17 +13,21 @@ import importlib
 import os
 import pwd
 import stat
-from collections.abc import Iterable, Sequence
+import struct
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from worker_bootstrap.errors import SettingInvalid, StoreUntrusted
+from worker_bootstrap.layout import Layout
 from worker_bootstrap.mounts import NETWORK_FILE_SYSTEMS, file_system_of
 from worker_bootstrap.store import Store
 
 STORE_VARIABLE = "ENVSHIP_STORE"
 LINK_LIMIT = 40
 """As many symbolic links as the kernel follows in one path."""
+
+_ACL_USER, _ACL_GROUP, _ACL_MASK = 0x02, 0x08, 0x10  # linux/posix_acl.h; entries of 8 bytes follow a version of 4
 
 
 def open_store(root: str | Path | None = None, read_only: Iterable[str | Path] | None = None) -> Store:
@@ -39,12 +43,13 @@ def open_store(root: str | Path | None = None, read_only: Iterable[str | Path] |
     Raises
     ------
     StoreUntrusted
-        If another user could write to one of them.
+        If another user could write to one of them, or the writable one is a folder with something else in it.
     SettingInvalid
         If a setting is not a path, or not a list of paths.
     """
     others = _configured_stores() if read_only is None else read_only
     chosen = trusted(Path(root) if root is not None else default_root())
+    _check_is_store(chosen)
     return Store(chosen, [trusted(Path(path)) for path in others])
 
 
@@ -61,14 +66,34 @@ def default_root() -> Path:
     return Path(f"/var/tmp/envship-{os.getuid()}")
 
 
+def store_limit_bytes() -> int | None:
+    """The size over which the writable store is collected (Dask's ``envship.store-limit``), or None for no limit.
+
+    Raises
+    ------
+    SettingInvalid
+        If it is not a size.
+    """
+    value = _configured("store-limit")
+    if value is None:
+        return None
+    try:
+        limit_bytes = int(importlib.import_module("dask.utils").parse_bytes(value))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise SettingInvalid("store-limit", value, "a size such as '50 GB', or null") from error
+    if limit_bytes < 0:
+        raise SettingInvalid("store-limit", value, "a size of at least 0, or null")
+    return limit_bytes
+
+
 def trusted(path: Path) -> Path:
     """*path* without symbolic links, if nobody but its owner, who is us or root, can change what lies there.
 
     Raises
     ------
     StoreUntrusted
-        If it, a folder above it, or a symbolic link on the way belongs to somebody else, or others can write to it.
-        Folders with the sticky bit (``/tmp``) may lie above it.
+        If it, a folder above it, a symbolic link on the way, or one of the store's own folders belongs to somebody
+        else, or others can write to it. Folders with the sticky bit (``/tmp``) may lie above it.
     """
     waiting = list(reversed(path.expanduser().absolute().parts[1:]))
     here = "/"
@@ -96,7 +121,20 @@ def trusted(path: Path) -> Path:
         else:
             _check_folder(path, step, found, is_store=not waiting)
             here = step
+    for folder in Layout(Path(here)).folders:
+        with contextlib.suppress(FileNotFoundError):
+            _check_folder(path, str(folder), os.lstat(folder), is_store=True)
     return Path(here)
+
+
+def _check_is_store(root: Path) -> None:
+    """Refuse a folder that was there before us and is no store: nothing of ours belongs between somebody's files."""
+    layout = Layout(root)
+    ours = {path.name for path in (*layout.folders, layout.version, layout.host_id)}
+    with contextlib.suppress(FileNotFoundError):
+        foreign = sorted(set(os.listdir(root)) - ours)
+        if foreign and not layout.version.exists():
+            raise StoreUntrusted(str(root), f"it is no store, and holds other files, such as {foreign[0]!r}")
 
 
 def _check_folder(store: Path, path: str, found: os.stat_result, *, is_store: bool) -> None:
@@ -110,6 +148,24 @@ def _check_folder(store: Path, path: str, found: os.stat_result, *, is_store: bo
         raise StoreUntrusted(str(store), f"everybody can write to {path}")
     if found.st_mode & stat.S_IWGRP and not _is_private(found.st_gid):
         raise StoreUntrusted(str(store), f"the members of group {_group(found.st_gid)} can write to {path}")
+    for who in _writers_by_acl(path):
+        raise StoreUntrusted(str(store), f"{who} can write to {path} by its access control list")
+
+
+def _writers_by_acl(path: str) -> Iterator[str]:
+    """Users and groups that a POSIX access control list lets write: the mode shows of them only that there are some."""
+    try:
+        raw = os.getxattr(path, "system.posix_acl_access", follow_symlinks=False)
+    except (OSError, AttributeError):  # no list; or a system that has no such thing
+        return
+    entries = list(struct.iter_unpack("<HHI", raw[4:]))
+    mask = next((allowed for tag, allowed, _ in entries if tag == _ACL_MASK), 7)
+    for tag, allowed, who in entries:
+        if allowed & mask & 2:
+            if tag == _ACL_USER and who not in (0, os.getuid()):
+                yield _user(who)
+            elif tag == _ACL_GROUP and not _is_private(who):
+                yield f"group {_group(who)}"
 
 
 def _is_private(gid: int) -> bool:
