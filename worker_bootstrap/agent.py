@@ -141,6 +141,7 @@ class Agent:
         def look() -> list[Digest]:
             if manifest is not None:
                 self.store.write_manifest(Manifest.from_bytes(manifest, wanted))
+            self.store.touch(wanted)
             return self.store.missing(self.store.read_manifest(wanted).chunks)
 
         return await asyncio.to_thread(look)
@@ -254,7 +255,7 @@ class Agent:
         """What every interpreter that this agent starts is given; *more* are fields of `StartRequest`."""
         lease = None
         if interpreter.environment_id is not None:
-            lease = str(self.store.layout.lease(interpreter.environment_id))
+            lease = str(self.store.lease(interpreter.environment_id))
         return StartRequest(code=self.code, lease=lease, **more)
 
     def in_background(self, work: Any) -> asyncio.Task[Any]:

@@ -18,6 +18,7 @@ from typing import Any, Callable
 from worker_bootstrap import arrivals
 from worker_bootstrap.digest import Digest, EnvironmentId
 from worker_bootstrap.errors import ChunkInvalid, ChunkMissing, MaterialiseError
+from worker_bootstrap.location import store_limit_bytes
 from worker_bootstrap.materialise import read_error
 from worker_bootstrap.store import Store
 
@@ -60,9 +61,11 @@ async def build(
     subprocess removes it itself. A chunk that turns out damaged does not end *fetch*: the next try has less to do.
     """
     read_only = [part for layout in store.layouts[:-1] for part in ("--read-only", str(layout.root))]
+    limit_bytes = store_limit_bytes()
+    limit = [] if limit_bytes is None else ["--store-limit", str(limit_bytes)]
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", STUB, code, str(store.layout.root), environment_id),
-        *("--link-mode", link_mode, *read_only, *(["--arriving"] if fetch is not None else [])),
+        *("--link-mode", link_mode, *read_only, *limit, *(["--arriving"] if fetch is not None else [])),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,

@@ -7,6 +7,7 @@
             manifests/<environment id>.json
             envs/<first 16 hex>/             the built prefix
             ready/<environment id>           written last: without it, the prefix is not built
+            inventories/<environment id>     the names in the prefix, for a quick check of it
             carried/<digest>/                the code that travels with the plugins
             leases/  locks/  tmp/
 
@@ -58,6 +59,10 @@ class Layout(NamedTuple):
         return self.root / "ready"
 
     @property
+    def inventories(self) -> Path:
+        return self.root / "inventories"
+
+    @property
     def leases(self) -> Path:
         return self.root / "leases"
 
@@ -72,7 +77,13 @@ class Layout(NamedTuple):
     @property
     def folders(self) -> tuple[Path, ...]:
         """Every folder that a writable store has."""
-        return (self.chunks, self.manifests, self.envs, self.ready_marks, self.leases, self.locks, self.tmp)
+        built = (self.envs, self.ready_marks, self.inventories)
+        return (self.chunks, self.manifests, *built, self.leases, self.locks, self.tmp)
+
+    @property
+    def collect_lock(self) -> Path:
+        """Shared by whoever adds chunks before their manifest; exclusive for whoever removes chunks without one."""
+        return self.locks / "collect.lock"
 
     def chunk(self, digest: Digest, suffix: str) -> Path:
         """Path of a chunk stored with the codec whose file suffix is *suffix* (``.zst``, ``.zlib``, ``.raw``)."""
@@ -88,6 +99,9 @@ class Layout(NamedTuple):
 
     def ready(self, environment_id: EnvironmentId) -> Path:
         return self.ready_marks / _checked(environment_id)
+
+    def inventory(self, environment_id: EnvironmentId) -> Path:
+        return self.inventories / _checked(environment_id)
 
     def lock(self, environment_id: EnvironmentId) -> Path:
         """The lock that whoever builds or evicts this environment holds."""

@@ -26,15 +26,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from worker_bootstrap import crew, donor, errors, ready_mark, relocated_code, verify
+from worker_bootstrap import crew, donor, errors, evict, ready_mark, relocated_code, soundness
 from worker_bootstrap.arrivals import Arrivals
 from worker_bootstrap.blueprint import Blueprint, draw, read_listings
 from worker_bootstrap.digest import EnvironmentId, is_digest
 from worker_bootstrap.donor import LINK_MODES, Donors
 from worker_bootstrap.durable import full_error
-from worker_bootstrap.errors import EnvshipError, MaterialiseError, StoreFull
+from worker_bootstrap.errors import ChunkMissing, EnvshipError, MaterialiseError, StoreFull
 from worker_bootstrap.layout import SHORT_ID_LENGTH, Layout
 from worker_bootstrap.lock import Lock
+from worker_bootstrap.repair import repair
 from worker_bootstrap.store import Store
 from worker_bootstrap.writer import Report, Work, Writer
 
@@ -99,16 +100,17 @@ def materialise(
     Notes
     -----
     Idempotent; safe in any number of processes and threads at once: one builds, the others wait. A failed or killed
-    build leaves nothing that counts as built; its remains are removed by the next one.
+    build leaves nothing that counts as built; its remains are removed by the next one. One that is built, and turns out
+    to be damaged at a quick look (`worker_bootstrap.soundness`), is mended in place.
     """
     if processes is None:
         processes = crew.PROCESSES if crew.may_fork() else 1
     work = Work(report or _silent, arrivals or Arrivals.none(), processes)
     try:
-        prefix = store.built(environment_id)
+        prefix = soundness.sound_prefix(store, environment_id)
         if prefix is None:
             with Lock(store.layout.lock(environment_id)):
-                prefix = store.built(environment_id) or _restored(store, environment_id)
+                prefix = soundness.sound_prefix(store, environment_id) or _restored(store, environment_id)
                 if prefix is None:
                     prefix = _build(store, environment_id, link_mode, work)
         mark = store.layout.ready(environment_id)
@@ -120,19 +122,23 @@ def materialise(
 
 
 def _restored(store: Store, environment_id: EnvironmentId) -> Path | None:
-    """The prefix that was built before the machine started, if it is whole; it is marked again then."""
+    """The prefix that somebody damaged, or that was built before the machine started: compared, mended, marked again.
+
+    Mended rather than built again, because processes may run from it.
+    """
     layout = store.layout
     mark, prefix = layout.ready(environment_id), layout.prefix(environment_id)
     if not (mark.exists() and prefix.is_dir()):
         return None
     try:
-        damage = next(verify.damaged_files(store, environment_id, prefix), None)
+        repair(store, environment_id)
+    except ChunkMissing:
+        raise
     except EnvshipError as error:
-        damage = str(error)
-    if damage is not None:
-        logger.warning("environment %s did not survive a restart of the machine: %s", environment_id[:16], damage)
+        logger.warning("environment %s cannot be mended: %s", environment_id[:16], error)
         return None
-    ready_mark.write(mark, layout.tmp, durable=False)
+    if not ready_mark.is_valid(mark):
+        ready_mark.write(mark, layout.tmp, durable=False)
     return prefix
 
 
@@ -144,7 +150,7 @@ def _build(store: Store, environment_id: EnvironmentId, link_mode: str, work: Wo
     listings = read_listings(manifest, store.read_chunk)
     blueprint = draw(manifest, listings, str(prefix))
     donors = Donors(donor.find(store, manifest, listings), link_mode)
-    layout.ready(environment_id).unlink(missing_ok=True)
+    ready_mark.remove(layout.ready(environment_id))
     _sweep(layout, environment_id)
     _check_room(layout, blueprint, donors)
     if os.statvfs(layout.envs).f_flag & os.ST_NOEXEC:
@@ -159,6 +165,7 @@ def _build(store: Store, environment_id: EnvironmentId, link_mode: str, work: Wo
         modules = relocated_code.modules_without_code(entries, manifest.python)
         relocated_code.compile_modules(scratch, str(prefix), modules)
         os.chmod(scratch, 0o755)
+        soundness.seal(layout, environment_id, blueprint, scratch)
         os.rename(scratch, prefix)
         ready_mark.write(layout.ready(environment_id), layout.tmp, durable=False)
     except BaseException as error:
@@ -232,12 +239,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     parser.add_argument("--read-only", type=Path, action="append", default=[])
     parser.add_argument("--link-mode", choices=LINK_MODES, default="auto")
     parser.add_argument("--arriving", action="store_true")
+    parser.add_argument("--store-limit", type=int, help="evict what is over so many bytes, after a build")
     options = parser.parse_args(arguments)
     arrivals = Arrivals() if options.arriving else Arrivals.none()
     _end_with_parent(arrivals)
     gc.disable()  # hundreds of thousands of objects that live to the end, and no cycles worth collecting
     try:
         store = Store(options.store, options.read_only)
+        was_built = store.built(options.environment_id) is not None
         prefix = materialise(
             store,
             options.environment_id,
@@ -247,6 +256,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             # The one thread beside this one listens to the parent, and holds no lock that a copy would need.
             processes=crew.PROCESSES,
         )
+        if options.store_limit is not None and not was_built:
+            evict.collect(store, options.store_limit, keep=[options.environment_id])
     except Exception as error:
         if not isinstance(error, EnvshipError):
             error = MaterialiseError(options.environment_id, "", f"{type(error).__name__}: {error}")

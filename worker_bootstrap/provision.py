@@ -23,6 +23,7 @@ from worker_bootstrap.digest import Digest, EnvironmentId
 from worker_bootstrap.errors import ChunkInvalid, ChunkMissing, TransferError
 from worker_bootstrap.interpreter import python_of
 from worker_bootstrap.manifest import Manifest
+from worker_bootstrap.soundness import sound_prefix
 from worker_bootstrap.store import Store
 from worker_bootstrap.tracker import Batch, Offer
 from worker_bootstrap.transfer import Outcome, PeerChunks, fetch_chunks
@@ -110,7 +111,7 @@ class Provision:
         seconds = {"fetch": 0.0, "build": 0.0}
         for attempt in range(1, PROVIDE_ATTEMPTS + 1):
             try:
-                built = await asyncio.to_thread(self._store.built, environment_id)
+                built = await asyncio.to_thread(sound_prefix, self._store, environment_id)
                 if built is None or not os.access(python_of(built), os.X_OK):
                     built = Path(await self._fetch_and_build(environment_id, link_mode, seconds))
                     await self._report("ready", 0, 0)

@@ -13,7 +13,7 @@ import functools
 import json
 from pathlib import Path
 
-from worker_bootstrap.durable import content_of, publish, sync_file_system
+from worker_bootstrap.durable import content_of, publish, sync_file_system, sync_folder
 from worker_bootstrap.mounts import is_local
 
 SIZE_LIMIT_BYTES = 4096
@@ -48,3 +48,12 @@ def write(path: Path, tmp: Path, *, durable: bool) -> None:
     if made_in is None:
         sync_file_system(tmp)
     publish(path, json.dumps({"boot_id": made_in}).encode(), tmp, sync=made_in is None)
+
+
+def remove(path: Path) -> None:
+    """Take a mark away, before anything of the environment is; after a crash of the machine it must not be back."""
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return
+    sync_folder(path.parent)

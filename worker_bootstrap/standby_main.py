@@ -107,6 +107,8 @@ def _hold_lease(path: str | None) -> None:
         from worker_bootstrap.lock import Lease
 
         Lease(Path(path)).hold()
+        if not os.path.exists(sys.executable):
+            raise RuntimeError(f"the environment at {sys.prefix} was evicted while this process started")
 
 
 def _checked_worker(data: bytes) -> dict[str, Any]:

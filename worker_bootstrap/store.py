@@ -7,6 +7,7 @@ manifests and ready marks are synced. Building is `worker_bootstrap.materialise`
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -19,7 +20,7 @@ from worker_bootstrap.digest import Digest, EnvironmentId, digest_of, is_digest
 from worker_bootstrap.durable import content_of, full_error, publish, sync_folder
 from worker_bootstrap.errors import ChunkInvalid, ChunkMissing, EnvironmentMissing, StoreError
 from worker_bootstrap.layout import STORE_VERSION, Layout
-from worker_bootstrap.lock import Lock
+from worker_bootstrap.lock import Lock, check_locks
 from worker_bootstrap.manifest import CHUNK_LIMIT_BYTES, MANIFEST_LIMIT_BYTES, Manifest
 
 logger = logging.getLogger("envship.store")
@@ -54,7 +55,7 @@ class Store:
 
     def __init__(self, root: Path, read_only: Sequence[Path] = ()) -> None:
         self.layout = Layout(Path(root))
-        self.layouts = (*(Layout(Path(path)) for path in read_only), self.layout)
+        self.layouts = (*(other for other in map(Layout, map(Path, read_only)) if _is_readable(other)), self.layout)
         self.host_id = _prepare(self.layout)
 
     def has_chunk(self, digest: Digest) -> bool:
@@ -154,6 +155,8 @@ class Store:
         path, data = self.layout.manifest(manifest.id), manifest.to_bytes()
         if content_of(path, len(data)) != data:
             self._publish(path, data, sync=True)
+        else:
+            self.touch(manifest.id)
         return manifest.id
 
     def read_manifest(self, environment_id: EnvironmentId) -> Manifest:
@@ -176,6 +179,15 @@ class Store:
             self._drop(path)
         raise EnvironmentMissing(environment_id, str(self.layout.root))
 
+    def touch(self, environment_id: EnvironmentId) -> None:
+        """Note that an environment is used now: what nobody used for the longest time is evicted first."""
+        with contextlib.suppress(OSError):  # in a read-only store, or evicted just now
+            os.utime(self.layout.manifest(environment_id))
+
+    def adding(self) -> Lock:
+        """A context in which chunks may be added, or found to be there already, before the manifest that names them."""
+        return Lock(self.layout.collect_lock, shared=True)
+
     def environments(self) -> list[EnvironmentId]:
         """Ids of all manifests held, sorted."""
         names = {path.stem for layout in self.layouts for path in layout.manifests.glob("*.json")}
@@ -187,10 +199,23 @@ class Store:
         One that was built before the machine was last started may be missing here though it is there:
         `worker_bootstrap.materialise` looks at its files and marks it again.
         """
-        for layout in self.layouts:
-            prefix = layout.prefix(environment_id)
-            if ready_mark.is_valid(layout.ready(environment_id)) and os.path.isdir(prefix):
-                return prefix
+        layout = self.built_in(environment_id)
+        return None if layout is None else layout.prefix(environment_id)
+
+    def lease(self, environment_id: EnvironmentId) -> Path:
+        """The file that whoever runs from that environment holds a lease on: it lies in the store that it runs from."""
+        lease = (self.built_in(environment_id) or self.layout).lease(environment_id)
+        # Who may not write to a store cannot make the file; `staging` makes it.
+        return lease if os.path.exists(lease) else self.layout.lease(environment_id)
+
+    def built_in(self, environment_id: EnvironmentId) -> Layout | None:
+        """The store in which an environment is built and marked ready.
+
+        Our own comes first here: if it was built there as well, one of the others was missing or damaged then.
+        """
+        for layout in (self.layout, *self.layouts[:-1]):
+            if ready_mark.is_valid(layout.ready(environment_id)) and os.path.isdir(layout.prefix(environment_id)):
+                return layout
         return None
 
     def free_bytes(self) -> int:
@@ -252,7 +277,17 @@ def _prepare(layout: Layout) -> str:
             f"the store {layout.root} has version {version!r}; this envship needs {STORE_VERSION!r}. Name another "
             "folder (ENVSHIP_STORE), or remove that one."
         )
+    check_locks(layout.locks)
     return host_id
+
+
+def _is_readable(layout: Layout) -> bool:
+    """Whether a read-only store keeps things where we look for them; one that is not there yet may come."""
+    version = content_of(layout.version, 64)
+    if version is None or version.decode("ascii", "replace").strip() == STORE_VERSION:
+        return True
+    logger.warning("the store %s is left alone: it is of another version", layout.root)
+    return False
 
 
 def _host_id(layout: Layout) -> str | None:

@@ -1,15 +1,17 @@
 """Comparing what lies in a store with what it should be: every chunk, every file of a built environment.
 
-Reads everything, so it takes as long as the disk; nothing calls it on the way of a swap. See also
-`worker_bootstrap.store`, which verifies each chunk when it is read.
+Reads everything, so it takes as long as the disk; on the way of a swap it is called only where
+`worker_bootstrap.soundness` found something, or the machine was started anew. See also `worker_bootstrap.store`, which
+verifies each chunk when it is read, and `worker_bootstrap.repair`.
 """
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from worker_bootstrap.blueprint import Blueprint, Run, draw, read_listings
 from worker_bootstrap.digest import Digest, EnvironmentId, digest_of, digest_of_file
@@ -20,14 +22,27 @@ from worker_bootstrap.store import Store
 
 BYTE_CODE_FOLDER = "__pycache__"
 """The one folder that an interpreter adds to by itself."""
+ADDED = "was added"
 
 
-def damaged_chunks(store: Store, manifest: Manifest) -> Iterator[str]:
-    """One line for each chunk of an environment that the store does not hold intact.
+class Damage(NamedTuple):
+    """A path of a built environment that is not as it should be."""
+
+    path: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.path} {self.problem}"
+
+
+def damaged_chunks(store: Store, manifest: Manifest, skip: Collection[Digest] = ()) -> Iterator[str]:
+    """One line for each chunk of an environment, but for those to *skip*, that the store does not hold intact.
 
     Damaged copies in the writable store are dropped, as by any read.
     """
     for digest, size_bytes in manifest.chunks.items():
+        if digest in skip:
+            continue
         try:
             data = store.read_chunk(digest)
         except ChunkMissing:
@@ -37,8 +52,8 @@ def damaged_chunks(store: Store, manifest: Manifest) -> Iterator[str]:
                 yield f"chunk {digest} has {len(data)} bytes, the manifest says {size_bytes}"
 
 
-def damaged_files(store: Store, environment_id: EnvironmentId, prefix: Path | None = None) -> Iterator[str]:
-    """One line for each path of a built environment that is not as its manifest says: changed, missing, or added.
+def damaged_files(store: Store, environment_id: EnvironmentId, prefix: Path | None = None) -> Iterator[Damage]:
+    """Each path of a built environment that is not as its manifest says: changed, missing, or added.
 
     Byte code that an interpreter wrote is not counted as added. With *prefix*, the environment is taken to lie there.
 
@@ -52,14 +67,22 @@ def damaged_files(store: Store, environment_id: EnvironmentId, prefix: Path | No
     prefix = prefix or store.built(environment_id)
     if prefix is None:
         raise EnvironmentMissing(environment_id, f"{store.layout.envs} (it is not built)")
+    yield from compare(store, blueprint_of(store, environment_id, prefix), prefix)
+
+
+def blueprint_of(store: Store, environment_id: EnvironmentId, prefix: Path) -> Blueprint:
+    """What an environment should be at *prefix*. Raises as `damaged_files`, or `ManifestInvalid`."""
     manifest = store.read_manifest(environment_id)
-    listings = read_listings(manifest, store.read_chunk)
-    blueprint = draw(manifest, listings, str(prefix))
+    return draw(manifest, read_listings(manifest, store.read_chunk), str(prefix))
+
+
+def compare(store: Store, blueprint: Blueprint, prefix: Path) -> Iterator[Damage]:
+    """As `damaged_files`, for an environment whose blueprint is at hand."""
     for run in blueprint.runs:
         for file, expected in _expected(store, run, str(prefix)):
             problem = _compare_file(prefix / file.path, file, expected)
             if problem:
-                yield f"{file.path} {problem}"
+                yield Damage(file.path, problem)
     yield from _compare_names(prefix, blueprint)
     yield from _added(prefix, blueprint)
 
@@ -93,21 +116,22 @@ def _compare_file(path: Path, file: File, expected: Digest) -> str:
     return ""
 
 
-def _compare_names(prefix: Path, blueprint: Blueprint) -> Iterator[str]:
+def _compare_names(prefix: Path, blueprint: Blueprint) -> Iterator[Damage]:
     for link in blueprint.links:
         path = prefix / link.path
         if not path.is_symlink() or os.readlink(path) != link.target:
-            yield f"{link.path} is not the link to {link.target} any more"
+            yield Damage(link.path, f"is not the link to {link.target} any more")
     for hard_link in blueprint.hard_links:
         path, target = prefix / hard_link.path, prefix / hard_link.target
         if not path.exists() or not target.exists() or not path.samefile(target):
-            yield f"{hard_link.path} is not the same file as {hard_link.target} any more"
+            yield Damage(hard_link.path, f"is not the same file as {hard_link.target} any more")
     for directory in blueprint.directories:
-        if not (prefix / directory).is_dir():
-            yield f"{directory} is missing"
+        path = prefix / directory
+        if path.is_symlink() or not path.is_dir():
+            yield Damage(directory, "is no folder" if os.path.lexists(path) else "is missing")
 
 
-def _added(prefix: Path, blueprint: Blueprint) -> Iterator[str]:
+def _added(prefix: Path, blueprint: Blueprint) -> Iterator[Damage]:
     known = {file.path for run in blueprint.runs for file in run.files}
     known.update(link.path for link in blueprint.links)
     known.update(link.path for link in blueprint.hard_links)
@@ -116,4 +140,4 @@ def _added(prefix: Path, blueprint: Blueprint) -> Iterator[str]:
         for name in (*names, *links):
             path = os.path.relpath(os.path.join(folder, name), prefix)
             if path not in known and BYTE_CODE_FOLDER not in path.split("/"):
-                yield f"{path} was added"
+                yield Damage(path, ADDED)

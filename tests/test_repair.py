@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.environments import environment_of, package_of, tiny_environment
+from worker_bootstrap.digest import EnvironmentId
+from worker_bootstrap.errors import ChunkMissing
+from worker_bootstrap.materialise import materialise
+from worker_bootstrap.repair import repair
+from worker_bootstrap.soundness import sound_prefix
+from worker_bootstrap.store import Store
+from worker_bootstrap.verify import damaged_files
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def environment_id(store: Store) -> EnvironmentId:
+    environment_id = tiny_environment(store)
+    materialise(store, environment_id)
+    return environment_id
+
+
+def folder_in_the_way(prefix: Path) -> None:
+    (prefix / "lib/empty").unlink()
+    (prefix / "lib/empty/full").mkdir(parents=True)
+
+
+def link_out(prefix: Path) -> None:
+    shutil.rmtree(prefix / "lib/data")
+    (prefix / "lib/data").symlink_to(prefix.parents[2] / "outside")
+
+
+def moved_behind_a_link(prefix: Path) -> None:
+    """Everything looks whole through the link."""
+    (prefix / "lib").rename(prefix.parents[2] / "moved")
+    (prefix / "lib").symlink_to(prefix.parents[2] / "moved")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p: (p / "bin/tool").unlink(),
+        lambda p: (p / "bin/tool").write_bytes(b"edited"),
+        lambda p: (p / "bin/tool-1").unlink(),
+        lambda p: (p / "bin/tool").chmod(0o644),
+        lambda p: (p / "bin/alias").unlink(),
+        lambda p: (p / "lib/libx.so").write_bytes(b""),
+        lambda p: (p / "lib/nothing-inside").rmdir(),
+        lambda p: shutil.rmtree(p / "lib"),
+        folder_in_the_way,
+        link_out,
+        moved_behind_a_link,
+    ],
+)
+def test_damage_is_mended_where_it_is_used_without_a_question(
+    store: Store, environment_id: EnvironmentId, change: Callable[[Path], object], tmp_path: Path
+) -> None:
+    """In place, so that nothing moves under processes that run from it."""
+    (tmp_path / "outside").mkdir()
+    prefix = store.layout.prefix(environment_id)
+    inode = prefix.stat().st_ino
+    change(prefix)
+    assert list(damaged_files(store, environment_id))
+    if sound_prefix(store, environment_id) is not None:  # a mode is not found at a quick look
+        repair(store, environment_id)
+    assert materialise(store, environment_id) == prefix
+    assert list(damaged_files(store, environment_id)) == []
+    assert sound_prefix(store, environment_id) == prefix
+    assert prefix.stat().st_ino == inode
+    assert list((tmp_path / "outside").iterdir()) == []
+    assert list(store.layout.tmp.iterdir()) == []
+
+
+def test_a_process_that_has_the_file_open_goes_on(store: Store) -> None:
+    environment_id = tiny_environment(store, {"run*": b"#!/bin/sh\nread line\necho still here\n", "other": b"x"})
+    prefix = materialise(store, environment_id)
+    process = subprocess.Popen([prefix / "run"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    os.utime(prefix / "run")  # as if somebody had written to it
+    (prefix / "run").chmod(0o644)
+    (prefix / "other").unlink()
+    materialise(store, environment_id)
+    assert (prefix / "other").read_bytes() == b"x"
+    assert stat.S_IMODE((prefix / "run").stat().st_mode) == 0o755
+    assert process.communicate(b"go\n", timeout=30)[0] == b"still here\n"
+
+
+def test_a_missing_chunk_is_named_and_the_rest_can_wait_for_it(store: Store, environment_id: EnvironmentId) -> None:
+    prefix = store.layout.prefix(environment_id)
+    (prefix / "lib/data/large.bin").unlink()
+    content = {path: path.read_bytes() for path in store.layout.chunks.glob("*/*")}
+    shutil.rmtree(store.layout.chunks)
+    store.layout.chunks.mkdir()
+    with pytest.raises(ChunkMissing):
+        materialise(store, environment_id)
+    for path, data in content.items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
+    assert materialise(store, environment_id) == prefix
+    assert list(damaged_files(store, environment_id)) == []
+
+
+def test_what_was_added_goes_only_when_asked(store: Store, environment_id: EnvironmentId) -> None:
+    prefix = store.layout.prefix(environment_id)
+    (prefix / "lib/added").touch()
+    (prefix / "added-too").mkdir()
+    (prefix / "added-too/x").touch()
+    assert repair(store, environment_id) == []
+    assert (prefix / "lib/added").exists()
+    mended = repair(store, environment_id, remove_added=True)
+    assert sorted(damage.path for damage in mended) == ["added-too/x", "lib/added"]
+    assert list(damaged_files(store, environment_id)) == []
+
+
+def test_a_file_that_was_touched_is_not_compared_for_ever(store: Store, environment_id: EnvironmentId) -> None:
+    prefix = store.layout.prefix(environment_id)
+    os.utime(prefix / "lib/empty")
+    assert sound_prefix(store, environment_id) is None
+    materialise(store, environment_id)
+    assert sound_prefix(store, environment_id) == prefix
+
+
+def test_a_link_shared_with_another_environment_is_mended_in_each(store: Store) -> None:
+    """An edit in place reaches every hard link; each environment finds it, and mending one leaves the other alone."""
+    common = package_of(store, {"shared": b"shared" * 10}, "common")
+    one = environment_of(store, [common, package_of(store, {"one": b"1"}, "one")]).id
+    two = environment_of(store, [common, package_of(store, {"two": b"2"}, "two")]).id
+    first, second = materialise(store, one), materialise(store, two, link_mode="hardlink")
+    assert (first / "shared").samefile(second / "shared")
+    (first / "shared").write_bytes(b"edited")
+    for environment_id, prefix in ((one, first), (two, second)):
+        assert (prefix / "shared").read_bytes() == b"edited"
+        materialise(store, environment_id)
+        assert (prefix / "shared").read_bytes() == b"shared" * 10

@@ -1,0 +1,160 @@
+"""Making a built environment whole again, in place: what is missing or was altered is written anew from its chunks.
+
+Each file appears by a rename, so processes that run from the environment go on: they keep the file that they have
+open. Does not fetch; a chunk that is not here is `ChunkMissing`, and the repair can be called again when it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from worker_bootstrap import soundness
+from worker_bootstrap.blueprint import Blueprint, Run
+from worker_bootstrap.digest import EnvironmentId
+from worker_bootstrap.donor import WRITTEN_AT_NS, seal
+from worker_bootstrap.durable import full_error
+from worker_bootstrap.errors import ManifestInvalid, MaterialiseError
+from worker_bootstrap.manifest import File
+from worker_bootstrap.relocate import relocate
+from worker_bootstrap.store import Store
+from worker_bootstrap.verify import ADDED, Damage, blueprint_of, compare
+
+logger = logging.getLogger("envship.repair")
+
+ROUNDS = 2
+"""What lay behind a link in the place of a folder looks whole until the folder is back."""
+
+
+def repair(store: Store, environment_id: EnvironmentId, *, remove_added: bool = False) -> list[Damage]:
+    """Compare a prefix in the writable store with its manifest, file by file, and mend it; return what was wrong.
+
+    Parameters
+    ----------
+    remove_added
+        Remove files that the environment does not have, as well. Without it they stay, and are not returned.
+
+    Raises
+    ------
+    EnvironmentMissing, ChunkMissing
+        If the manifest, or a chunk that is needed to mend it, is not in the store.
+    ManifestInvalid
+        If the environment breaks the format.
+    StoreFull
+        If there is no room.
+    MaterialiseError
+        If something cannot be mended.
+
+    Notes
+    -----
+    The caller holds the environment's lock. Idempotent. Whoever is killed in the middle leaves some files mended.
+    """
+    layout = store.layout
+    prefix = layout.prefix(environment_id)
+    blueprint = blueprint_of(store, environment_id, prefix)
+    found = _concerning(compare(store, blueprint, prefix), remove_added)
+    try:
+        rest = found
+        for _ in range(ROUNDS):
+            if not rest:
+                break
+            logger.warning("environment %s: %d files are mended, such as %s", environment_id[:16], len(rest), rest[0])
+            _Mender(store, blueprint, prefix).mend(rest)
+            rest = _concerning(compare(store, blueprint, prefix), remove_added)
+        if rest:
+            raise MaterialiseError(environment_id, rest[0].path, rest[0].problem)
+        _restore_times(blueprint, prefix)
+        soundness.seal(layout, environment_id, blueprint, str(prefix))
+    except OSError as error:
+        full = full_error(error, layout.root)
+        if full is not None:
+            raise full from error
+        raise MaterialiseError(environment_id, str(error.filename or ""), str(error.strerror)) from error
+    return found
+
+
+def _concerning(damage: Iterable[Damage], remove_added: bool) -> list[Damage]:
+    return [each for each in damage if remove_added or each.problem != ADDED]
+
+
+class _Mender:
+    """Writes what is damaged in *prefix* anew; links are never followed."""
+
+    def __init__(self, store: Store, blueprint: Blueprint, prefix: Path) -> None:
+        self._store = store
+        self._blueprint = blueprint
+        self._prefix = prefix
+
+    def mend(self, damage: Iterable[Damage]) -> None:
+        """Mend these, in the order in which they were built: what lies below a folder after the folder."""
+        paths = {each.path for each in damage if each.problem != ADDED}
+        for each in damage:
+            if each.problem == ADDED:
+                self._clear(each.path)
+        for path in self._blueprint.directories:
+            if path in paths:
+                self._clear(path)
+                os.mkdir(self._prefix / path)
+                os.chmod(self._prefix / path, 0o755)
+        for run in self._blueprint.runs:
+            wanted = [file for file in run.files if file.path in paths]
+            if wanted:
+                for file, content in self._contents(run, wanted):
+                    self._write(file, content)
+        for hard_link in self._blueprint.hard_links:
+            # A file that was written anew is another one than its other names still are.
+            if hard_link.path in paths or hard_link.target in paths:
+                self._clear(hard_link.path)
+                os.link(self._prefix / hard_link.target, self._prefix / hard_link.path, follow_symlinks=False)
+        for link in self._blueprint.links:
+            if link.path in paths:
+                self._clear(link.path)
+                os.symlink(link.target, self._prefix / link.path)
+
+    def _contents(self, run: Run, wanted: list[File]) -> Iterator[tuple[File, bytes]]:
+        content = b"".join(self._store.read_chunk(chunk.digest) for chunk in run.chunks)
+        position = 0
+        for file in run.files:
+            if file in wanted:
+                yield file, content[position : position + file.size_bytes]
+            position += file.size_bytes
+        if position != len(content):
+            raise ManifestInvalid(f"chunks hold {len(content)} bytes for files of {position}", str(self._prefix))
+
+    def _write(self, file: File, content: bytes) -> None:
+        if file.relocation is not None:
+            content = relocate(content, file.relocation, str(self._prefix))
+        handle, name = tempfile.mkstemp(dir=self._store.layout.tmp)
+        try:
+            with os.fdopen(handle, "wb") as out:
+                out.write(content)
+                out.flush()
+                seal(out.fileno(), file)
+            if os.path.isdir(self._prefix / file.path):
+                self._clear(file.path)
+            os.replace(name, self._prefix / file.path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+    def _clear(self, path: str) -> None:
+        target = self._prefix / path
+        if target.is_symlink() or not target.is_dir():
+            target.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(target)
+
+
+def _restore_times(blueprint: Blueprint, prefix: Path) -> None:
+    """Give files that somebody touched without changing them their time back."""
+    for run in blueprint.runs:
+        for file in run.files:
+            path = prefix / file.path
+            found = os.lstat(path)
+            if found.st_mtime_ns != WRITTEN_AT_NS and stat.S_ISREG(found.st_mode):
+                os.utime(path, ns=(WRITTEN_AT_NS, WRITTEN_AT_NS), follow_symlinks=False)
