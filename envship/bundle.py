@@ -113,15 +113,15 @@ def read_bundle(path: Path | str, store: Store) -> Manifest:
         If there is no room.
     """
     try:
-        with opened(str(path)) as file:
+        with opened(str(path)) as file, store.adding():
             manifest = _read_manifest(file, path)
             with ThreadPoolExecutor(max_workers=2) as pool:
                 _in_order(pool, _read_chunks(file, path, manifest, store))
             if file.read(len(END) + 1) != END:
                 raise BundleInvalid(str(path), "it does not end where it should")
+            store.write_manifest(manifest)
     except (ManifestInvalid, ChunkInvalid) as error:
         raise BundleInvalid(str(path), str(error)) from error
-    store.write_manifest(manifest)
     return manifest
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from envship import config
 from envship.chunking import LIMIT_BYTES, Cutter, is_large
 from envship.environment import Environment
 from envship.options import NO_OPTIONS, PackOptions
@@ -26,6 +27,7 @@ from envship.sources.draft import CodeItem, Draft, FileItem, Item, MadeItem, Pla
 from envship.sources.locate import find_prefix
 from envship.sources.plan import plan as plan_prefix
 from envship.sources.tree import Root, Trees
+from worker_bootstrap import evict
 from worker_bootstrap.digest import Digest, EnvironmentId, digest_of
 from worker_bootstrap.errors import EnvironmentMissing, ManifestInvalid, NotAnEnvironment, SourceProblems
 from worker_bootstrap.location import open_store
@@ -85,14 +87,25 @@ def pack(
     """
     store = store or open_store()
     place = _place(source)
+    limit_bytes = config.store_limit_bytes()
+    with store.adding():
+        environment, is_new = _packed(place, store, options, _Progress(report))
+    if is_new and limit_bytes is not None:
+        evict.collect(store, limit_bytes, keep=[environment.id])
+    return environment
+
+
+def _packed(place: Path, store: Store, options: PackOptions, progress: _Progress) -> tuple[Environment, bool]:
+    """The environment at *place*, and whether it had to be read."""
     trees = Trees()
     index = ScanIndex.load(store, str(place), options)
     known = index.unchanged(trees)
     if known is not None:
         manifest = _held(store, known)
         if manifest is not None:
-            return Environment(manifest, store)
-    work = _Work(store, options, _Progress(report))
+            store.touch(manifest.id)
+            return Environment(manifest, store), False
+    work = _Work(store, options, progress)
     if place.is_dir():
         done = work.pack(place, trees if known is not None else Trees(), index)
         seen, signed = done.trees, done.signed
@@ -102,7 +115,7 @@ def pack(
         done = work.pack_archive(place)
     store.write_manifest(done.manifest)
     index.save(seen, done.manifest.id, signed)
-    return Environment(done.manifest, store)
+    return Environment(done.manifest, store), True
 
 
 class _Done(NamedTuple):

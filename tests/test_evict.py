@@ -1,0 +1,340 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.environments import environment_of, package_of, tiny_environment
+from worker_bootstrap import evict, verify
+from worker_bootstrap.chunk_service import read_chunks
+from worker_bootstrap.digest import Digest, EnvironmentId
+from worker_bootstrap.errors import ChunkMissing, EnvironmentMissing
+from worker_bootstrap.evict import GRACE_S, collect, plan
+from worker_bootstrap.lock import Lease, Lock
+from worker_bootstrap.materialise import materialise
+from worker_bootstrap.stock import Holding, Holdings, survey
+from worker_bootstrap.store import Store
+
+A, B, C = (EnvironmentId(letter * 64) for letter in "abc")
+ONE, TWO, THREE = (Digest(digit * 64) for digit in "123")
+NOW = 1_000_000.0
+
+
+def holding(
+    name: EnvironmentId,
+    used_s_ago: float,
+    *chunks: Digest,
+    own_bytes: int = 100,
+    in_use: bool = False,
+    shared: Mapping[int, int] | None = None,
+) -> Holding:
+    return Holding(name, True, in_use, NOW - used_s_ago, own_bytes, shared or {}, frozenset(chunks))
+
+
+# -- deciding
+
+
+def test_nothing_goes_within_the_limit() -> None:
+    holdings = Holdings((holding(A, 9e5, ONE), holding(B, 8e5, TWO)), {ONE: 10, TWO: 10}, 0)
+    for limit_bytes in (220, None):
+        found = plan(holdings, limit_bytes, now=NOW)
+        assert (found.evicted, found.kept, found.chunks, found.freed_bytes) == ((), (), frozenset(), 0)
+    assert found.size_bytes == 220
+
+
+def test_what_nobody_used_for_the_longest_time_goes_first_and_no_more_than_needed() -> None:
+    holdings = Holdings((holding(A, 7e5), holding(B, 9e5), holding(C, 8e5)), {}, 0)
+    assert plan(holdings, 299, now=NOW).evicted == (B,)
+    assert plan(holdings, 200, now=NOW).evicted == (B,)
+    assert plan(holdings, 199, now=NOW).evicted == (B, C)
+    assert plan(holdings, 0, now=NOW).evicted == (B, C, A)
+
+
+def test_a_chunk_goes_with_the_last_environment_that_names_it() -> None:
+    holdings = Holdings((holding(A, 9e5, ONE, TWO), holding(B, 8e5, TWO)), {ONE: 10, TWO: 20, THREE: 5}, 0)
+    found = plan(holdings, 130, now=NOW)
+    assert found.evicted == (A,)
+    assert found.chunks == {ONE, THREE}
+    assert found.freed_bytes == 115
+    assert plan(holdings, 0, now=NOW, needed_elsewhere=[ONE]).chunks == {TWO, THREE}
+
+
+def test_a_shared_file_goes_with_the_last_environment_that_links_to_it() -> None:
+    shared = {7: 1000}
+    holdings = Holdings((holding(A, 9e5, shared=shared), holding(B, 8e5, shared=shared)), {}, 0)
+    assert holdings.size_bytes == 1200
+    assert plan(holdings, 1100, now=NOW).freed_bytes == 100
+    assert plan(holdings, 1099, now=NOW).freed_bytes == 1200
+
+
+def test_what_may_not_go_is_passed_over_with_the_reason() -> None:
+    holdings = Holdings((holding(A, 9e5, in_use=True), holding(B, 8e5), holding(C, 60)), {}, 0)
+    found = plan(holdings, 0, now=NOW, keep=[B])
+    assert found.evicted == ()
+    assert [(kept.environment_id, kept.reason) for kept in found.kept] == [
+        (A, "a process runs from it"),
+        (B, "it has just been packed or built"),
+        (C, "it was used in the last 15 minutes"),
+    ]
+
+
+def test_what_nobody_used_for_too_long_goes_whatever_the_size() -> None:
+    holdings = Holdings((holding(A, 9e5), holding(B, 1e5)), {}, 0)
+    assert plan(holdings, None, now=NOW, unused_s=2e5).evicted == (A,)
+
+
+# -- doing it
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def age(store: Store, seconds: float = 10 * GRACE_S) -> None:
+    """Let everything in the store be so much older."""
+    for path in store.layout.root.rglob("*"):
+        if path.is_file() and store.layout.envs not in path.parents:
+            found = path.stat()
+            os.utime(path, (found.st_atime, found.st_mtime - seconds))
+
+
+def two(store: Store) -> tuple[EnvironmentId, EnvironmentId]:
+    """Two environments with a package in common; the first was used longer ago."""
+    common = package_of(store, {"common": b"common" * 100}, "common")
+    made = []
+    for name in ("old", "new"):
+        own = package_of(store, {name: name.encode() * 100}, name)
+        made.append(environment_of(store, [common, own]).id)
+        materialise(store, made[-1])
+        age(store)
+    return made[0], made[1]
+
+
+def intact(store: Store, environment_id: EnvironmentId) -> bool:
+    manifest = store.read_manifest(environment_id)
+    prefix = store.built(environment_id)
+    return (
+        prefix is not None
+        and list(verify.damaged_files(store, environment_id)) == []
+        and list(verify.damaged_chunks(store, manifest)) == []
+    )
+
+
+def assert_gone(store: Store, environment_id: EnvironmentId) -> None:
+    assert store.built(environment_id) is None
+    assert environment_id not in store.environments()
+    assert not store.layout.prefix(environment_id).exists()
+    assert not store.layout.inventory(environment_id).exists()
+
+
+def test_the_size_is_what_the_disk_says(store: Store) -> None:
+    two(store)
+    parts = [store.layout.envs, store.layout.chunks]
+    told = subprocess.run(["du", "-s", "-B1", *parts], capture_output=True, text=True, check=True).stdout
+    du = sum(int(line.split()[0]) for line in told.splitlines())
+    folders = [path for part in parts for path in (part, *part.iterdir()) if path.is_dir()]
+    extra = sum(path.stat().st_blocks * 512 for path in folders)  # which du counts, and we do not
+    assert abs(survey(store).size_bytes - du) <= extra
+
+
+def test_the_least_recently_used_goes_with_what_only_it_needs(store: Store) -> None:
+    old, new = two(store)
+    size_bytes = survey(store).size_bytes
+    freed = collect(store, size_bytes - 1)
+    assert freed.evicted == (old,)
+    assert freed.chunks == 4  # its own listing, and three of content
+    assert_gone(store, old)
+    assert intact(store, new)
+    assert survey(store).size_bytes < size_bytes
+    assert list(store.layout.tmp.iterdir()) == []
+
+
+def test_what_comes_back_after_an_eviction_is_whole(store: Store) -> None:
+    old, _ = two(store)
+    collect(store, 0, grace_s=0)
+    assert store.environments() == []
+    assert list(store.layout.chunks.glob("*/*")) == []
+    common = package_of(store, {"common": b"common" * 100}, "common")
+    assert environment_of(store, [common, package_of(store, {"old": b"old" * 100}, "old")]).id == old
+    materialise(store, old)
+    assert intact(store, old)
+
+
+def test_what_a_process_runs_from_stays_also_across_exec(store: Store) -> None:
+    old, new = two(store)
+    program = "import sys, os; from pathlib import Path; from worker_bootstrap.lock import Lease; "
+    program += "Lease(Path(sys.argv[1])).hold(); os.execv('/bin/sh', ['sh', '-c', 'echo held; exec cat'])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, store.lease(old)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        age(store)
+        freed = collect(store, 0, grace_s=0)
+        process.kill()
+    assert freed.evicted == (new,)
+    assert [(kept.environment_id, kept.reason) for kept in freed.kept] == [(old, "a process runs from it")]
+    assert intact(store, old)
+    assert collect(store, 0, grace_s=0).evicted == (old,)
+
+
+def test_one_that_is_taken_into_use_after_the_decision_stays(store: Store) -> None:
+    old, _ = two(store)
+    found = plan(survey(store), 0, now=time.time(), grace_s=0)
+    lease = Lease(store.lease(old))
+    lease.hold()
+    try:
+        assert [kept.environment_id for kept in evict.carry_out(store, found).kept] == [old]
+    finally:
+        lease.release()
+    assert intact(store, old)
+
+
+def test_one_that_was_used_for_a_moment_after_the_decision_stays(store: Store) -> None:
+    old, _ = two(store)
+    found = plan(survey(store), 0, now=time.time() - 1, grace_s=0)
+    lease = Lease(store.lease(old))
+    lease.hold()
+    lease.release()
+    assert evict.carry_out(store, found).kept[0].reason == "somebody has just used it"
+    assert intact(store, old)
+
+
+def test_one_that_is_being_built_stays(store: Store) -> None:
+    old, _ = two(store)
+    with Lock(store.layout.lock(old)):
+        kept = collect(store, 0, grace_s=0).kept
+    assert [each.environment_id for each in kept] == [old]
+    assert f"process {os.getpid()}" in kept[0].reason
+    assert intact(store, old)
+
+
+def test_a_running_use_counts_as_use_until_its_end(store: Store) -> None:
+    old, new = two(store)
+    lease = Lease(store.lease(old))
+    lease.hold()
+    age(store)
+    survey(store)
+    lease.release()
+    assert collect(store, survey(store).size_bytes - 1).evicted == (new,)
+
+
+def test_chunks_wait_for_whoever_is_adding_some(store: Store) -> None:
+    """A pack that finds a chunk there already must not lose it before it has written its manifest."""
+    digest = store.write_chunk(b"of a pack under way")
+    age(store)
+    with store.adding():
+        assert collect(store, None).chunks == 0
+    assert store.has_chunk(digest)
+    assert collect(store, None).chunks == 1
+    assert not store.has_chunk(digest)
+
+
+def test_new_chunks_may_have_come_ahead_of_their_manifest(store: Store) -> None:
+    digest = store.write_chunk(b"sent by a peer")
+    collect(store, 0)
+    assert store.has_chunk(digest)
+
+
+def test_chunks_that_a_read_only_store_names_stay(tmp_path: Path) -> None:
+    staged = Store(tmp_path / "staged")
+    environment_id = tiny_environment(staged)
+    digest = staged.read_manifest(environment_id).packages[0].chunks[0].digest
+    store = Store(tmp_path / "own", [tmp_path / "staged"])
+    Store(tmp_path / "own").write_chunk(staged.read_chunk(digest))
+    age(store)
+    assert collect(store, 0, grace_s=0).chunks == 0
+    assert intact(staged, materialise(staged, environment_id) and environment_id)
+
+
+def test_a_prefix_of_an_interrupted_build_goes(store: Store) -> None:
+    old, new = two(store)
+    store.layout.ready(old).unlink()
+    assert survey(store).leftovers_bytes > 0
+    collect(store, None)
+    assert not store.layout.prefix(old).exists()
+    assert intact(store, new)
+    materialise(store, old)
+    assert intact(store, old)
+
+
+def test_a_prefix_without_mark_stays_while_somebody_builds_or_runs_there(store: Store) -> None:
+    old, _ = two(store)
+    store.layout.ready(old).unlink()
+    with Lock(store.layout.lock(old)):
+        collect(store, None)
+    lease = Lease(store.layout.lease(old))
+    lease.hold()
+    collect(store, None)
+    lease.release()
+    assert store.layout.prefix(old).exists()
+
+
+# -- races: whoever comes too late finds nothing there, as if it had never been
+
+
+def test_reading_serving_and_building_miss_what_is_evicted_meanwhile(store: Store) -> None:
+    environment_id = tiny_environment(store, {f"{i:03}": os.urandom(60) for i in range(60)})
+    manifest = store.read_manifest(environment_id)
+    chunks = {digest: store.read_chunk(digest) for digest in manifest.chunks}
+    stop = threading.Event()
+    errors: list[BaseException] = []
+    seen = {"read": 0, "miss": 0, "built": 0}
+
+    def use(work: object) -> None:
+        assert callable(work)
+        while not stop.is_set():
+            try:
+                work()
+                seen["read"] += 1
+            except (ChunkMissing, EnvironmentMissing):
+                seen["miss"] += 1
+            except BaseException as error:
+                errors.append(error)
+                return
+
+    def read() -> None:
+        for digest, content in chunks.items():
+            assert store.read_chunk(digest) == content
+
+    def serve() -> None:
+        for chunk in read_chunks(store, chunks, ["zstd"]):
+            assert chunk.digest in chunks
+
+    def build() -> None:
+        prefix = materialise(store, environment_id)
+        lease = Lease(store.layout.lease(environment_id))
+        lease.hold(alone=False)
+        try:
+            if store.built(environment_id) is not None:  # leased, so it stays now
+                assert len(list(prefix.iterdir())) == 60
+                seen["built"] += 1
+        finally:
+            lease.release()
+        stop.wait(0.01)  # else the lock is never free, and nothing can be evicted
+
+    threads = [threading.Thread(target=use, args=(work,)) for work in (read, serve, build)]
+    for thread in threads:
+        thread.start()
+    evictions = 0
+    deadline = time.monotonic() + 60
+    while not errors and (evictions < 3 or seen["built"] < 3 or not seen["miss"]) and time.monotonic() < deadline:
+        evictions += len(collect(store, 0, grace_s=0).evicted)
+        for content in chunks.values():
+            store.write_chunk(content)
+        store.write_manifest(manifest)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert evictions >= 3 and seen["built"] >= 3 and seen["miss"]
+    materialise(store, environment_id)
+    assert intact(store, environment_id)

@@ -1,0 +1,271 @@
+"""Making room in a store: least recently used environments go first, then chunks that no manifest names.
+
+What a process runs from, builds, or has just used is never taken: leases and locks are the kernel's. Whoever reads or
+serves a chunk that goes at that moment finds it missing, as if it had never been there, and fetches it again. `plan`
+decides and touches nothing; `carry_out` looks again before each step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Collection
+from pathlib import Path
+from typing import NamedTuple
+
+from worker_bootstrap import ready_mark
+from worker_bootstrap.digest import Digest, EnvironmentId
+from worker_bootstrap.errors import StoreBusy
+from worker_bootstrap.lock import Lease, Lock, holders
+from worker_bootstrap.stock import Holding, Holdings, chunk_files, last_used, leftovers, needed_chunks, survey
+from worker_bootstrap.store import Store
+
+logger = logging.getLogger("envship.evict")
+
+GRACE_S = 900.0
+"""What was used, or written, so recently belongs to a swap that may be under way (`timeouts.prepare` is 600 s)."""
+
+
+class Kept(NamedTuple):
+    """An environment that stays although it would have been the next to go, and why."""
+
+    environment_id: EnvironmentId
+    reason: str
+
+
+class Plan(NamedTuple):
+    """What is to go.
+
+    *evicted* in the order in which they go; *kept* are those that had to be passed over. *freed_bytes* counts prefixes
+    and chunks, *size_bytes* is the size of the store before. *chunks* are those that no manifest names afterwards.
+    What has been used since *made_at* (seconds since the epoch) is not to go after all.
+    """
+
+    evicted: tuple[EnvironmentId, ...]
+    kept: tuple[Kept, ...]
+    chunks: frozenset[Digest]
+    freed_bytes: int
+    size_bytes: int
+    made_at: float
+
+
+class Freed(NamedTuple):
+    """What has gone, and what could not."""
+
+    evicted: tuple[EnvironmentId, ...]
+    kept: tuple[Kept, ...]
+    chunks: int
+
+
+def plan(
+    holdings: Holdings,
+    limit_bytes: int | None,
+    *,
+    now: float,
+    needed_elsewhere: Collection[Digest] = (),
+    keep: Collection[EnvironmentId] = (),
+    grace_s: float = GRACE_S,
+    unused_s: float | None = None,
+) -> Plan:
+    """Decide what goes. Pure.
+
+    Parameters
+    ----------
+    holdings
+        The store as it is.
+    limit_bytes
+        The size that it may have; None for any.
+    now
+        Seconds since the epoch.
+    needed_elsewhere
+        Chunks that stay although no manifest of this store names them.
+    keep
+        Environments that stay whatever happens.
+    grace_s
+        Environments used in the last so many seconds stay as well.
+    unused_s
+        Environments that nobody used for so many seconds go in any case.
+    """
+    account = _Account(holdings, needed_elsewhere)
+    evicted: list[EnvironmentId] = []
+    kept: list[Kept] = []
+    for holding in sorted(holdings.environments, key=lambda holding: holding.used_at):
+        is_old = unused_s is not None and now - holding.used_at > unused_s
+        if not is_old and (limit_bytes is None or account.size_bytes <= limit_bytes):
+            continue
+        reason = _reason_to_keep(holding, now, keep, grace_s)
+        if reason:
+            kept.append(Kept(holding.environment_id, reason))
+            continue
+        evicted.append(holding.environment_id)
+        account.remove(holding)
+    before = holdings.size_bytes
+    return Plan(tuple(evicted), tuple(kept), account.unneeded, before - account.size_bytes, before, now)
+
+
+def collect(
+    store: Store,
+    limit_bytes: int | None,
+    *,
+    keep: Collection[EnvironmentId] = (),
+    grace_s: float = GRACE_S,
+    unused_s: float | None = None,
+) -> Freed:
+    """Look, decide, and remove. Parameters as for `plan`; safe while anybody uses the store, and in many processes."""
+    now = time.time()
+    found = plan(
+        survey(store),
+        limit_bytes,
+        now=now,
+        needed_elsewhere=needed_chunks(store) if store.layouts[:-1] else (),
+        keep=keep,
+        grace_s=grace_s,
+        unused_s=unused_s,
+    )
+    return carry_out(store, found, grace_s=grace_s)
+
+
+def carry_out(store: Store, planned: Plan, *, grace_s: float = GRACE_S) -> Freed:
+    """Remove what was planned, as far as nobody has come to need it meanwhile.
+
+    Notes
+    -----
+    An environment goes by losing its ready mark, then its prefix (renamed first), then its manifest: whoever is killed
+    in the middle leaves one that is built, or one that is not. Its chunks go last.
+    """
+    evicted: list[EnvironmentId] = []
+    kept = list(planned.kept)
+    for environment_id in planned.evicted:
+        reason = _evict(store, environment_id, planned.made_at)
+        if reason:
+            kept.append(Kept(environment_id, reason))
+        else:
+            evicted.append(environment_id)
+    _sweep_leftovers(store)
+    chunks = _remove_unneeded_chunks(store, grace_s)
+    if evicted or chunks:
+        logger.info("%s: evicted %d environments and %d chunks", store.layout.root, len(evicted), chunks)
+    return Freed(tuple(evicted), tuple(kept), chunks)
+
+
+class _Account:
+    """The size of a store while environments go: what is shared goes with the last one that has it."""
+
+    def __init__(self, holdings: Holdings, needed_elsewhere: Collection[Digest]) -> None:
+        self._chunks = holdings.chunks
+        self._inodes = Counter(inode for holding in holdings.environments for inode in holding.shared)
+        self._needs = Counter(digest for holding in holdings.environments for digest in holding.chunks)
+        self._needs.update(needed_elsewhere)
+        self.unneeded = frozenset(digest for digest in holdings.chunks if not self._needs[digest])
+        gone_bytes = sum(holdings.chunks[digest] for digest in self.unneeded)
+        self.size_bytes = holdings.size_bytes - gone_bytes - holdings.leftovers_bytes
+
+    def remove(self, holding: Holding) -> None:
+        self.size_bytes -= holding.own_bytes
+        for inode, size in holding.shared.items():
+            self._inodes[inode] -= 1
+            if not self._inodes[inode]:
+                self.size_bytes -= size
+        gone = []
+        for digest in holding.chunks:
+            self._needs[digest] -= 1
+            if not self._needs[digest] and digest in self._chunks:
+                gone.append(digest)
+        self.size_bytes -= sum(self._chunks[digest] for digest in gone)
+        self.unneeded = self.unneeded.union(gone)
+
+
+def _reason_to_keep(holding: Holding, now: float, keep: Collection[EnvironmentId], grace_s: float) -> str:
+    if holding.in_use:
+        return "a process runs from it"
+    if holding.environment_id in keep:
+        return "it has just been packed or built"
+    if now - holding.used_at < grace_s:
+        return f"it was used in the last {grace_s / 60:.0f} minutes"
+    return ""
+
+
+def _evict(store: Store, environment_id: EnvironmentId, planned_at: float) -> str:
+    """Remove an environment; returns why it could not be."""
+    layout = store.layout
+    lease = Lease(layout.lease(environment_id))
+    try:
+        with Lock(layout.lock(environment_id), timeout_s=0):
+            # Before the lease is claimed, which makes its file.
+            if last_used(layout, environment_id) > planned_at:
+                return "somebody has just used it"
+            gone = _take(store, environment_id, lease)
+    except _InUse:
+        processes = ", ".join(map(str, holders(lease.path))) or "of another machine"
+        return f"a process runs from it ({processes})"
+    except StoreBusy as error:
+        return f"it is being built ({error.holder})"
+    if gone is not None:
+        shutil.rmtree(gone, ignore_errors=True)
+    return ""
+
+
+class _InUse(Exception):
+    """Somebody holds the lease."""
+
+
+def _take(store: Store, environment_id: EnvironmentId, lease: Lease) -> Path | None:
+    """Take an environment out of the store, for as long as nobody can begin to run from it; where its prefix went."""
+    layout = store.layout
+    with lease.claimed() as free:
+        if not free:
+            raise _InUse
+        ready_mark.remove(layout.ready(environment_id))
+        layout.inventory(environment_id).unlink(missing_ok=True)
+        gone = _set_aside(store, layout.prefix(environment_id))
+        layout.manifest(environment_id).unlink(missing_ok=True)
+        return gone
+
+
+def _set_aside(store: Store, prefix: Path) -> Path | None:
+    """Move a prefix to where nobody looks for it: half removed, it must not lie where a whole one is expected."""
+    if not os.path.lexists(prefix):
+        return None
+    aside = Path(tempfile.mkdtemp(prefix="evicted-", dir=store.layout.tmp))
+    os.rename(prefix, aside / prefix.name)
+    return aside
+
+
+def _sweep_leftovers(store: Store) -> None:
+    """Remove prefixes without a ready mark, unless somebody is building there."""
+    for path in leftovers(store.layout):
+        with contextlib.suppress(StoreBusy, OSError), Lock(store.layout.locks / f"{path.name}.lock", timeout_s=0):
+            leases = [Lease(lease) for lease in store.layout.leases.glob(f"{path.name}*")]
+            # Built and marked since it was listed: the lock says that nobody is about to.
+            if path in leftovers(store.layout) and all(lease.is_free() for lease in leases):
+                gone = _set_aside(store, path)
+                if gone is not None:
+                    shutil.rmtree(gone, ignore_errors=True)
+    for entry in os.scandir(store.layout.tmp):
+        if entry.name.startswith("evicted-"):
+            shutil.rmtree(entry.path, ignore_errors=True)
+
+
+def _remove_unneeded_chunks(store: Store, grace_s: float) -> int:
+    """Remove chunks that no manifest names; returns how many."""
+    try:
+        lock = Lock(store.layout.collect_lock, timeout_s=0)
+        with lock:
+            needed = needed_chunks(store)
+            before = time.time() - grace_s
+            count = 0
+            for digest, entry in chunk_files(store.layout):
+                with contextlib.suppress(OSError):
+                    # One that is new may have come ahead of its manifest.
+                    if digest not in needed and entry.stat().st_mtime <= before:
+                        os.unlink(entry.path)
+                        count += 1
+            return count
+    except StoreBusy:
+        logger.info("%s: somebody adds chunks, so none were removed", store.layout.root)
+        return 0

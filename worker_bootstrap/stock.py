@@ -1,0 +1,161 @@
+"""What a store holds: environments, their sizes, when they were last used, and who uses them now.
+
+Looks at every file of every built environment, so it takes about as long as ``du``. What of it may go is decided in
+`worker_bootstrap.evict`. Read-only stores are not looked at: they are somebody else's to collect.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from worker_bootstrap.digest import Digest, EnvironmentId, is_digest
+from worker_bootstrap.errors import EnvshipError
+from worker_bootstrap.layout import SHORT_ID_LENGTH, Layout
+from worker_bootstrap.lock import Lease
+from worker_bootstrap.store import Store
+
+BLOCK_BYTES = 512
+"""Unit of ``st_blocks``, whatever the file system's own blocks are (POSIX, ``sys/stat.h``)."""
+
+
+class Holding(NamedTuple):
+    """An environment in the writable store.
+
+    *own_bytes* are what its prefix alone takes up on disk; *shared* the inodes that have names outside of it as well
+    (other environments link to them) and their sizes. *chunks* are those that its manifest names, here or not.
+    """
+
+    environment_id: EnvironmentId
+    built: bool
+    in_use: bool
+    used_at: float
+    own_bytes: int
+    shared: Mapping[int, int]
+    chunks: Collection[Digest]
+
+
+class Holdings(NamedTuple):
+    """A whole store. *chunks* maps each digest to the bytes that its copies take up on disk."""
+
+    environments: tuple[Holding, ...]
+    chunks: Mapping[Digest, int]
+    leftovers_bytes: int
+
+    @property
+    def size_bytes(self) -> int:
+        """What the store takes up on disk, without its small files."""
+        shared = {inode: size for holding in self.environments for inode, size in holding.shared.items()}
+        own_bytes = sum(holding.own_bytes for holding in self.environments)
+        return own_bytes + sum(shared.values()) + sum(self.chunks.values()) + self.leftovers_bytes
+
+
+def survey(store: Store) -> Holdings:
+    """Look at everything in the writable store.
+
+    Notes
+    -----
+    Leases that are held are noted as a use of their environment now: one that ran until a minute ago was used a minute
+    ago, however long it ran. Safe while others use the store; what comes or goes meanwhile is seen or not.
+    """
+    layout = store.layout
+    names = {path.stem for path in layout.manifests.glob("*.json")} | set(os.listdir(layout.ready_marks))
+    known = [EnvironmentId(name) for name in sorted(names) if is_digest(name)]
+    return Holdings(
+        environments=tuple(_holding(store, environment_id) for environment_id in known),
+        chunks=_chunk_sizes(layout),
+        leftovers_bytes=sum(size for path in leftovers(layout) for _, size, _ in _files(path)),
+    )
+
+
+def leftovers(layout: Layout) -> list[Path]:
+    """Prefixes that no ready mark speaks of: of builds that were interrupted, or of evictions."""
+    marked = {name[:SHORT_ID_LENGTH] for name in os.listdir(layout.ready_marks)}
+    return [Path(entry.path) for entry in os.scandir(layout.envs) if entry.name not in marked]
+
+
+def last_used(layout: Layout, environment_id: EnvironmentId) -> float:
+    """When somebody packed, brought, built or last started from an environment (seconds since the epoch)."""
+    times = [0.0]
+    for path in (layout.manifest(environment_id), layout.ready(environment_id), layout.lease(environment_id)):
+        with contextlib.suppress(OSError):
+            times.append(path.stat().st_mtime)
+    return max(times)
+
+
+def needed_chunks(store: Store) -> set[Digest]:
+    """Every chunk that a manifest in any store of this host names."""
+    found: set[Digest] = set()
+    for environment_id in store.environments():
+        with contextlib.suppress(EnvshipError):
+            found.update(store.read_manifest(environment_id).chunks)
+    return found
+
+
+def chunk_files(layout: Layout) -> Iterator[tuple[Digest, os.DirEntry[str]]]:
+    """Every chunk's file, with the digest that it is named by."""
+    for folder in layout.chunks.iterdir():
+        with contextlib.suppress(NotADirectoryError, FileNotFoundError):
+            for entry in os.scandir(folder):
+                name = entry.name.partition(".")[0]
+                if is_digest(name):
+                    yield Digest(name), entry
+
+
+def _holding(store: Store, environment_id: EnvironmentId) -> Holding:
+    layout = store.layout
+    prefix = layout.prefix(environment_id)
+    lease = Lease(layout.lease(environment_id))
+    in_use = layout.lease(environment_id).exists() and not lease.is_free()
+    if in_use:
+        with contextlib.suppress(OSError):
+            os.utime(lease.path)
+    own_bytes = 0
+    shared: dict[int, int] = {}
+    # A file may have several names inside of one prefix; it is shared if it has more than we see here.
+    seen: dict[int, int] = {}
+    for inode, size, names in _files(prefix):
+        if names == 1:
+            own_bytes += size
+        else:
+            seen[inode] = seen.get(inode, 0) + 1
+            if seen[inode] == names:
+                own_bytes += size
+                shared.pop(inode, None)
+            else:
+                shared[inode] = size
+    chunks: Collection[Digest] = ()
+    with contextlib.suppress(EnvshipError):
+        chunks = frozenset(store.read_manifest(environment_id).chunks)
+    built = layout.ready(environment_id).exists()
+    used_at = time.time() if in_use else last_used(layout, environment_id)
+    return Holding(environment_id, built, in_use, used_at, own_bytes, shared, chunks)
+
+
+def _chunk_sizes(layout: Layout) -> dict[Digest, int]:
+    found: dict[Digest, int] = {}
+    for digest, entry in chunk_files(layout):
+        with contextlib.suppress(OSError):
+            found[digest] = found.get(digest, 0) + entry.stat().st_blocks * BLOCK_BYTES
+    return found
+
+
+def _files(folder: Path) -> Iterator[tuple[int, int, int]]:
+    """(inode, bytes on disk, number of names) of all that lies in *folder*; a file once for each of its names."""
+    waiting = [str(folder)]
+    while waiting:
+        try:
+            entries = list(os.scandir(waiting.pop()))
+        except OSError:
+            continue
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                found = entry.stat(follow_symlinks=False)
+                is_folder = entry.is_dir(follow_symlinks=False)
+                if is_folder:
+                    waiting.append(entry.path)
+                yield found.st_ino, found.st_blocks * BLOCK_BYTES, 1 if is_folder else found.st_nlink
