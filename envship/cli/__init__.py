@@ -1,4 +1,4 @@
-"""The command line: ``envship pack | show | diff | export | use | status | reset | demo``.
+"""The command line: ``envship pack | show | diff | export | use | status | reset | stage | verify | gc | demo``.
 
 Only here, in `envship.progress` and in a notebook does envship print. Commands import what they need when they run, so
 that ``envship --help`` stays quick. Errors of ours end as a message and exit code 1, Ctrl-C as 130.
@@ -15,6 +15,7 @@ from envship.cli.cluster import reset, status, use
 from envship.cli.demo import demo
 from envship.cli.inspecting import diff, show
 from envship.cli.packing import export, pack
+from envship.cli.storing import gc, stage, verify
 from worker_bootstrap.errors import EnvshipError
 
 INTERRUPTED = 130
@@ -40,5 +41,5 @@ def main() -> None:
     """Move a running Dask cluster into your software environment."""
 
 
-for command in (pack, show, diff, export, use, status, reset, demo):
+for command in (pack, show, diff, export, use, status, reset, stage, verify, gc, demo):
     main.add_command(command)

@@ -1,0 +1,237 @@
+"""``envship gc``, ``verify`` and ``stage``: what an admin does with a store."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from envship.cli.cluster import Connection, connected
+
+if TYPE_CHECKING:
+    from envship.environment import Environment
+    from worker_bootstrap.evict import Plan
+    from worker_bootstrap.store import Store
+
+_folder = click.Path(path_type=Path, file_okay=False)
+_store = click.option("--store", "store_path", type=_folder, help="The store to look at, instead of your own.")
+_as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+class _Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic from click 8.2 on
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from dask.utils import parse_bytes
+
+        try:
+            size_bytes = int(parse_bytes(value))
+        except (ValueError, TypeError):
+            size_bytes = -1
+        if size_bytes < 0:
+            self.fail(f"{value!r} is not a size such as 50GB", param, ctx)
+        return size_bytes
+
+
+class _Duration(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    name = "DURATION"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        from dask.utils import parse_timedelta
+
+        try:
+            seconds = float(parse_timedelta(value))
+        except (ValueError, TypeError, KeyError):
+            seconds = -1.0
+        if seconds < 0:
+            self.fail(f"{value!r} is not a duration such as 30d", param, ctx)
+        return seconds
+
+
+@click.command()
+@_store
+@click.option("--limit", type=_Size(), help="Evict until the store is no larger, e.g. 50GB. [envship.store-limit]")
+@click.option("--unused", type=_Duration(), help="Evict what nobody has used for so long, e.g. 30d.")
+@click.option("--grace", type=_Duration(), default="15m", show_default=True, help="Never evict what was used since.")
+@click.option("-n", "--dry-run", is_flag=True, help="Only say what would go.")
+@_as_json
+def gc(
+    store_path: Path | None, limit: int | None, unused: float | None, grace: float, dry_run: bool, as_json: bool
+) -> None:
+    """Make room in a store.
+
+    Environments that were not used for the longest time go first, then chunks that no environment needs. What a process
+    runs from stays. Without a limit, only chunks that nobody needs and what interrupted builds left go.
+    """
+    from envship import config
+    from worker_bootstrap import evict
+    from worker_bootstrap.location import open_store
+    from worker_bootstrap.stock import needed_chunks, survey
+
+    store = open_store(store_path)
+    limit_bytes = config.store_limit_bytes() if limit is None else limit
+    now = time.time()
+    planned = evict.plan(
+        survey(store),
+        limit_bytes,
+        now=now,
+        needed_elsewhere=needed_chunks(store) if store.layouts[:-1] else (),
+        grace_s=grace,
+        unused_s=unused,
+    )
+    done = evict.Freed(planned.evicted, planned.kept, len(planned.chunks))
+    if not dry_run:
+        done = evict.carry_out(store, planned, grace_s=grace)
+        after = survey(store).size_bytes
+    else:
+        after = planned.size_bytes - planned.freed_bytes
+    _tell_of_gc(store, planned, done, after, dry_run=dry_run, as_json=as_json)
+
+
+def _tell_of_gc(store: Store, planned: Plan, done: Any, after: int, *, dry_run: bool, as_json: bool) -> None:
+    from dask.utils import format_bytes
+
+    told = {
+        "store": str(store.layout.root),
+        "dry_run": dry_run,
+        "evicted": list(done.evicted),
+        "kept": {kept.environment_id: kept.reason for kept in done.kept},
+        "chunks": done.chunks,
+        "bytes_before": planned.size_bytes,
+        "bytes_after": after,
+    }
+    if as_json:
+        click.echo(json.dumps(told))
+        return
+    for environment_id in done.evicted:
+        click.echo(f"{'would evict' if dry_run else 'evicted'}  {environment_id}")
+    for kept in done.kept:
+        click.echo(f"kept  {kept.environment_id}: {kept.reason}")
+    verb = "would free" if dry_run else "freed"
+    freed_bytes = max(0, planned.size_bytes - after)
+    click.echo(
+        f"{verb} {format_bytes(freed_bytes)} ({len(done.evicted)} environments, {done.chunks} chunks): "
+        f"{store.layout.root} has {format_bytes(after)}"
+    )
+
+
+@click.command()
+@click.argument("sources", metavar="[ID]...", nargs=-1)
+@_store
+@click.option("--repair", is_flag=True, help="Mend built environments from their chunks, in place.")
+@_as_json
+def verify(sources: tuple[str, ...], store_path: Path | None, repair: bool, as_json: bool) -> None:
+    """Compare every chunk and every built file with its hash.
+
+    ID is an environment that the store holds (all of them by default), or the first eight digits of one. Damaged chunks
+    are dropped, and fetched again when they are needed. Ends with 1 if something is wrong that was not repaired.
+    """
+    from worker_bootstrap.location import open_store
+
+    store = open_store(store_path)
+    ids = [_environment(source, store).id for source in sources] or store.environments()
+    results = [_verified(store, environment_id, repair) for environment_id in ids]
+    if as_json:
+        click.echo(json.dumps({"store": str(store.layout.root), "environments": results}))
+    else:
+        for result in results:
+            _print_verified(result)
+    if not all(result["sound"] for result in results):
+        raise SystemExit(1)
+
+
+def _environment(source: str, store: Store) -> Environment:
+    from envship.environment import resolve
+    from worker_bootstrap.errors import SourceNotFound
+
+    if not all(letter in "0123456789abcdef" for letter in source) or len(source) < 8:
+        raise SourceNotFound(source, [f"{store.layout.root} (an environment id, or its first eight digits, is needed)"])
+    return resolve(source, store=store)
+
+
+def _verified(store: Store, environment_id: Any, repair: bool) -> dict[str, Any]:
+    from worker_bootstrap import verify as verification
+    from worker_bootstrap.errors import EnvshipError
+    from worker_bootstrap.lock import Lock
+    from worker_bootstrap.repair import repair as mend
+
+    problems: list[str] = []
+    mended: list[str] = []
+    prefix = store.built(environment_id)
+    absent: set[Any] = set()
+    try:
+        manifest = store.read_manifest(environment_id)
+        absent.update(store.missing(manifest.chunks))
+        problems += verification.damaged_chunks(store, manifest, absent)
+        if prefix is not None and repair and prefix == store.layout.prefix(environment_id):
+            with Lock(store.layout.lock(environment_id)):
+                mended += map(str, mend(store, environment_id, remove_added=True))
+        elif prefix is not None:
+            problems += map(str, verification.damaged_files(store, environment_id))
+    except EnvshipError as error:
+        problems.append(str(error))
+    return {
+        "id": environment_id,
+        "prefix": None if prefix is None else str(prefix),
+        "absent_chunks": len(absent),
+        "problems": problems,
+        "mended": mended,
+        "sound": not problems,
+    }
+
+
+def _print_verified(result: dict[str, Any]) -> None:
+    where = f"built in {result['prefix']}" if result["prefix"] else "not built"
+    click.echo(f"{'sound' if result['sound'] else 'DAMAGED'}  {result['id']}  {where}")
+    if result["absent_chunks"]:
+        click.echo(f"  {result['absent_chunks']} of its chunks are not here; they are fetched when they are needed")
+    for line in result["mended"]:
+        click.echo(f"  mended: {line}")
+    for line in result["problems"]:
+        click.echo(f"  {line}")
+
+
+@click.command()
+@click.argument("source")
+@click.option("--store", "store_path", type=_folder, help="Build it in this store, for all users of this machine.")
+@click.option("--link-mode", type=click.Choice(["auto", "reflink", "hardlink", "copy"]), help="[envship.link-mode]")
+@connected
+@_as_json
+def stage(source: str, store_path: Path | None, link_mode: str | None, connection: Connection, as_json: bool) -> None:
+    """Bring the environment SOURCE to where it will be needed, without moving anything.
+
+    With --store, into a store on this machine: chunks, manifest and the built prefix, all on disk when this returns,
+    readable for everybody. With --scheduler, to every machine of a running cluster. SOURCE is a bundle (.envship), an
+    environment id, a conda environment's name or the path of a prefix.
+    """
+    if (store_path is None) == (connection.scheduler is None and connection.scheduler_file is None):
+        raise click.UsageError("stage where? Give either --store PATH or --scheduler ADDRESS.")
+    if store_path is None:
+        from dataclasses import asdict
+
+        with connection.open() as client:
+            result = client.stage_environment(source)
+        click.echo(json.dumps(asdict(result)) if as_json else repr(result))
+        return
+    told = _stage_here(source, store_path, link_mode)
+    if as_json:
+        click.echo(json.dumps(told))
+    else:
+        click.echo(f"environment  {told['id']}\nbuilt        {told['prefix']}")
+
+
+def _stage_here(source: str, store_path: Path, link_mode: str | None) -> dict[str, Any]:
+    from envship import config
+    from envship.environment import resolve
+    from worker_bootstrap.location import open_store
+    from worker_bootstrap.materialise import materialise
+    from worker_bootstrap.staging import open_to_everybody
+
+    store = open_store(store_path, read_only=[])
+    environment = resolve(source, store=store)
+    prefix = materialise(store, environment.id, link_mode=link_mode or config.link_mode(), durable=True)
+    open_to_everybody(store, environment.id)
+    return {"id": environment.id, "prefix": str(prefix), "store": str(store.layout.root)}

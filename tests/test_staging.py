@@ -1,0 +1,252 @@
+"""Root stages, another user runs: with two real users where the tests run as root."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from envship.cli import main
+from worker_bootstrap import evict, ready_mark
+from worker_bootstrap.digest import EnvironmentId
+from worker_bootstrap.materialise import materialise
+from worker_bootstrap.soundness import sound_prefix
+from worker_bootstrap.store import Store
+from worker_bootstrap.verify import damaged_files
+
+from .environments import tiny_environment
+
+NOBODY = 65534
+CODE = Path(evict.__file__).parents[1]
+TOOL = {"bin/tool*": b"#!/bin/sh\necho it runs\n", "lib/data": b"data" * 100}
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    from envship.environment import Environment
+
+    store = Store(tmp_path / "packed")
+    environment_id = tiny_environment(store, TOOL)
+    return Environment(store.read_manifest(environment_id), store).save(tmp_path / "it.envship")
+
+
+@pytest.fixture
+def opt() -> Iterator[Path]:
+    """A place like ``/opt``: everybody can get there, unlike pytest's own folders."""
+    folder = Path(tempfile.mkdtemp(prefix="envship-opt-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def envship(*arguments: object, code: int = 0) -> Any:
+    result = CliRunner().invoke(main, [*map(str, arguments), "--json"])
+    assert result.exit_code == code, result.output
+    return json.loads(result.stdout)
+
+
+def test_a_bundle_is_staged_whole_and_for_good(bundle: Path, opt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = envship("stage", bundle, "--store", opt / "envship")
+    store = Store(opt / "envship")
+    environment_id = EnvironmentId(told["id"])
+    assert told["prefix"] == str(store.built(environment_id))
+    assert store.missing(store.read_manifest(environment_id).chunks) == []
+    assert list(damaged_files(store, environment_id)) == []
+    monkeypatch.setattr(ready_mark, "boot_id", lambda: "another boot")
+    assert store.built(environment_id) is not None
+    assert envship("stage", bundle, "--store", opt / "envship") == told
+
+
+def test_whatever_the_umask_everybody_can_read_and_nobody_else_can_write(bundle: Path, opt: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        envship("stage", bundle, "--store", opt / "envship")
+    finally:
+        os.umask(before)
+    for path in (opt / "envship", *(opt / "envship").rglob("*")):
+        mode = stat.S_IMODE(path.lstat().st_mode)
+        if path.is_symlink() or path.parent.name in ("locks", "tmp"):
+            continue
+        assert mode & 0o022 == 0, path
+        assert mode & (0o555 if path.is_dir() else 0o444) == (0o555 if path.is_dir() else 0o444), path
+
+
+def test_stage_needs_one_place(bundle: Path, tmp_path: Path) -> None:
+    for more in ([], ["--store", str(tmp_path / "s"), "--scheduler", "tcp://127.0.0.1:1"]):
+        result = CliRunner().invoke(main, ["stage", str(bundle), *more])
+        assert result.exit_code == 2
+        assert "either --store" in result.output
+
+
+def test_several_stores_are_looked_in_in_order(tmp_path: Path) -> None:
+    first, second = Store(tmp_path / "first"), Store(tmp_path / "second")
+    environment_id = tiny_environment(second, TOOL)
+    tiny_environment(first, TOOL)
+    materialise(second, environment_id)
+    own = Store(tmp_path / "own", [first.layout.root, second.layout.root])
+    assert sound_prefix(own, environment_id) == second.layout.prefix(environment_id)
+    materialise(first, environment_id)
+    assert sound_prefix(own, environment_id) == first.layout.prefix(environment_id)
+    assert own.lease(environment_id) == own.layout.lease(environment_id)  # nobody has made one in the first
+
+
+AS_USER = """
+import os, subprocess, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from worker_bootstrap.errors import StoreUntrusted
+from worker_bootstrap.location import open_store
+from worker_bootstrap.lock import Lease
+from worker_bootstrap.materialise import materialise
+staged, own, environment_id = sys.argv[2:]
+store = open_store(own, read_only=[staged])
+prefix = materialise(store, environment_id)
+assert prefix == Path(staged, "envs", environment_id[:16]), prefix
+lease = Lease(store.lease(environment_id))
+assert str(lease.path).startswith(staged), lease.path
+lease.hold()
+for path in (prefix / "new", prefix / "bin/tool", Path(staged, "chunks/x"), lease.path):
+    try:
+        open(path, "ab")
+    except PermissionError:
+        continue
+    raise AssertionError(f"{path} can be written to")
+print(subprocess.run([prefix / "bin/tool"], capture_output=True, text=True, check=True).stdout, end="", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can act as two users")
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv (util-linux)")
+def test_root_stages_and_another_user_runs_in_place(bundle: Path, opt: Path) -> None:
+    """And while she does, root's own gc does not take it away."""
+    told = envship("stage", bundle, "--store", opt / "envship")
+    code = opt / "code"
+    shutil.copytree(CODE / "worker_bootstrap", code / "worker_bootstrap", ignore=shutil.ignore_patterns("__pycache__"))
+    own = opt / "own"
+    own.mkdir()
+    os.chown(own, NOBODY, NOBODY)
+    python = getattr(sys, "_base_executable", sys.executable)
+    user = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+    if subprocess.run([*user, python, "-c", ""], capture_output=True, cwd="/", check=False).returncode:
+        python = "/usr/bin/python3"  # a Python below /root is root's alone
+        if subprocess.run([*user, python, "-c", ""], capture_output=True, cwd="/", check=False).returncode:
+            pytest.skip("another user has no Python here")
+    arguments = [python, "-B", "-c", AS_USER, code, opt / "envship", own / "store", told["id"]]
+    process = subprocess.Popen(
+        [*user, *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd="/",
+        env={"PATH": os.environ["PATH"], "HOME": str(own)},
+    )
+    try:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "it runs\n", process.stderr.read()
+        kept = envship("gc", "--store", opt / "envship", "--limit", "0", "--grace", "0s")["kept"]
+        assert kept[told["id"]].startswith("a process runs from it")
+    finally:
+        process.communicate()
+    assert process.returncode == 0
+    assert envship("gc", "--store", opt / "envship", "--limit", "0", "--grace", "0s")["evicted"] == [told["id"]]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can act as two users")
+def test_a_store_that_another_user_staged_is_refused(bundle: Path, opt: Path) -> None:
+    told = envship("stage", bundle, "--store", opt / "envship")
+    os.chown(opt / "envship", 12345, 12345)
+    result = CliRunner().invoke(main, ["gc", "--store", str(opt / "envship")])
+    assert result.exit_code == 1
+    assert "belongs to user 12345" in result.output
+    assert told["id"]
+
+
+# -- verify and gc, as commands
+
+
+def test_verify_names_what_is_wrong_and_repairs_it(bundle: Path, tmp_path: Path) -> None:
+    told = envship("stage", bundle, "--store", tmp_path / "store")
+    assert envship("verify", "--store", tmp_path / "store")["environments"][0]["sound"]
+    prefix = Path(told["prefix"])
+    (prefix / "lib/data").write_bytes(b"edited")
+    (prefix / "lib/added").touch()
+    found = envship("verify", told["id"][:8], "--store", tmp_path / "store", code=1)["environments"][0]
+    assert found["problems"] == ["lib/data has other content", "lib/added was added"]
+    found = envship("verify", "--store", tmp_path / "store", "--repair")["environments"][0]
+    assert found["sound"] and len(found["mended"]) == 2
+    assert (prefix / "lib/data").read_bytes() == b"data" * 100
+    assert not (prefix / "lib/added").exists()
+    assert envship("verify", "--store", tmp_path / "store")["environments"][0]["sound"]
+
+
+def test_verify_names_damaged_chunks(bundle: Path, tmp_path: Path) -> None:
+    told = envship("stage", bundle, "--store", tmp_path / "store")
+    path = sorted((tmp_path / "store" / "chunks").glob("*/*"))[0]
+    path.write_bytes(b"x")
+    (problem, *_) = envship("verify", "--store", tmp_path / "store", code=1)["environments"][0]["problems"]
+    assert path.name.partition(".")[0] in problem
+    assert told["id"]
+
+
+def test_a_chunk_that_never_was_here_is_no_damage(bundle: Path, tmp_path: Path) -> None:
+    """A scheduler's store holds manifests only, and an image may leave the chunks out."""
+    told = envship("stage", bundle, "--store", tmp_path / "store")
+    shutil.rmtree(tmp_path / "store/chunks")
+    found = envship("verify", "--store", tmp_path / "store", code=1)["environments"][0]
+    assert found["absent_chunks"] > 0
+    assert "is not in" in found["problems"][0]  # a listing is needed to know what should be built
+    envship("stage", bundle, "--store", tmp_path / "store")
+    Path(told["prefix"]).rename(tmp_path / "away")
+    for path in (tmp_path / "store/chunks").glob("*/*"):
+        path.unlink()
+    found = envship("verify", "--store", tmp_path / "store")["environments"][0]
+    assert found["sound"] and found["absent_chunks"] > 0
+
+
+def test_a_dry_run_takes_nothing(bundle: Path, tmp_path: Path) -> None:
+    told = envship("stage", bundle, "--store", tmp_path / "store")
+    said = envship("gc", "--store", tmp_path / "store", "--limit", "0", "--grace", "0s", "--dry-run")
+    assert said["evicted"] == [told["id"]]
+    assert said["bytes_after"] == 0 < said["bytes_before"]
+    assert Store(tmp_path / "store").built(EnvironmentId(told["id"])) is not None
+    done = envship("gc", "--store", tmp_path / "store", "--limit", "0", "--grace", "0s")
+    assert {**done, "dry_run": True} == said
+    assert Store(tmp_path / "store").environments() == []
+
+
+def test_gc_says_why_it_keeps_what_is_new(bundle: Path, tmp_path: Path) -> None:
+    told = envship("stage", bundle, "--store", tmp_path / "store")
+    said = envship("gc", "--store", tmp_path / "store", "--limit", "0")
+    assert said["kept"] == {told["id"]: "it was used in the last 15 minutes"}
+    text = CliRunner().invoke(main, ["gc", "--store", str(tmp_path / "store"), "--limit", "0"]).output
+    assert f"kept  {told['id']}: it was used in the last 15 minutes" in text
+
+
+def test_a_store_over_its_limit_is_collected_after_a_pack(tmp_path: Path) -> None:
+    """What was packed stays, however small the limit; what nobody used for long goes."""
+    import dask
+
+    from envship.pack import pack
+
+    store = Store(tmp_path / "store")
+    old = tiny_environment(store, TOOL)
+    for path in (store.layout.manifest(old), *store.layout.chunks.glob("*/*")):
+        os.utime(path, (0, 0))
+    prefix = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", prefix], check=True)
+    with dask.config.set({"envship.store-limit": "1 kB"}):
+        made = pack(prefix, store=store)
+    assert store.environments() == [made.id]
+    assert store.missing(made.chunks) == []
