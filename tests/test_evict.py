@@ -319,14 +319,14 @@ def test_reading_serving_and_building_miss_what_is_evicted_meanwhile(store: Stor
                 seen["built"] += 1
         finally:
             lease.release()
-        stop.wait(0.01)  # else the lock is never free, and nothing can be evicted
+        stop.wait(0.2)  # else the lock is never free, and nothing can be evicted
 
     threads = [threading.Thread(target=use, args=(work,)) for work in (read, serve, build)]
     for thread in threads:
         thread.start()
     evictions = 0
     deadline = time.monotonic() + 60
-    while not errors and (evictions < 3 or seen["built"] < 3 or not seen["miss"]) and time.monotonic() < deadline:
+    while not errors and (evictions < 2 or seen["built"] < 2 or not seen["miss"]) and time.monotonic() < deadline:
         evictions += len(collect(store, 0, grace_s=0).evicted)
         for content in chunks.values():
             store.write_chunk(content)
@@ -335,6 +335,6 @@ def test_reading_serving_and_building_miss_what_is_evicted_meanwhile(store: Stor
     for thread in threads:
         thread.join()
     assert errors == []
-    assert evictions >= 3 and seen["built"] >= 3 and seen["miss"]
+    assert evictions >= 2 and seen["built"] >= 2 and seen["miss"]
     materialise(store, environment_id)
     assert intact(store, environment_id)

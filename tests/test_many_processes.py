@@ -42,12 +42,10 @@ def test_fifty_processes_build_one_environment_once_and_all_run_it(tmp_path: Pat
     store = Store(tmp_path / "store")
     files = {f"lib/{i:04}": b"%d" % i * 50 for i in range(300)}
     environment_id = tiny_environment(store, {**files, "bin/tool*": b"#!/bin/sh\necho it runs\n"}, 1000)
-    inodes = tmp_path / "inodes"
-    inodes.mkdir()
     reading, writing = os.pipe()
     processes = [
         subprocess.Popen(
-            [sys.executable, "-S", "-c", BUILD_AND_RUN, CODE, store.layout.root, environment_id, str(writing)],
+            [sys.executable, "-c", BUILD_AND_RUN, CODE, store.layout.root, environment_id, str(writing)],
             stdout=subprocess.PIPE,
             pass_fds=[writing],
         )
