@@ -7,6 +7,7 @@ import contextlib
 import os
 import pickle
 import struct
+import tracemalloc
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -589,3 +590,73 @@ def test_more_than_a_message_is_refused(tmp_path: Path) -> None:
                 await receiver.chunks().get(agent.address, [Digest(f"{n:064x}") for n in range(5000)])
 
     asyncio.run(main())
+
+
+def test_a_fetch_holds_a_few_batches_in_memory_and_not_the_environment(tmp_path: Path) -> None:
+    """Both ends are in this process: three batches that are fetched, and the same ones that are served."""
+    source, needed = filled(tmp_path / "source", count=160, size_bytes=1 << 20)
+    target = Store(tmp_path / "target")
+
+    async def main() -> int:
+        tracker = new_tracker()
+        async with Peer(ChunkServer(source).handlers()) as agent, Peer({}) as receiver:
+            tracker.add_host(source.host_id, agent.address, needed)
+            tracker.add_host(target.host_id, receiver.address)
+            tracker.want(target.host_id, needed)
+            tracemalloc.start()
+            try:
+                await exchange(tracker, target, receiver.chunks().get)
+                return tracemalloc.get_traced_memory()[1]
+            finally:
+                tracemalloc.stop()
+
+    peak_bytes = asyncio.run(main())
+    assert not target.missing(needed)
+    assert peak_bytes < transfer.PARALLEL * 4 * (5 << 20) < sum(needed.values()) / 2
+
+
+def test_uploads_go_around_a_host_that_is_slow_to_take_them(tmp_path: Path) -> None:
+    source, needed = filled(tmp_path / "client", count=20, size_bytes=1000)
+    taken: list[str] = []
+
+    async def main() -> None:
+        released = asyncio.Event()
+
+        async def held(address: str, digests: Sequence[Digest]) -> Held:
+            return Held((), codec.available())
+
+        async def put(address: str, chunks: Sequence[EncodedChunk]) -> Sequence[Digest]:
+            taken.append(address)
+            if address == "tcp://slow:1":
+                await released.wait()
+            await asyncio.sleep(0)
+            return [chunk.digest for chunk in chunks]
+
+        async def report(outcome: Outcome) -> None:
+            done.append(outcome)
+            if len(done) == 19:
+                released.set()
+
+        done: list[Outcome] = []
+        addresses = ("tcp://slow:1", "tcp://a:1", "tcp://b:1", "tcp://c:1", "tcp://d:1")
+        plan = [Upload(addresses[number % 5], (digest,)) for number, digest in enumerate(needed)]
+        assert not await upload_chunks(source, plan, held=held, put=put, report=report)
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+    assert taken.count("tcp://slow:1") == 1
+    assert len(taken) == 20
+
+
+def test_a_batch_that_takes_too_long_is_given_up_and_its_source_called_silent(tmp_path: Path) -> None:
+    target = Store(tmp_path)
+
+    async def main() -> Outcome:
+        async def stuck(address: str, digests: Sequence[Digest]) -> Sequence[EncodedChunk]:
+            await asyncio.Event().wait()
+            return []
+
+        return await transfer._fetch_batch(target, Batch("tcp://slow:1", (Digest("a" * 64),), 0.05), stuck)
+
+    outcome = asyncio.run(main())
+    assert outcome.fault == "silent"
+    assert "tcp://slow:1" in outcome.reason

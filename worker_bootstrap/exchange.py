@@ -88,7 +88,9 @@ class Exchange:
             return []
         chunks = await self._survey(wanted, hosts)
         self.tracker.withdraw(client)
-        absent = self.tracker.absent(chunks)
+        listings = await self._listings(wanted)
+        # Nothing can be built before all listings are there, so they come first.
+        absent = sorted(self.tracker.absent(chunks), key=lambda digest: digest not in listings)
         for place, extents in places:
             absent = await self.pulling.begin(place, extents, absent, hosts)
         self._log("offer", environment_id=wanted, hosts=len(hosts), chunks=len(chunks), to_upload=len(absent))
@@ -213,6 +215,10 @@ class Exchange:
         for address in before - set(agents):
             self.tracker.remove_address(address)
         return {identity["host_id"]: address for address, identity in agents.items()}
+
+    async def _listings(self, wanted: EnvironmentId) -> set[Digest]:
+        manifest = await asyncio.to_thread(self._store.read_manifest, wanted)
+        return {package.listing.digest for package in manifest.packages}
 
     def _place(self, address: str) -> tuple[str, ...]:
         identity = self._roster.members.get(address, {})
