@@ -26,10 +26,11 @@ _ENV_SHEBANG = re.compile(rb"\A#!/usr/bin/env ([^\s/=-][^\s/=]*(?=[ \n]))")
 
 
 class Content(NamedTuple):
-    """Canonical bytes, and how they name the prefix."""
+    """Canonical bytes, how they name the prefix, and their digest where it is known already."""
 
     data: bytes
     relocation: Relocation | None
+    digest: Digest | None = None
 
 
 class Treatment(Protocol):
@@ -99,9 +100,9 @@ class Recorded:
 
     def __call__(self, data: bytes) -> Content:
         if self.relocation is None:
-            # Hashed only where it matters: searching is several times as fast.
-            unchanged = not self.own.occurs(data) or digest_of(data) == self.digest
-            return Content(data, None) if unchanged else self.own(data)
+            # Its digest is needed anyhow; what is as it was installed need not be searched for prefixes.
+            digest = digest_of(data)
+            return Content(data, None, digest) if digest == self.digest else self.own(data)
         candidates = (
             [data] if self.relocation.mode == "binary" else [data, with_interpreter_of(data, self.own.prefixes[0])]
         )
@@ -109,7 +110,7 @@ class Recorded:
             for prefix in self.own.prefixes:
                 original = restore(installed, self.relocation, prefix)
                 if digest_of(original) == self.digest:
-                    return Content(original, self.relocation)
+                    return Content(original, self.relocation, self.digest)
         if self.relocation.mode == "binary":
             # Signed or stripped after installing: no longer the original, but the room for a longer prefix is there.
             for prefix in self.own.prefixes:

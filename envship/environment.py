@@ -25,7 +25,7 @@ from worker_bootstrap.manifest import Manifest, Package
 from worker_bootstrap.store import Store
 
 if TYPE_CHECKING:
-    from envship.pack import Report
+    from envship.packer import Report
 
 _ID_PREFIX = re.compile(r"[0-9a-f]{8,64}")
 

@@ -10,21 +10,21 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from envship._version import __version__
 from envship.options import PackOptions
+from envship.package_writer import Packed
 from envship.sources.draft import CodeItem, Draft, FileItem, MadeItem, Plan
 from envship.sources.tree import Root, Trees, is_settled, mark
 from worker_bootstrap.digest import Digest, EnvironmentId, is_digest
-from worker_bootstrap.manifest import Chunk
+from worker_bootstrap.manifest import Chunk, Package
 from worker_bootstrap.store import Store, publish
-
-Packed = tuple[Chunk, tuple[Chunk, ...]]
-"""The listing of a package, and its content."""
 
 
 def index_folder(store: Store) -> Path:
@@ -32,19 +32,37 @@ def index_folder(store: Store) -> Path:
     return store.layout.root / "index"
 
 
+class Whole(NamedTuple):
+    """A package whose files depend on no other package, all of them below one prefix.
+
+    *fingerprint* is equal as long as the files at *paths* are what they were.
+    """
+
+    package: Package
+    paths: tuple[str, ...]
+    fingerprint: str
+
+
+class Known(NamedTuple):
+    """What became of the packages of a prefix.
+
+    *packages* is by `signature`; *whole* holds if nothing of *context*, what all packages depend on, has changed.
+    """
+
+    packages: Mapping[str, Packed] = MappingProxyType({})
+    whole: Sequence[Whole] = ()
+    context: str = ""
+
+
 @dataclass
 class ScanIndex:
-    """The index of one prefix.
-
-    *packages* maps the `signature` of a draft to what became of it.
-    """
+    """The index of one prefix: two files, of which the first is enough if nothing changed."""
 
     path: Path
     tmp: Path
     roots: tuple[Root, ...] = ()
     fingerprint: str = ""
     environment_id: EnvironmentId | None = None
-    packages: Mapping[str, Packed] = field(default_factory=dict)
 
     @classmethod
     def load(cls, store: Store, prefix: str, options: PackOptions) -> ScanIndex:
@@ -56,7 +74,6 @@ class ScanIndex:
             if raw["rules"] != rules():
                 return index
             index.roots = tuple(Root(path, tuple(paths), tuple(names)) for path, paths, names in raw["roots"])
-            index.packages = {key: _packed(row) for key, row in raw["packages"].items()}
             if is_digest(raw["environment"]):
                 index.fingerprint, index.environment_id = raw["fingerprint"], EnvironmentId(raw["environment"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -67,6 +84,18 @@ class ScanIndex:
     def none(cls, store: Store) -> ScanIndex:
         """An index that knows nothing."""
         return cls(index_folder(store) / "none.json", store.layout.tmp)
+
+    @functools.cached_property
+    def known(self) -> Known:
+        """What became of the packages; nothing if that cannot be read."""
+        try:
+            raw = json.loads(self._details.read_bytes())
+            if raw["rules"] != rules():
+                return Known()
+            packages = {key: _packed(row) for key, row in raw["packages"].items()}
+            return Known(packages, [_whole(row) for row in raw["whole"]], raw["context"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return Known()
 
     def unchanged(self, trees: Trees) -> EnvironmentId | None:
         """The environment that was packed, if *trees* finds every file that it came from as it was."""
@@ -79,22 +108,41 @@ class ScanIndex:
             return None
         return self.environment_id if trees.fingerprint() == self.fingerprint else None
 
-    def save(self, trees: Trees, environment_id: EnvironmentId, packages: Mapping[str, Packed]) -> None:
-        """Keep what *trees* saw; the environment itself only if that is certain."""
+    def save(self, trees: Trees, environment_id: EnvironmentId, known: Known) -> None:
+        """Keep what *trees* saw, and what became of the packages; the environment itself only if that is certain."""
+        details = {"rules": rules(), **known._asdict(), "packages": dict(known.packages)}
+        publish(self._details, json.dumps(details).encode(), self.tmp, sync=False)
         certain = trees.is_settled
         raw = {
             "rules": rules(),
             "roots": [list(root) for root in trees.roots],
             "fingerprint": trees.fingerprint() if certain else "",
             "environment": environment_id if certain else None,
-            "packages": packages,
         }
         publish(self.path, json.dumps(raw).encode(), self.tmp, sync=False)
+
+    @property
+    def _details(self) -> Path:
+        return self.path.with_suffix(".packages.json")
+
+
+def context(plan: Plan) -> str:
+    """What every package of *plan* depends on besides its own files."""
+    return repr((plan.python, plan.platform, plan.prefixes, plan.interpreter))
+
+
+def fingerprint_of(paths: Iterable[str], nodes: Mapping[str, os.stat_result]) -> str | None:
+    """A digest of what *nodes* tells of *paths*; None if it lacks one."""
+    try:
+        marks = "".join([mark(path, nodes[path]) for path in paths])
+    except KeyError:
+        return None
+    return hashlib.sha256(marks.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def signature(draft: Draft, plan: Plan, started_ns: int) -> str | None:
     """A text that changes when the package could; None while one of its files may change without showing it."""
-    state = hashlib.sha256(repr((draft[:4], plan.python, plan.prefixes, plan.interpreter)).encode("utf-8", "replace"))
+    state = hashlib.sha256(repr((draft[:4], context(plan))).encode("utf-8", "replace"))
     for item in draft.items:
         line: Any = item
         if isinstance(item, (FileItem, CodeItem)):
@@ -123,7 +171,13 @@ def _sources(folder: Path) -> Iterable[Path]:
 
 def _packed(row: Any) -> Packed:
     listing, chunks = row
-    return _chunk(listing), tuple(_chunk(chunk) for chunk in chunks)
+    return Packed(_chunk(listing), tuple(_chunk(chunk) for chunk in chunks))
+
+
+def _whole(row: Any) -> Whole:
+    (name, version, build, kind, listing, chunks), paths, fingerprint = row
+    package = Package(str(name), str(version), str(build), str(kind), *_packed((listing, chunks)))
+    return Whole(package, tuple(paths), str(fingerprint))
 
 
 def _chunk(row: Any) -> Chunk:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,7 +13,7 @@ import pytest
 from envship.options import NO_OPTIONS
 from envship.pack import pack
 from envship.scan_index import ScanIndex, index_folder
-from worker_bootstrap.errors import SourceNotFound, StoreFull
+from worker_bootstrap.errors import SourceNotFound
 from worker_bootstrap.store import Store
 
 from .contents import contents, package
@@ -37,10 +35,11 @@ def test_an_unchanged_environment_is_recognised_without_reading_it(
 ) -> None:
     first = pack(mine, store=store)
 
-    def planned(*arguments: object, **options: object) -> None:
-        raise AssertionError("planned again")
+    def packed(*arguments: object, **options: object) -> None:
+        raise AssertionError("packed again")
 
-    monkeypatch.setattr(sys.modules["envship.pack"], "plan_prefix", planned)
+    for name in ("pack_in_processes", "Packer"):
+        monkeypatch.setattr(sys.modules["envship.pack"], name, packed)
     assert pack(mine, store=store).id == first.id
 
 
@@ -107,33 +106,6 @@ def test_progress_ends_where_it_said(mine: Path, store: Store) -> None:
     stage, done, total = told[-1]
     assert stage == "pack"
     assert done == total > 0
-
-
-def test_a_pack_that_is_killed_leaves_no_environment_and_the_next_one_finishes(mine: Path, store: Store) -> None:
-    code = (
-        "import sys; from pathlib import Path; from envship.pack import pack; from worker_bootstrap.store import Store;"
-    )
-    code += "pack(sys.argv[1], store=Store(Path(sys.argv[2])))"
-    for delay_s in (0.3, 0.6, 0.9):
-        process = subprocess.Popen([sys.executable, "-c", code, str(mine), str(store.layout.root)])
-        time.sleep(delay_s)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        for environment_id in store.environments():
-            assert not store.missing(store.read_manifest(environment_id).chunks)
-    environment = pack(mine, store=store)
-    for digest in environment.chunks:
-        store.read_chunk(digest)
-
-
-def test_an_error_in_a_thread_ends_the_pack(mine: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(data: bytes) -> None:
-        raise StoreFull("here", 0, 0)
-
-    monkeypatch.setattr(store, "write_chunk", full)
-    with pytest.raises(StoreFull):
-        pack(mine, store=store)
-    assert store.environments() == []
 
 
 def test_a_name_that_is_nothing_says_where_it_was_looked_for(store: Store) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +124,37 @@ def test_missing_and_overwritten_files_are_all_listed_and_may_be_ignored(
     environment = pack(copy, store=store, options=PackOptions(ignore_missing=True))
     assert contents(environment, package(environment, "onlyhere"))[f"{SITE}/libmini/__init__.py"] == b"VERSION = '2'\n"
     all_entries(environment)
+
+
+def test_a_pack_that_knows_most_packages_ends_in_the_same_environment_as_one_that_knows_none(
+    copy: Path, store: Store, tmp_path: Path
+) -> None:
+    """Whatever changes: a file, a package that is gone, one that pip brings, byte code, the interpreter."""
+    pack(copy, store=store)
+
+    def remove_package() -> None:
+        record = next((copy / "conda-meta").glob("libmini-*.json"))
+        for path in json.loads(record.read_bytes())["files"]:
+            (copy / path).unlink(missing_ok=True)
+        record.unlink()
+
+    changes = [
+        lambda: (copy / "share" / "libmini" / "libmini.conf").write_text("changed\n"),
+        lambda: (copy / "share" / "mine.txt").write_text(f"of nobody, in {copy}\n"),
+        lambda: install(copy, str(onlyhere_wheel(tmp_path))),
+        lambda: shutil.rmtree(copy / SITE / "mininoarch" / "__pycache__"),
+        remove_package,
+        lambda: (copy / "lib" / f"python{SITE.split('/')[1][6:]}" / "this.py").write_text("X = 1\n"),
+    ]
+    ids = []
+    for number, change in enumerate(changes):
+        change()
+        known = pack(copy, store=store)
+        assert known.id == pack(copy, store=Store(tmp_path / f"fresh{number}")).id
+        all_entries(known)
+        ids.append(known.id)
+    assert ids[2] == ids[3]
+    assert len(set(ids)) == len(ids) - 1
 
 
 def test_a_link_out_of_the_prefix_is_named(copy: Path, store: Store) -> None:

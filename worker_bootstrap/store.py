@@ -123,9 +123,14 @@ class Store:
         chosen = codec.choose(accept)
         return chosen, codec.encode(data, chosen)
 
-    def write_chunk(self, data: bytes | memoryview, codec_name: str | None = None) -> Digest:
-        """Compress and keep *data*; return its digest. Does nothing if it is there already."""
-        digest = digest_of(data)
+    def write_chunk(
+        self, data: bytes | memoryview, codec_name: str | None = None, *, digest: Digest | None = None
+    ) -> Digest:
+        """Compress and keep *data*; return its digest. Does nothing if it is there already.
+
+        *digest* spares the caller who has just computed it a second time.
+        """
+        digest = digest or digest_of(data)
         if not self.has_chunk(digest):
             chosen = codec_name or codec.available()[0]
             self._publish(self.layout.chunk(digest, codec.SUFFIXES[chosen]), codec.encode(data, chosen), sync=False)

@@ -1,19 +1,18 @@
 """Conda environments: packages as ``conda-meta`` records them, pip's packages, and files that nobody owns.
 
-`conda_pack` says which files belong into the environment. How each names its prefix, and what it was before, comes from
-``conda-meta`` and not from the package cache, which may be gone. Source of the format: conda's ``PrefixRecord`` and
-"paths.json" in conda-build's manual, "Package specification".
+Which files belong to which package, how each names its prefix, and what it was before, comes from ``conda-meta`` and
+not from the package cache, which may be gone. What is left out is what conda-pack leaves out; asking it took as long
+as all the rest of planning. Source of the format: conda's ``PrefixRecord`` and "paths.json" in conda-build's manual,
+"Package specification".
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from conda_pack import CondaEnv, CondaPackException
 
 from envship.canonical import Own, Recorded, Rewritten, Treatment, with_interpreter_of
 from envship.options import PackOptions
@@ -29,11 +28,15 @@ from worker_bootstrap.digest import Digest, digest_of_file, is_digest
 from worker_bootstrap.errors import NotAnEnvironment, SourceProblems
 from worker_bootstrap.manifest import Relocation
 
-NOT_CONTENT = frozenset(("pkgs", "envs", "conda-bld", ".conda_lock", "users", "conda-recipes", ".index", ".nonadmin"))
+NOT_CONTENT = frozenset(
+    ("pkgs", "envs", "conda-bld", ".conda_lock", "users", "conda-recipes", ".index", ".nonadmin", ".unionfs")
+)
 """What a base environment holds besides itself (the list of conda-pack)."""
 
 _LEFT_OUT = re.compile(
     r"(?:.*/)?(?:CACHEDIR\.TAG|\.DS_Store|[^/]*\.log|[^/]*~)"
+    # Old versions of conda link these into environments when they activate them.
+    r"|bin/(?:conda|activate|deactivate)"
     r"|conda-meta/(?:history|[^/]*\.lock|\.[^/]*|pixi[^/]*|initial-state\.explicit\.txt)"
     r"|var/(?:cache|log|tmp)/.*|\.cache/.*"
 )
@@ -50,19 +53,17 @@ def plan_conda(prefix: Path, trees: Trees, options: PackOptions) -> Plan:
     Raises
     ------
     NotAnEnvironment
-        If there is no Python in it, or conda-pack does not accept it.
+        If there is no Python in it.
     SourceProblems
         If files are missing or were overwritten (unless *options* ignore that), or cannot be packed.
     """
-    records = _read_records(prefix)
+    files = trees.found(Root(str(prefix), tuple(sorted(NOT_CONTENT))))
+    records = _read_records(prefix, files)
     python = next((record for record in records if record["name"] == "python"), None)
     if python is None:
         raise NotAnEnvironment(str(prefix), "no package named python is installed in it")
     interpreter = ask(str(prefix / "bin" / "python"), str(prefix))
     library = f"lib/python{interpreter.short_version}"
-    everything = trees.found(Root(str(prefix), tuple(sorted(NOT_CONTENT))))
-    content = _enumerate(prefix)
-    files = {path: found for path, found in everything.items() if path in content}
 
     before = read_unpacked(prefix, _placeholders(records))
     older = before.older_prefixes if before is not None else ()
@@ -112,7 +113,8 @@ def canonical_conda_meta(data: bytes) -> bytes:
         if path.get("path_type") == "unix_python_entry_point" or "prefix_placeholder" in path:
             # Some installers write the size of the original, others that of the file in the prefix.
             path.pop("size_in_bytes", None)
-    return json.dumps(record, sort_keys=True, indent=1).encode()
+    # Without indentation: that would take Python's encoder, several times as long.
+    return json.dumps(record, sort_keys=True).encode()
 
 
 def _public_url(url: str) -> str:
@@ -122,9 +124,11 @@ def _public_url(url: str) -> str:
     return re.sub(r"/t/[^/]+(?=/)", "", re.sub(r"(?<=://)[^/@]*@", "", url))
 
 
-def _read_records(prefix: Path) -> list[dict[str, Any]]:
+def _read_records(prefix: Path, files: Collection[str]) -> list[dict[str, Any]]:
     records = []
     for path in sorted((prefix / "conda-meta").glob("*.json")):
+        if f"conda-meta/{path.name}" not in files:
+            continue
         try:
             record = json.loads(path.read_bytes())
             if not isinstance(record["name"], str):
@@ -136,17 +140,6 @@ def _read_records(prefix: Path) -> list[dict[str, Any]]:
         record["envship-record"] = path.name
         records.append(record)
     return records
-
-
-def _enumerate(prefix: Path) -> frozenset[str]:
-    # Its own checks are switched off where ours name every file (it names three of a package, and no overwritten ones).
-    try:
-        found = CondaEnv.from_prefix(
-            str(prefix), on_missing_cache="ignore", ignore_editable_packages=True, ignore_missing_files=True
-        )
-    except (CondaPackException, KeyError, TypeError) as error:
-        raise NotAnEnvironment(str(prefix), f"conda-pack says: {error}") from error
-    return frozenset(file.target for file in found)
 
 
 def _placeholders(records: Sequence[Mapping[str, Any]]) -> frozenset[str]:
@@ -259,7 +252,8 @@ def _package(
         if owners.get(path) == me:
             items += collector.item(path, *files[path], _treatment(entry, collector))
     items = list({item.path: item for item in items}.values())
-    return Draft(record["name"], str(record["version"]), str(record.get("build", "")), "conda", items)
+    is_whole = all(owners.get(entry["_path"]) == me for entry in _paths(record))
+    return Draft(record["name"], str(record["version"]), str(record.get("build", "")), "conda", items, is_whole)
 
 
 def _treatment(entry: Mapping[str, Any], collector: Collector) -> Treatment | None:

@@ -16,13 +16,18 @@ from worker_bootstrap.manifest import Directory, HardLink, Link
 
 
 class Draft(NamedTuple):
-    """One package of a plan. *items* in any order, no path twice. The rest is as in `manifest.Package`."""
+    """One package of a plan. *items* in any order, no path twice. The rest is as in `manifest.Package`.
+
+    *is_whole* tells that its files depend on no other package, and no other on them: it has all that it recorded, and
+    recorded all that it has.
+    """
 
     name: str
     version: str
     build: str
     kind: str
     items: Sequence[Item]
+    is_whole: bool = False
 
 
 class FileItem(NamedTuple):

@@ -6,12 +6,11 @@ change of the environment. See also `envship.scan_index`, which compares walks.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 FINE_TICK_NS = 50_000_000
@@ -50,6 +49,8 @@ class Trees:
         self.started_ns = time.time_ns()
         self.unreadable: list[str] = []
         self._walked: dict[Root, Mapping[str, os.stat_result]] = {}
+        self._folders: dict[Root, Mapping[str, int]] = {}
+        self._visible: dict[Root, Mapping[str, os.stat_result]] = {}
 
     def walk(self, root: Root) -> Mapping[str, os.stat_result]:
         """Relative path to `lstat` result of every file, link and empty folder; ``""`` for a root that is a file.
@@ -57,13 +58,18 @@ class Trees:
         A root that does not exist has no files; a folder that cannot be read is `unreadable`.
         """
         if root not in self._walked:
-            self._walked[root] = _walk(root, self.unreadable)
-        return self._walked[root]
+            self._walked[root], self._folders[root] = _walk(root, self.unreadable)
+        return self._visible.get(root, self._walked[root])
 
     def found(self, root: Root, place: str = "") -> dict[str, Found]:
         """The walk of the folder *root* as paths in an environment where the folder lies at *place*."""
         before = place + "/" if place else ""
         return {before + path: Found(f"{root.path}/{path}", node) for path, node in self.walk(root).items() if path}
+
+    def hide(self, root: Root, paths: Collection[str]) -> None:
+        """Leave *paths* out of what `walk` and `found` tell of *root* from now on; they still count otherwise."""
+        hidden = frozenset(paths)
+        self._visible[root] = {path: node for path, node in self._walked[root].items() if path not in hidden}
 
     @property
     def roots(self) -> tuple[Root, ...]:
@@ -79,11 +85,16 @@ class Trees:
         return state.hexdigest()
 
     def changed(self) -> list[str]:
-        """Absolute paths of what was added, removed, replaced or written to since the walks."""
+        """Absolute paths of what was added, removed or replaced since the walks.
+
+        What was written to in place is not looked for: who reads a file compares it with what the walk saw of it.
+        """
         found = []
         for root, before in self._walked.items():
+            if all(_changed_ns(folder) == then for folder, then in self._folders[root].items()):
+                continue
             try:
-                now = _walk(root, [])
+                now, _ = _walk(root, [])
             except OSError as error:
                 found.append(str(error.filename or root.path))
                 continue
@@ -109,19 +120,30 @@ def is_settled(node: os.stat_result, started_ns: int) -> bool:
     return changed_ns < started_ns - tick_ns
 
 
-def _walk(root: Root, unreadable: list[str]) -> dict[str, os.stat_result]:
+def _changed_ns(folder: str) -> int:
+    """When an entry of the folder was last added, removed or replaced; 0 if it is gone."""
+    try:
+        return os.stat(folder).st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _walk(root: Root, unreadable: list[str]) -> tuple[dict[str, os.stat_result], dict[str, int]]:
+    """What lies below *root*, and when each of its folders was last changed."""
     try:
         node = os.lstat(root.path)
     except FileNotFoundError:
-        return {}
+        return {}, {}
     if not stat.S_ISDIR(node.st_mode):
-        return {"": node}
+        return {"": node}, {}
     found: dict[str, os.stat_result] = {}
+    changed_ns: dict[str, int] = {}
     names = frozenset((*root.skip_names, "__pycache__"))
     paths = frozenset(root.skip_paths)
     waiting = [("", root.path)]
     while waiting:
         relative, folder = waiting.pop()
+        changed_ns[folder] = _changed_ns(folder)
         try:
             with os.scandir(folder) as entries:
                 is_empty = True
@@ -133,13 +155,15 @@ def _walk(root: Root, unreadable: list[str]) -> dict[str, os.stat_result]:
                     if entry.is_dir(follow_symlinks=False):
                         waiting.append((relative + name + "/", entry.path))
                         continue
-                    # Gone by now: as if it had gone a moment earlier.
-                    with contextlib.suppress(FileNotFoundError):
+                    try:
                         found[relative + name] = entry.stat(follow_symlinks=False)
+                    except FileNotFoundError:
+                        # Gone by now: as if it had gone a moment earlier.
+                        continue
             if is_empty and relative:
                 found[relative[:-1]] = os.lstat(folder)
         except FileNotFoundError:
             continue
         except OSError as error:
             unreadable.append(f"{folder} cannot be read: {error.strerror}")
-    return dict(sorted(found.items()))
+    return dict(sorted(found.items())), changed_ns

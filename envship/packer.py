@@ -1,0 +1,230 @@
+"""From a prefix, or an archive, to a manifest in a store: planned, written, and compared with what is there afterwards.
+
+No step of it needs Dask, so that it can run in a process of its own: see `envship.packing_process`.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from envship.crew import Written, write_with_processes, write_with_threads
+from envship.options import PackOptions
+from envship.package_writer import Packed
+from envship.reading import Reader
+from envship.scan_index import Known, ScanIndex, Whole, context, fingerprint_of, index_folder, signature
+from envship.sources.archive import unpacked
+from envship.sources.draft import CodeItem, Draft, FileItem, MadeItem, Plan
+from envship.sources.plan import plan as plan_prefix
+from envship.sources.tree import Root, Trees
+from envship.sources.unpacked import SCRIPT
+from worker_bootstrap.digest import Digest, EnvironmentId
+from worker_bootstrap.errors import NotAnEnvironment, SourceProblems
+from worker_bootstrap.manifest import Manifest, Package
+from worker_bootstrap.store import Store
+
+Report = Callable[[str, int, int], None]
+"""Called with a stage (``scan``, ``pack``), bytes done and bytes in all; from any thread, up to ten times a second."""
+
+_REPORT_EVERY_S = 0.1
+_ATTEMPTS = 3
+"""So often is a prefix packed that changes meanwhile."""
+_LISTING_LIMIT = 50_000
+"""Entries of one listing, which must fit into a chunk."""
+
+
+class _Done(NamedTuple):
+    """A pack: what came of it, what it saw, and what is to be known of its packages."""
+
+    manifest: Manifest
+    trees: Trees
+    known: Known
+
+
+class Packer:
+    """Packs into *store*.
+
+    Parameters
+    ----------
+    processes
+        How many write packages. 1: threads of this process do; more: nobody else may have threads in it.
+    """
+
+    def __init__(self, store: Store, options: PackOptions, report: Report | None, processes: int = 1) -> None:
+        self._store = store
+        self._options = options
+        self._progress = _Progress(report)
+        self._processes = processes
+
+    def pack(self, place: Path, trees: Trees, index: ScanIndex) -> EnvironmentId:
+        """Pack what lies at *place*; *trees* may know some of it already.
+
+        Raises
+        ------
+        PackError, ArchiveInvalid, StoreFull
+            As `envship.pack.pack`.
+        """
+        if place.is_dir():
+            done = self._prefix(place, trees, index)
+            seen, known = done.trees, done.known
+        else:
+            seen, known = Trees(), Known()
+            seen.walk(Root(str(place)))
+            done = self._archive(place)
+        environment_id = self._store.write_manifest(done.manifest)
+        index.save(seen, environment_id, known)
+        return environment_id
+
+    def _archive(self, archive: Path) -> _Done:
+        with unpacked(archive, self._store.layout.tmp) as prefix:
+            try:
+                return self._prefix(prefix, Trees(), ScanIndex.none(self._store))
+            except SourceProblems as error:
+                raise SourceProblems(str(archive), error.problems, error.remedy) from error
+            except NotAnEnvironment as error:
+                raise NotAnEnvironment(str(archive), error.reason) from error
+
+    def _prefix(self, prefix: Path, trees: Trees, index: ScanIndex) -> _Done:
+        """Pack a prefix, again if it changed meanwhile: what is packed was there at one moment."""
+        for _ in range(_ATTEMPTS):
+            done, changed = self._attempt(prefix, trees, index)
+            if not changed:
+                return done
+            trees = Trees()
+        remedy = "Pack again when nothing writes to it any more."
+        raise SourceProblems(str(prefix), [f"{path} changed while it was packed" for path in changed], remedy)
+
+    def _attempt(self, prefix: Path, trees: Trees, index: ScanIndex) -> tuple[_Done, list[str]]:
+        whole = self._whole(prefix, trees, index)
+        plan = plan_prefix(prefix, trees, self._options)
+        if whole and context(plan) != index.known.context:
+            return self._attempt(prefix, Trees(), ScanIndex.none(self._store))
+        drafts = [part for draft in plan.drafts for part in _parts(draft) if draft.items]
+        keys = [signature(draft, plan, trees.started_ns) for draft in drafts]
+        packed = [self._known(key, index) for key in keys]
+        unknown = [number for number, found in enumerate(packed) if found is None]
+        # The largest first, lest one be left with it at the end.
+        unknown.sort(key=lambda number: _size_bytes(drafts[number]), reverse=True)
+        self._progress.start("pack", sum(_size_bytes(drafts[number]) for number in unknown))
+        written = self._write([drafts[number] for number in unknown], plan)
+        for place, package in written.packages.items():
+            packed[unknown[place]] = package
+        # What is packed is what the walk saw: readers compared what they read, the index what was not read.
+        changed = sorted({*written.changed, *trees.changed()})
+        if written.problems and not changed:
+            problems = sorted(written.problems)
+            raise SourceProblems(str(prefix), problems, "Make these files readable, or remove them.")
+        rows = list(zip(drafts, keys, packed, strict=True))
+        packages = [_package(draft, found) for draft, _, found in rows if found is not None]
+        assert changed or len(packages) == len(drafts)
+        known = Known(
+            {key: found for _, key, found in rows if key and found},
+            [*whole, *_whole_of(prefix, trees, [(draft, found) for draft, key, found in rows if key and found])],
+            context(plan),
+        )
+        packages += [each.package for each in whole]
+        return _Done(Manifest(plan.platform, plan.python, packages, plan.environ), trees, known), changed
+
+    def _whole(self, prefix: Path, trees: Trees, index: ScanIndex) -> list[Whole]:
+        """Packages that need not even be planned, because nothing that they depend on has changed; hides their files.
+
+        The interpreter always is: what all others depend on follows from it.
+        """
+        root = next((root for root in index.roots if root.path == str(prefix)), None)
+        if root is None or self._options.ignore_missing:
+            return []
+        nodes = trees.walk(root)
+        if SCRIPT in nodes:
+            return []
+        found = [
+            each
+            for each in index.known.whole
+            if each.package.name != "python"
+            and fingerprint_of(each.paths, nodes) == each.fingerprint
+            and not self._store.missing(_digests(each.package))
+        ]
+        hidden = {path for each in found for path in each.paths}
+        if any(path.endswith(".pyc") and path not in hidden for path in nodes):
+            # Whether it is anything of its own depends on a module that may be hidden.
+            return []
+        trees.hide(root, hidden)
+        return found
+
+    def _known(self, key: str | None, index: ScanIndex) -> Packed | None:
+        found = index.known.packages.get(key) if key else None
+        return None if found is None or self._store.missing(_digests(found)) else found
+
+    def _write(self, drafts: Sequence[Draft], plan: Plan) -> Written:
+        new_reader = functools.partial(Reader, plan, index_folder(self._store) / "bytecode", self._store.layout.tmp)
+        if self._processes > 1 and len(drafts) > 1:
+            return write_with_processes(drafts, new_reader, self._store, self._progress.add, self._processes)
+        return write_with_threads(drafts, new_reader, self._store, self._progress.add)
+
+
+class _Progress:
+    """Counts bytes from several threads and reports them now and then."""
+
+    def __init__(self, report: Report | None) -> None:
+        self._report = report
+        self._lock = threading.Lock()
+        self._stage, self._done_bytes, self._total_bytes = "scan", 0, 0
+        self._reported_s = 0.0
+        self.start("scan", 0)
+
+    def start(self, stage: str, total_bytes: int) -> None:
+        self._stage, self._done_bytes, self._total_bytes = stage, 0, total_bytes
+        self._tell()
+
+    def add(self, size_bytes: int) -> None:
+        with self._lock:
+            self._done_bytes += size_bytes
+            now_s = time.monotonic()
+            if self._done_bytes < self._total_bytes and now_s - self._reported_s < _REPORT_EVERY_S:
+                return
+            self._reported_s = now_s
+            self._tell()
+
+    def _tell(self) -> None:
+        if self._report is not None:
+            self._report(self._stage, self._done_bytes, self._total_bytes)
+
+
+def _package(draft: Draft, packed: Packed) -> Package:
+    return Package(draft.name, draft.version, draft.build, draft.kind, *packed)
+
+
+def _digests(packed: Packed | Package) -> list[Digest]:
+    return [packed.listing.digest, *(chunk.digest for chunk in packed.chunks)]
+
+
+def _whole_of(prefix: Path, trees: Trees, packed: Sequence[tuple[Draft, Packed]]) -> Iterator[Whole]:
+    """What the next pack need not plan, if it is still there then."""
+    root = next((root for root in trees.roots if root.path == str(prefix)), None)
+    if root is None:
+        return
+    nodes = trees.walk(root)
+    for draft, found in packed:
+        paths = tuple(item.path for item in draft.items if not isinstance(item, (CodeItem, MadeItem)))
+        fingerprint = fingerprint_of(paths, nodes) if draft.is_whole else None
+        if fingerprint is not None:
+            yield Whole(_package(draft, found), paths, fingerprint)
+
+
+def _size_bytes(draft: Draft) -> int:
+    return sum(item.node.st_size for item in draft.items if isinstance(item, FileItem))
+
+
+def _parts(draft: Draft) -> Sequence[Draft]:
+    """*draft* itself, or several where its listing would not fit into a chunk."""
+    if len(draft.items) <= _LISTING_LIMIT:
+        return [draft]
+    items = sorted(draft.items, key=lambda item: item.path)
+    starts = range(0, len(items), _LISTING_LIMIT)
+    return [
+        draft._replace(build=f"{draft.build}#{number}", items=items[start : start + _LISTING_LIMIT], is_whole=False)
+        for number, start in enumerate(starts)
+    ]
