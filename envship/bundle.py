@@ -7,7 +7,6 @@ chunk is checked against its name, and the file must hold exactly what its manif
 from __future__ import annotations
 
 import os
-import struct
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -17,21 +16,25 @@ from pathlib import Path
 from typing import BinaryIO
 
 from worker_bootstrap import codec
+from worker_bootstrap.bundle_index import (
+    CODECS,
+    END,
+    LENGTH,
+    MAGIC,
+    RECORD,
+    Extent,
+    exactly,
+    opened,
+    read_manifest,
+    read_record,
+    survey,
+)
 from worker_bootstrap.digest import Digest, digest_of
 from worker_bootstrap.errors import BundleInvalid, ChunkInvalid, ManifestInvalid, SourceNotFound
-from worker_bootstrap.manifest import CHUNK_LIMIT_BYTES, MANIFEST_LIMIT_BYTES, Manifest
-from worker_bootstrap.shared import BUNDLE_CODECS, BUNDLE_MAGIC, Extent, opened
+from worker_bootstrap.manifest import CHUNK_LIMIT_BYTES, Manifest
 from worker_bootstrap.store import Store, full_error, sync_folder
 
 SUFFIX = ".envship"
-MAGIC = BUNDLE_MAGIC
-END = b"ENVSHIP\xff"
-PAYLOAD_LIMIT_BYTES = CHUNK_LIMIT_BYTES + (64 << 10)
-"""A chunk that does not compress takes a little more room than its bytes."""
-
-_CODECS = BUNDLE_CODECS
-_LENGTH = struct.Struct(">Q")
-_CHUNK = struct.Struct(">32sBI")
 _WINDOW = 8
 """Chunks checked at once, and held in memory."""
 
@@ -75,30 +78,19 @@ def bundle_at(source: object) -> str | None:
 
 
 def survey_bundle(where: str) -> tuple[Manifest, dict[Digest, Extent]]:
-    """The manifest of the bundle at a path or URL, and where in it each chunk lies. Chunks are not read.
+    """`worker_bootstrap.bundle_index.survey`, where there is such a file.
 
     Raises
     ------
     SourceNotFound
-        If there is no such file.
+        If there is none that this machine can read.
     BundleInvalid
         As `read_bundle`, but for chunks that are damaged.
     """
-    extents: dict[Digest, Extent] = {}
     try:
-        with opened(where) as file:
-            manifest = _read_manifest(file, where)
-            for digest in manifest.chunks:
-                codec_number, size_bytes = _read_record(file, where, digest)
-                extents[digest] = Extent(file.tell(), codec_number, size_bytes)
-                file.seek(size_bytes, os.SEEK_CUR)
-            if file.read(len(END) + 1) != END:
-                raise BundleInvalid(where, "it does not end where it should")
-    except ManifestInvalid as error:
-        raise BundleInvalid(where, str(error)) from error
+        return survey(where)
     except OSError as error:
         raise SourceNotFound(where, [f"{where} ({error.strerror or error})"]) from error
-    return manifest, extents
 
 
 def read_bundle(path: Path | str, store: Store) -> Manifest:
@@ -114,7 +106,7 @@ def read_bundle(path: Path | str, store: Store) -> Manifest:
     """
     try:
         with opened(str(path)) as file, store.adding():
-            manifest = _read_manifest(file, path)
+            manifest = read_manifest(file, str(path))
             with ThreadPoolExecutor(max_workers=2) as pool:
                 _in_order(pool, _read_chunks(file, path, manifest, store))
             if file.read(len(END) + 1) != END:
@@ -127,7 +119,7 @@ def read_bundle(path: Path | str, store: Store) -> Manifest:
 
 def _write(file: BinaryIO, manifest: Manifest, store: Store) -> None:
     data = manifest.to_bytes()
-    file.write(MAGIC + _LENGTH.pack(len(data)) + data)
+    file.write(MAGIC + LENGTH.pack(len(data)) + data)
     with ThreadPoolExecutor(max_workers=2) as pool:
         window: deque[Future[tuple[Digest, str, bytes]]] = deque()
         for digest in manifest.chunks:
@@ -141,7 +133,7 @@ def _write(file: BinaryIO, manifest: Manifest, store: Store) -> None:
 
 def _sound(store: Store, digest: Digest) -> tuple[Digest, str, bytes]:
     """A chunk as it lies in the store, if it is sound."""
-    codec_name, payload = store.read_encoded(digest, _CODECS)
+    codec_name, payload = store.read_encoded(digest, CODECS)
     try:
         is_sound = digest_of(codec.decode(payload, codec_name, CHUNK_LIMIT_BYTES)) == digest
     except codec.CodecError:
@@ -153,36 +145,16 @@ def _sound(store: Store, digest: Digest) -> tuple[Digest, str, bytes]:
 
 
 def _write_chunk(file: BinaryIO, digest: Digest, codec_name: str, payload: bytes) -> None:
-    file.write(_CHUNK.pack(bytes.fromhex(digest), _CODECS.index(codec_name), len(payload)))
+    file.write(RECORD.pack(bytes.fromhex(digest), CODECS.index(codec_name), len(payload)))
     file.write(payload)
-
-
-def _read_manifest(file: BinaryIO, path: Path | str) -> Manifest:
-    if file.read(len(MAGIC)) != MAGIC:
-        raise BundleInvalid(str(path), "it does not begin as a bundle of this format does")
-    (size_bytes,) = _LENGTH.unpack(_exactly(file, _LENGTH.size, path))
-    if size_bytes > MANIFEST_LIMIT_BYTES:
-        raise BundleInvalid(str(path), f"its manifest claims {size_bytes} bytes")
-    return Manifest.from_bytes(_exactly(file, size_bytes, path))
-
-
-def _read_record(file: BinaryIO, path: Path | str, expected: Digest) -> tuple[int, int]:
-    """The codec's number and the payload's size of the chunk that comes next; the payload follows."""
-    raw_digest, codec_number, size_bytes = _CHUNK.unpack(_exactly(file, _CHUNK.size, path))
-    digest = Digest(raw_digest.hex())
-    if digest != expected:
-        raise BundleInvalid(str(path), f"chunk {digest} where the manifest asks for {expected}")
-    if codec_number >= len(_CODECS) or size_bytes > PAYLOAD_LIMIT_BYTES:
-        raise BundleInvalid(str(path), f"chunk {digest} claims codec {codec_number} and {size_bytes} bytes")
-    return codec_number, size_bytes
 
 
 def _read_chunks(file: BinaryIO, path: Path | str, manifest: Manifest, store: Store) -> Iterator[Callable[[], None]]:
     """Read the chunks, in the order of the manifest; yield what checks and keeps each."""
     for expected in manifest.chunks:
-        codec_number, size_bytes = _read_record(file, path, expected)
-        payload = _exactly(file, size_bytes, path)
-        yield partial(store.write_encoded, expected, _CODECS[codec_number], payload, str(path))
+        codec_number, size_bytes = read_record(file, str(path), expected)
+        payload = exactly(file, size_bytes, str(path))
+        yield partial(store.write_encoded, expected, CODECS[codec_number], payload, str(path))
 
 
 def _in_order(pool: ThreadPoolExecutor, tasks: Iterator[Callable[[], None]]) -> None:
@@ -194,10 +166,3 @@ def _in_order(pool: ThreadPoolExecutor, tasks: Iterator[Callable[[], None]]) -> 
             window.popleft().result()
     for future in window:
         future.result()
-
-
-def _exactly(file: BinaryIO, size_bytes: int, path: Path | str) -> bytes:
-    data = file.read(size_bytes)
-    if len(data) != size_bytes:
-        raise BundleInvalid(str(path), "it is cut short")
-    return data

@@ -7,6 +7,7 @@ scheduler's replacement. What happens on the cluster is decided in `worker_boots
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from typing import Any
 
 import dask
@@ -22,11 +23,8 @@ from envship.progress import open_display
 from envship.result import EnvironmentStatus, StagedResult, SwapResult
 from envship.status import status_of
 from worker_bootstrap.digest import EnvironmentId
-from worker_bootstrap.errors import IncompatibleEnvironment, PrepareFailed
+from worker_bootstrap.errors import IncompatibleEnvironment
 from worker_bootstrap.interpreter import PROCESS_TOKEN
-
-ATTEMPTS = 3
-"""A chunk that is lost or damaged on the cluster after it was brought there is brought again so often."""
 
 Source = Any
 """None (the environment of this process), a conda environment's name, a prefix, a bundle, an id, an `Environment`."""
@@ -141,15 +139,9 @@ async def _use(
         if environment is not None and not ignore_versions:
             _check_fit(environment)
         await journey.connect()
-        for _ in range(ATTEMPTS - 1):
-            try:
-                async with journey.bringing(environment_id, environment):
-                    return await _move(journey, environment_id, scheduler, timeout)
-            except PrepareFailed as error:
-                if not error.retryable or environment is None:
-                    raise
-        async with journey.bringing(environment_id, environment):
-            return await _move(journey, environment_id, scheduler, timeout)
+        return await journey.with_chunks(
+            environment_id, environment, lambda: _move(journey, environment_id, scheduler, timeout)
+        )
 
 
 async def _reset(client: Client, timeout: str | float | None, show: bool | None) -> SwapResult:
@@ -166,9 +158,12 @@ async def _stage(client: Client, source: Source, options: PackOptions, build: bo
         environment_id, environment = await journey.find(source, options)
         await journey.connect()
         terms = {**_terms(None, None), "chunks_only": not build}
-        async with journey.bringing(environment_id, environment):
+
+        async def stage() -> Mapping[str, Any]:
             swap_id = await journey.ask("envship_stage", environment_id=environment_id, options=terms)
-            status = await journey.follow(swap_id)
+            return await journey.follow(swap_id)
+
+        status = await journey.with_chunks(environment_id, environment, stage)
         return StagedResult(
             environment_id=environment_id,
             hosts=len(status["hosts"]),

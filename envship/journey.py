@@ -6,10 +6,9 @@ A journey is made for each call of `envship.client` and thrown away after it. It
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncIterator, Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
 
 from distributed import Client
 
@@ -19,6 +18,7 @@ from envship.options import PackOptions
 from envship.progress import Display, HostProgress
 from envship.reconnect import reconnect, until_listening
 from envship.seeding import Extents, Seeding
+from worker_bootstrap.bundle_index import Extent
 from worker_bootstrap.coordinator import PROTOCOL, Coordinator
 from worker_bootstrap.digest import EnvironmentId, is_digest
 from worker_bootstrap.errors import (
@@ -31,8 +31,13 @@ from worker_bootstrap.errors import (
     SourceNotFound,
 )
 from worker_bootstrap.location import open_store
+from worker_bootstrap.manifest import Manifest
 
+ATTEMPTS = 3
+"""A chunk that is lost or damaged on the cluster after it was brought there is brought again so often."""
 DISPLAYED = {"prepare": "prepare", "commit": "move", "back": "move back", "check": "check", "done": "done"}
+
+_Result = TypeVar("_Result")
 
 
 class Journey:
@@ -94,7 +99,7 @@ class Journey:
 
         if (where := bundle_at(source)) is not None:
             # Not read into the store here: perhaps the hosts see it, too.
-            manifest, extents = await asyncio.to_thread(survey_bundle, where)
+            manifest, extents = await self._survey(where)
             self._bundle = where, extents
             self.lap("pack")
             return manifest.id, Environment(manifest, await asyncio.to_thread(open_store))
@@ -107,6 +112,17 @@ class Journey:
             return EnvironmentId(source), None
         self.lap("pack")
         return environment.id, environment
+
+    async def _survey(self, where: str) -> tuple[Manifest, Extents]:
+        """What lies in the bundle at *where*, on this machine, or as the hosts of the cluster see it."""
+        try:
+            return await asyncio.to_thread(survey_bundle, where)
+        except SourceNotFound:
+            await self.connect()
+            found = await self.ask("envship_survey_bundle", where=where)
+            if found is None:
+                raise
+        return Manifest.from_bytes(found["manifest"]), {d: Extent(*row) for d, row in found["extents"].items()}
 
     async def connect(self) -> None:
         """Make sure that the scheduler has a coordinator."""
@@ -128,16 +144,27 @@ class Journey:
                 "Install that version, or restart the cluster.",
             )
 
-    @contextlib.asynccontextmanager
-    async def bringing(self, environment_id: EnvironmentId, environment: Environment | None) -> AsyncIterator[None]:
-        """Bring each chunk that the cluster lacks, once, while the block goes on; hosts begin with what is there."""
-        seeding = Seeding(self.client, self.ask, self.show, environment_id, environment, self._bundle)
-        self._seedings.append(seeding)
-        async with seeding.under_way():
-            self.lap("check")
-            yield
-        if seeding.seconds:
-            self.seconds["upload"] = seeding.seconds
+    async def with_chunks(
+        self, environment_id: EnvironmentId, environment: Environment | None, work: Callable[[], Awaitable[_Result]]
+    ) -> _Result:
+        """The result of *work*, while each chunk that the cluster lacks is brought there, once.
+
+        Chunks that get lost on the cluster meanwhile are brought again, and *work* is done again.
+        """
+        for attempt in range(1, ATTEMPTS + 1):
+            seeding = Seeding(self.client, self.ask, self.show, environment_id, environment, self._bundle)
+            self._seedings.append(seeding)
+            try:
+                async with seeding.under_way():
+                    self.lap("check")
+                    return await work()
+            except PrepareFailed as error:
+                if not error.retryable or environment is None or attempt == ATTEMPTS:
+                    raise
+            finally:
+                if seeding.seconds:
+                    self.seconds["upload"] = seeding.seconds
+        raise AssertionError("unreachable")
 
     async def follow(self, swap_id: str) -> Mapping[str, Any]:
         """Wait for the end of a swap, showing how it goes; returns its last status."""

@@ -19,11 +19,12 @@ from envship import config
 from envship.bundle import read_bundle
 from envship.environment import Environment
 from worker_bootstrap import mounts
+from worker_bootstrap.bundle_index import Extent
 from worker_bootstrap.courtesy import Pace
 from worker_bootstrap.digest import Digest, EnvironmentId
-from worker_bootstrap.errors import EnvironmentMissing, EnvshipError, TransferError
+from worker_bootstrap.errors import EnvironmentMissing, EnvshipError, SourceNotFound, TransferError
 from worker_bootstrap.relay import RelayedChunks
-from worker_bootstrap.shared import Extent, Place
+from worker_bootstrap.shared import Place
 from worker_bootstrap.tracker import Upload
 from worker_bootstrap.transfer import EncodedChunk, Held, Outcome, PeerChunks, upload_chunks
 
@@ -144,7 +145,7 @@ class Seeding:
                 if environment is None or not plan:
                     return
                 if self._bundle is not None and environment.store.missing(d for upload in plan for d in upload.digests):
-                    await asyncio.to_thread(read_bundle, self._bundle[0], environment.store)
+                    await self._read_bundle(self._bundle[0], environment)
                 await self._reach({upload.address for upload in plan})
                 rest = await self._upload(environment, plan)
                 self.seconds = time.perf_counter() - started
@@ -158,6 +159,12 @@ class Seeding:
             with contextlib.suppress(OSError, EnvshipError):
                 await self._ask("envship_withdraw", client=self._name)
             raise
+
+    async def _read_bundle(self, where: str, environment: Environment) -> None:
+        try:
+            await asyncio.to_thread(read_bundle, where, environment.store)
+        except OSError as error:
+            raise SourceNotFound(where, [f"{where} here ({error.strerror or error})", "hosts that saw it"]) from error
 
     async def _reach(self, addresses: set[str]) -> None:
         """Find out which of *addresses* this machine can connect to."""

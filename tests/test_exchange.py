@@ -23,7 +23,7 @@ def run(tmp_path: Path, work: Callable[[Exchange], Awaitable[None]]) -> None:
         exchange = Exchange(Roster(None), Store(tmp_path), lambda *_, **__: None)
         exchange.tracker.add_host("a", "tcp://a:1")
         exchange.tracker.add_host("b", "tcp://b:1")
-        exchange.tracker.want("b", NEEDED)
+        exchange.tracker.want("b", NEEDED, "environment")
         exchange.tracker.promise("client", DIGESTS)
         await asyncio.wait_for(work(exchange), 30)
 
@@ -32,7 +32,7 @@ def run(tmp_path: Path, work: Callable[[Exchange], Awaitable[None]]) -> None:
 
 async def waiting(exchange: Exchange, host_id: str) -> asyncio.Task[dict[str, Any]]:
     """A question that is kept waiting."""
-    task = asyncio.ensure_future(exchange.next_batch(host_id))
+    task = asyncio.ensure_future(exchange.next_batch(host_id, "environment"))
     await asyncio.sleep(0)
     assert not task.done()
     return task
@@ -53,7 +53,7 @@ def test_a_host_that_waits_is_answered_when_somebody_has_what_it_needs(tmp_path:
 
 def test_a_host_that_waits_in_vain_hears_so_after_a_while(tmp_path: Path) -> None:
     async def work(exchange: Exchange) -> None:
-        answer = await exchange.next_batch("b")
+        answer = await exchange.next_batch("b", "environment")
         assert (answer["digests"], answer["lost"], answer["outstanding"]) == ([], 0, 6)
 
     run(tmp_path, work)
@@ -73,7 +73,7 @@ def test_whoever_waits_longest_is_looked_at_first_and_nobody_is_forgotten(tmp_pa
         names = [f"h{number}" for number in range(200)]
         for name in names:
             exchange.tracker.add_host(name, f"tcp://{name}:1")
-            exchange.tracker.want(name, NEEDED)
+            exchange.tracker.want(name, NEEDED, "environment")
         tasks = [await waiting(exchange, name) for name in names]
         arrived: list[Digest] = DIGESTS
         while not all(task.done() for task in tasks):

@@ -329,3 +329,28 @@ def test_decisions_do_not_depend_on_the_hash_seed_of_the_process() -> None:
         for seed in ("1", "2")
     }
     assert len(answers) == 1
+
+
+def test_what_one_purpose_lacks_is_not_lost_for_another() -> None:
+    there, nowhere = chunks(2), {Digest("f" * 64): MIB}
+    tracker, _ = tracker_with({"a": there, "b": {}})
+    tracker.want("b", nowhere, "one")
+    tracker.want("b", there, "other")
+    assert (tracker.lost("b", "one"), tracker.lost("b", "other")) == (1, 0)
+    assert (tracker.outstanding("b", "one"), tracker.outstanding("b", "other")) == (1, 2)
+    tracker.give_up("b", "one")
+    assert tracker.lost("b") == 0
+    assert tracker.progress("b") == (0, 2 * MIB)
+    tracker.received("b", there)
+    assert tracker.outstanding("b") == 0
+    tracker.give_up("b", "nothing that it ever wanted")
+
+
+def test_a_chunk_for_two_purposes_is_still_wanted_when_one_is_given_up() -> None:
+    needed = chunks(1)
+    tracker, _ = tracker_with({"a": needed, "b": {}})
+    tracker.want("b", needed, "one")
+    tracker.want("b", needed, "other")
+    tracker.give_up("b", "one")
+    assert tracker.outstanding("b", "other") == 1
+    assert tracker.next_batch("b") is not None

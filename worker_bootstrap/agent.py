@@ -87,6 +87,7 @@ class Agent:
         shared = SharedReader(self.store, on_received=self.provision.arrived)
         own: dict[str, Callable[..., Awaitable[Any]]] = {
             "envship_sees": shared.sees,
+            "envship_survey": shared.survey,
             "envship_pull": shared.pull,
             "envship_identify": self.identify,
             "envship_has_built": self.has_built,

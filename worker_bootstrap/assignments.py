@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from worker_bootstrap.digest import Digest
-from worker_bootstrap.holdings import Chunk, Holdings
+from worker_bootstrap.holdings import Chunk, Holdings, count_of
 
 BATCH_TARGET_BYTES = 4 << 20
 """A batch is filled at least up to here, if there is enough to hand out: calls cost about half a millisecond each."""
@@ -32,6 +32,20 @@ class Batch(NamedTuple):
     timeout_s: float = 60.0
 
 
+class Offer(NamedTuple):
+    """Answer to a host that asks for work: *batch* may be None while *outstanding* chunks are still missing."""
+
+    batch: Batch | None
+    outstanding: int
+
+
+class Upload(NamedTuple):
+    """Chunks that the client sends, in one message, to the agent at *address*."""
+
+    address: str
+    digests: tuple[Digest, ...]
+
+
 class Host:
     """One store and the agents that share it, at a *place*: from the site down to the machine. Masks are of chunks."""
 
@@ -44,12 +58,41 @@ class Host:
         self.have = 0
         self.missing = 0
         self.wanted = 0
+        self.purposes: dict[str, int] = {}
         self.in_flight: dict[int, Assignment] = {}
         self.total_bytes = 0
         self.done_bytes = 0
         self.serving = 0
         self.seconds_per_byte: float | None = None
         self.leniency = 1.0
+
+    def want(self, asked: int, purpose: str, holdings: Holdings) -> None:
+        """Add the chunks of *asked* to what is wanted, for a *purpose*; where nothing was outstanding, begin anew."""
+        if not self.outstanding():
+            self.wanted = self.total_bytes = self.done_bytes = 0
+        self.purposes[purpose] = self.purposes.get(purpose, 0) | asked
+        new = asked & ~self.wanted
+        self.wanted |= new
+        self.missing |= new & ~self.have
+        self.total_bytes += holdings.size_bytes(new)
+        self.done_bytes += holdings.size_bytes(new & self.have)
+
+    def give_up(self, purpose: str, holdings: Holdings) -> None:
+        """Take back what is wanted for that *purpose* alone and has not come. Idempotent."""
+        given_up = self.purposes.pop(purpose, 0)
+        for others in self.purposes.values():
+            given_up &= ~others
+        absent = self.missing & given_up
+        self.missing ^= absent
+        self.wanted &= ~absent
+        self.total_bytes -= holdings.size_bytes(absent)
+
+    def outstanding(self, purpose: str | None = None) -> int:
+        """How many chunks that are wanted, for that *purpose* or for any, have not come."""
+        if purpose is None:
+            return count_of(self.missing) + len(self.in_flight)
+        asked = self.purposes.get(purpose, 0)
+        return count_of(self.missing & asked) + sum(asked >> number & 1 for number in self.in_flight)
 
     @property
     def site(self) -> str:

@@ -38,7 +38,7 @@ logger = logging.getLogger("envship.coordinator")
 
 RELEASE_TIMEOUT_S = 2.0
 """A worker that was told to close and has not said so by then hangs; the scheduler lets go of it anyway."""
-PROTOCOL = 2
+PROTOCOL = 3
 """Of the operations that clients and agents call; a client of another one is told so."""
 POLL_INTERVAL_S = 0.005
 SUCCESSION_TIMEOUT_S = 60.0
@@ -126,10 +126,12 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
             "envship_release": self.release,
             "envship_want": self.exchange.want,
             "envship_next_batch": self.next_batch,
+            "envship_give_up": self.exchange.give_up,
             "envship_report": self.report,
         }
         answered: dict[str, Callable[..., Awaitable[Any]]] = {
             "envship_protocol": self.protocol,
+            "envship_survey_bundle": self.exchange.survey,
             "envship_offer": self.exchange.offer,
             "envship_uploaded": self.exchange.uploaded,
             "envship_withdraw": self.exchange.withdraw,
@@ -197,12 +199,14 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
             for task in scheduler.tasks.values():
                 task.suspicious = charged.get(task, 0)
 
-    async def next_batch(self, host_id: str, outcome: dict[str, Any] | None = None) -> dict[str, Any]:
+    async def next_batch(
+        self, host_id: str, environment_id: str, outcome: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         """A host tells what became of a batch, and asks for the next; see `Exchange.next_batch`."""
         if outcome is not None:
             done_bytes, total_bytes = self.exchange.settle(host_id, **outcome)
             await self.report(host_id, "fetching", done_bytes, total_bytes)
-        return await self.exchange.next_batch(host_id)
+        return await self.exchange.next_batch(host_id, environment_id)
 
     async def report(self, host_id: str, state: str, done_bytes: int, total_bytes: int) -> None:
         """A host tells how far it is."""

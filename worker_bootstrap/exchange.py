@@ -57,7 +57,7 @@ class Exchange:
         self._known: set[EnvironmentId] = set()
         self._givers: set[str] = set()
         self._topology: Topology = {}
-        self._waiting: deque[tuple[str, asyncio.Future[dict[str, Any]]]] = deque()
+        self._waiting: deque[tuple[str, str, asyncio.Future[dict[str, Any]]]] = deque()
         self._stirring = False
 
     async def offer(
@@ -99,6 +99,14 @@ class Exchange:
             self.tracker.promise(client, absent)
         return [(address, list(digests)) for address, digests in self.tracker.plan_uploads(absent, avoid)]
 
+    async def survey(self, where: str) -> dict[str, Any] | None:
+        """Manifest and extents of a bundle that hosts see at *where*, from the first that does; None if none does."""
+        for address in (await self._hosts()).values():
+            found: dict[str, Any] | None = await self.pulling.survey(address, where)
+            if found is not None:
+                return found
+        return None
+
     async def uploaded(self, address: str, digests: list[Digest], size_bytes: int = 0) -> None:
         """The client has brought these chunks, *size_bytes* of them over the network, to the agent at *address*."""
         member = self._roster.members.get(address)
@@ -125,25 +133,29 @@ class Exchange:
             hosts = await self._hosts()
             hosts.pop(host_id, None)
             await self._survey(wanted, hosts)
-        self.tracker.want(host_id, {digest: chunks[digest] for digest in (missing if first is None else first)})
+        self.tracker.want(host_id, {digest: chunks[digest] for digest in (missing if first is None else first)}, wanted)
 
-    async def next_batch(self, host_id: str) -> dict[str, Any]:
-        """What a host shall fetch now; ``lost`` counts chunks that it needs and nobody can give.
+    async def next_batch(self, host_id: str, environment_id: str) -> dict[str, Any]:
+        """What a host shall fetch now that builds an environment; ``lost`` counts chunks that nobody can give.
 
         Where there is nothing at the moment, it waits a while: most often somebody soon reports what was missing. A
         host that was forgotten meanwhile (it was not heard for some seconds, or told another scheduler what it wants)
         is told so: ``known`` is false.
         """
-        answer = self._answer(host_id)
+        answer = self._answer(host_id, environment_id)
         if answer["digests"] or answer["lost"] or not answer["outstanding"]:
             return answer
         place = asyncio.get_running_loop().create_future()
-        self._waiting.append((host_id, place))
+        self._waiting.append((host_id, environment_id, place))
         try:
             found: dict[str, Any] = await asyncio.wait_for(place, LINGER_S)
         except asyncio.TimeoutError:
-            return self._answer(host_id)
+            return self._answer(host_id, environment_id)
         return found
+
+    async def give_up(self, host_id: str, environment_id: str) -> None:
+        """A host does not go on fetching for an environment, because it has all, or because something went wrong."""
+        self.tracker.give_up(host_id, environment_id)
 
     def settle(
         self,
@@ -179,14 +191,14 @@ class Exchange:
             self._givers.discard(name)
             await self.withdraw(name)
 
-    def _answer(self, host_id: str) -> dict[str, Any]:
-        batch, outstanding = self.tracker.offer(host_id)
+    def _answer(self, host_id: str, environment_id: str) -> dict[str, Any]:
+        batch, outstanding = self.tracker.offer(host_id, environment_id)
         return {
             "source": batch.source if batch else "",
             "digests": list(batch.digests) if batch else [],
             "timeout_s": batch.timeout_s if batch else 0.0,
             "outstanding": outstanding,
-            "lost": self.tracker.lost(host_id) if batch is None and outstanding else 0,
+            "lost": self.tracker.lost(host_id, environment_id) if batch is None and outstanding else 0,
             "known": self.tracker.knows(host_id),
         }
 
@@ -199,14 +211,14 @@ class Exchange:
     def _serve_waiting(self) -> None:
         self._stirring = False
         for _ in range(min(len(self._waiting), STIR_LIMIT)):
-            host_id, place = self._waiting.popleft()
+            host_id, environment_id, place = self._waiting.popleft()
             if place.done():
                 continue
-            answer = self._answer(host_id)
+            answer = self._answer(host_id, environment_id)
             if answer["digests"] or answer["lost"] or not answer["outstanding"]:
                 place.set_result(answer)
             else:
-                self._waiting.append((host_id, place))
+                self._waiting.append((host_id, environment_id, place))
 
     async def _hosts(self) -> dict[str, str]:
         """One agent's address for every host that answers; the tracker forgets the others."""

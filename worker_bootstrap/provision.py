@@ -8,6 +8,7 @@ Belongs to an agent, and asks the coordinator through it. What to fetch from who
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -154,7 +155,7 @@ class Provision:
         async def trade(outcome: Outcome | None) -> Offer:
             if outcome is not None and outcome.received:
                 arrived(outcome.received)
-            return await self._trade(outcome)
+            return await self._trade(manifest.id, outcome)
 
         # Connections of their own: what is marked as bulk must not carry the data of tasks, nor wait behind it.
         pool = await ConnectionPool(limit=POOL_LIMIT, connection_args=self._server.rpc.connection_args)
@@ -172,6 +173,9 @@ class Provision:
         finally:
             self._listeners.pop(arrived, None)
             await pool.close()
+            # Whatever is still missing must not hold up, or be counted as lost for, another environment.
+            with contextlib.suppress(OSError):
+                await self._call("envship_give_up", host_id=self._store.host_id, environment_id=manifest.id)
 
     async def _want(self, manifest: Manifest, wanted: Collection[Digest]) -> bool:
         """Tell the coordinator what is missing of *wanted*; whether anything is."""
@@ -188,9 +192,11 @@ class Provision:
             )
         return bool(first)
 
-    async def _trade(self, outcome: Outcome | None) -> Offer:
+    async def _trade(self, environment_id: EnvironmentId, outcome: Outcome | None) -> Offer:
         done = None if outcome is None else outcome._asdict()
-        answer = await self._call("envship_next_batch", host_id=self._store.host_id, outcome=done)
+        answer = await self._call(
+            "envship_next_batch", host_id=self._store.host_id, environment_id=environment_id, outcome=done
+        )
         if not answer["known"]:
             raise _Forgotten
         if answer["lost"]:

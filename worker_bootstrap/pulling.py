@@ -97,6 +97,15 @@ class Pulling:
         kept = set(there)
         return [digest for digest in absent if digest not in kept]
 
+    async def survey(self, address: str, where: str) -> dict[str, Any] | None:
+        """What the host of the agent at *address* finds in a bundle at *where*; None if it finds none."""
+        try:
+            work = self._roster.ask_quietly(address, "envship_survey", where=where)
+            found: dict[str, Any] | None = await asyncio.wait_for(work, PULL_TIMEOUT_S)
+        except asyncio.TimeoutError:
+            return None
+        return found
+
     async def close(self) -> None:
         """Ask for no more."""
         for task in self._tasks:

@@ -10,27 +10,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
-
-import fsspec
+from typing import Any, NamedTuple
 
 from worker_bootstrap import codec
-from worker_bootstrap.digest import Digest, digest_of, is_digest
+from worker_bootstrap.bundle_index import CODECS, Extent, opened, read_manifest, survey
+from worker_bootstrap.digest import Digest, is_digest
 from worker_bootstrap.durable import content_of
-from worker_bootstrap.errors import ChunkInvalid, ChunkMissing
+from worker_bootstrap.errors import ChunkInvalid, ChunkMissing, ContentError
 from worker_bootstrap.layout import Layout
-from worker_bootstrap.manifest import MANIFEST_LIMIT_BYTES
 from worker_bootstrap.store import PAYLOAD_LIMIT_BYTES, Store
 
 logger = logging.getLogger("envship.shared")
-
-BUNDLE_MAGIC = b"ENVSHIP\x01"
-BUNDLE_CODECS = ("raw", "zlib", "zstd")
-"""By the number that stands for them in a bundle."""
-_LENGTH = struct.Struct(">Q")
 
 
 class Place(NamedTuple):
@@ -51,34 +43,8 @@ class Place(NamedTuple):
     mark: str
 
 
-class Extent(NamedTuple):
-    """Where in a bundle the payload of a chunk lies, and how it is compressed. All 0 in a store."""
-
-    offset: int
-    codec_number: int
-    size_bytes: int
-
-
 NOWHERE = Extent(0, 0, 0)
-
-
-def opened(where: str) -> BinaryIO:
-    """The file at a path or URL, for reading.
-
-    Raises
-    ------
-    OSError
-        If it cannot be opened, also because a library for that kind of URL is not installed here.
-    """
-    if "://" not in where:
-        return open(where, "rb")  # the caller closes it
-    try:
-        file: BinaryIO = fsspec.open(where, "rb").open()
-    except OSError:
-        raise
-    except Exception as error:  # whatever a file system's library raises of its own
-        raise OSError(f"{where}: {type(error).__name__}: {error}") from error
-    return file
+"""Of a chunk in a store, where its name says where it lies."""
 
 
 class SharedReader:
@@ -100,9 +66,14 @@ class SharedReader:
         """Whether this machine sees what the client does at that place."""
         try:
             return await asyncio.to_thread(_is_marked, Place(*place))
-        except (OSError, ValueError) as error:
+        except (OSError, ContentError) as error:
             logger.info("%s cannot be read here: %s", place[1], error)
             return False
+
+    async def survey(self, where: str) -> dict[str, Any]:
+        """Manifest and extents of the bundle that this machine sees at *where*, for a client that does not."""
+        manifest, extents = await asyncio.to_thread(survey, where)
+        return {"manifest": manifest.to_bytes(), "extents": {digest: list(row) for digest, row in extents.items()}}
 
     async def pull(self, place: Sequence[str], chunks: Mapping[Digest, Sequence[int]]) -> dict[str, Any]:
         """Read *chunks* (digest to extent) there and keep them; answers those kept, the bytes read, and what failed."""
@@ -144,10 +115,10 @@ def _payloads(place: Place, chunks: Mapping[Digest, Extent]) -> Any:
         for digest, extent in sorted(chunks.items(), key=lambda item: item[1]):
             if not 0 <= extent.size_bytes <= PAYLOAD_LIMIT_BYTES or extent.offset < 0:
                 raise ValueError(f"chunk {digest} claims {extent.size_bytes} bytes at {extent.offset}")
-            if not 0 <= extent.codec_number < len(BUNDLE_CODECS):
+            if not 0 <= extent.codec_number < len(CODECS):
                 raise ValueError(f"chunk {digest} claims the codec {extent.codec_number}")
             file.seek(extent.offset)
-            yield digest, BUNDLE_CODECS[extent.codec_number], file.read(extent.size_bytes)
+            yield digest, CODECS[extent.codec_number], file.read(extent.size_bytes)
 
 
 def _from_store(layout: Layout, digest: Digest) -> tuple[str, bytes]:
@@ -165,11 +136,4 @@ def _is_marked(place: Place) -> bool:
     if place.kind != "bundle":
         return False
     with opened(place.where) as file:
-        return file.read(len(BUNDLE_MAGIC)) == BUNDLE_MAGIC and digest_of(_manifest_bytes(file)) == place.mark
-
-
-def _manifest_bytes(file: BinaryIO) -> bytes:
-    (size_bytes,) = _LENGTH.unpack(file.read(_LENGTH.size).ljust(_LENGTH.size, b"\xff"))
-    if size_bytes > MANIFEST_LIMIT_BYTES:
-        raise ValueError(f"its manifest claims {size_bytes} bytes")
-    return file.read(size_bytes)
+        return bool(read_manifest(file, place.where).id == place.mark)

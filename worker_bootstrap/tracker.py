@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 from worker_bootstrap.assignments import (
     BATCH_LIMIT_BYTES,
@@ -21,6 +20,8 @@ from worker_bootstrap.assignments import (
     Assignments,
     Batch,
     Host,
+    Offer,
+    Upload,
     cut,
 )
 from worker_bootstrap.digest import Digest
@@ -34,20 +35,6 @@ TRIES = 16
 """So many chunks, or sources, are looked at for one decision before the host is told to ask again."""
 
 __all__ = ["BATCH_LIMIT_BYTES", "BATCH_LIMIT_CHUNKS", "BATCH_TARGET_BYTES", "Batch", "Offer", "Tracker", "Upload"]
-
-
-class Offer(NamedTuple):
-    """Answer to a host that asks for work: *batch* may be None while *outstanding* chunks are still missing."""
-
-    batch: Batch | None
-    outstanding: int
-
-
-class Upload(NamedTuple):
-    """Chunks that the client sends, in one message, to the agent at *address*."""
-
-    address: str
-    digests: tuple[Digest, ...]
 
 
 class Tracker:
@@ -131,10 +118,11 @@ class Tracker:
 
     # -- needs ------------------------------------------------------------------------------------------------------
 
-    def want(self, host_id: str, chunks: Mapping[Digest, int]) -> None:
-        """The host needs *chunks* (digest to uncompressed bytes); those that it holds count as done.
+    def want(self, host_id: str, chunks: Mapping[Digest, int], purpose: str = "") -> None:
+        """The host needs *chunks* (digest to uncompressed bytes) for a *purpose*; those that it holds count as done.
 
         Adds to what it wanted before; where nothing was outstanding, `progress` starts anew and blame is forgotten.
+        Chunks that are wanted for several purposes are fetched once.
 
         Raises
         ------
@@ -142,31 +130,31 @@ class Tracker:
             If the host is not known.
         """
         host = self._hosts[host_id]
-        if not self.outstanding(host_id):
-            host.wanted = host.total_bytes = host.done_bytes = 0
+        if not host.outstanding():
             self._mistrust.forgive(host.number)
-        new = self._holdings.mask(chunks) & ~host.wanted
-        host.wanted |= new
-        host.missing |= new & ~host.have
-        host.total_bytes += self._holdings.size_bytes(new)
-        host.done_bytes += self._holdings.size_bytes(new & host.have)
+        host.want(self._holdings.mask(chunks), purpose, self._holdings)
 
-    def outstanding(self, host_id: str) -> int:
-        """How many of the chunks that the host wants have not arrived; 0 also for a host that is not known."""
-        host = self._hosts.get(host_id)
-        return count_of(host.missing) + len(host.in_flight) if host else 0
+    def give_up(self, host_id: str, purpose: str) -> None:
+        """The host does not go on fetching for that *purpose*, done or not. Idempotent."""
+        if host_id in self._hosts:
+            self._hosts[host_id].give_up(purpose, self._holdings)
+
+    def outstanding(self, host_id: str, purpose: str | None = None) -> int:
+        """How many chunks that the host wants (None: for any *purpose*) have not arrived; 0 for an unknown host."""
+        return self._hosts[host_id].outstanding(purpose) if host_id in self._hosts else 0
 
     def progress(self, host_id: str) -> tuple[int, int]:
         """(bytes there, bytes wanted) of what the host wants, uncompressed."""
         host = self._hosts.get(host_id)
         return (host.done_bytes, host.total_bytes) if host else (0, 0)
 
-    def lost(self, host_id: str) -> int:
-        """How many of the chunks that the host wants nobody holds, brings, or has promised."""
+    def lost(self, host_id: str, purpose: str | None = None) -> int:
+        """How many of the chunks that the host wants (for one *purpose*) nobody holds, brings, or has promised."""
         host = self._hosts.get(host_id)
         if host is None or not host.missing & self._holdings.rarity[0]:
             return 0
-        return count_of(host.missing & self._holdings.rarity[0] & ~self._promises.mask())
+        asked = host.missing if purpose is None else host.missing & host.purposes.get(purpose, 0)
+        return count_of(asked & self._holdings.rarity[0] & ~self._promises.mask())
 
     # -- what the client uploads ------------------------------------------------------------------------------------
 
@@ -217,9 +205,9 @@ class Tracker:
 
     # -- the exchange -----------------------------------------------------------------------------------------------
 
-    def offer(self, host_id: str) -> Offer:
-        """`next_batch` and `outstanding` in one answer."""
-        return Offer(self.next_batch(host_id), self.outstanding(host_id))
+    def offer(self, host_id: str, purpose: str | None = None) -> Offer:
+        """`next_batch` and `outstanding` in one answer. The batch may serve another purpose as well."""
+        return Offer(self.next_batch(host_id), self.outstanding(host_id, purpose))
 
     def next_batch(self, host_id: str) -> Batch | None:
         """What the host should fetch now, or None if there is nothing to hand out at the moment.

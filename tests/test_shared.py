@@ -1,0 +1,257 @@
+"""Bundles and stores that hosts read themselves: nothing is uploaded, and nothing is believed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dask.config
+import pytest
+from distributed import Client
+
+from envship import journey
+from envship.bundle import bundle_at, survey_bundle, write_bundle
+from envship.environment import Environment
+from worker_bootstrap.bundle_index import Extent
+from worker_bootstrap.digest import Digest
+from worker_bootstrap.errors import BundleInvalid, SourceNotFound
+from worker_bootstrap.shared import NOWHERE, Place, SharedReader, read_into
+from worker_bootstrap.store import Store
+
+from .cluster import SWAP_MARKS, Cluster
+from .environments import environment_of, package_of
+
+pytestmark = SWAP_MARKS
+
+
+def random_environment(store: Store, size_bytes: int = 1 << 20) -> Environment:
+    package = package_of(store, {"lib/data": os.urandom(size_bytes)}, chunk_bytes=100_000)
+    return Environment(environment_of(store, [package]), store)
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Environment:
+    return random_environment(Store(tmp_path / "source"))
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Store:
+    return Store(tmp_path / "target")
+
+
+def bundle_of(environment: Environment, path: Path) -> tuple[Place, dict[Digest, Extent]]:
+    write_bundle(environment.manifest, environment.store, path)
+    manifest, extents = survey_bundle(str(path))
+    assert manifest.id == environment.id
+    return Place("bundle", str(path), environment.id), extents
+
+
+# -- what a host reads
+
+
+def test_a_bundle_is_read_chunk_by_chunk(environment: Environment, target: Store, tmp_path: Path) -> None:
+    place, extents = bundle_of(environment, tmp_path / "x.envship")
+    some = dict(list(extents.items())[::2])
+    kept, size_bytes, reason = read_into(target, place, some)
+    assert (sorted(kept), reason) == (sorted(some), "")
+    assert size_bytes == sum(extent.size_bytes for extent in some.values())
+    assert target.missing(extents) == [digest for digest in extents if digest not in some]
+
+
+def test_a_store_is_read_in_place(environment: Environment, target: Store) -> None:
+    place = Place("store", str(environment.store.layout.root), environment.store.host_id)
+    kept, _, reason = read_into(target, place, dict.fromkeys(environment.chunks, NOWHERE))
+    assert (sorted(kept), reason) == (sorted(environment.chunks), "")
+
+
+@pytest.mark.parametrize(
+    "extent", [Extent(0, 0, 1000), Extent(1 << 40, 0, 1000), Extent(-1, 0, 5), Extent(0, 0, 1 << 40), Extent(0, 9, 5)]
+)
+def test_a_place_that_lies_brings_nothing(
+    environment: Environment, target: Store, tmp_path: Path, extent: Extent
+) -> None:
+    place, extents = bundle_of(environment, tmp_path / "x.envship")
+    digest = next(iter(extents))
+    kept, _, reason = read_into(target, place, {digest: extent})
+    assert kept == []
+    assert reason
+    assert not target.has_chunk(digest)
+
+
+def test_what_was_intact_before_the_fault_is_kept(environment: Environment, target: Store, tmp_path: Path) -> None:
+    place, extents = bundle_of(environment, tmp_path / "x.envship")
+    last = max(extents, key=lambda digest: extents[digest])
+    with open(place.where, "r+b") as file:
+        file.seek(extents[last].offset)
+        file.write(b"damaged")
+    kept, _, reason = read_into(target, place, extents)
+    assert last in reason
+    assert sorted(kept) == sorted(set(extents) - {last})
+
+
+@pytest.mark.parametrize("scheme", ["", "file://", "zip://x.envship::file://"])
+def test_whatever_fsspec_opens_is_seen(environment: Environment, target: Store, tmp_path: Path, scheme: str) -> None:
+    path = tmp_path / "x.envship"
+    place, extents = bundle_of(environment, path)
+    if scheme.startswith("zip"):
+        with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+            archive.write(path, "x.envship")
+        path = tmp_path / "x.zip"
+    place = place._replace(where=f"{scheme}{path}")
+    reader = SharedReader(target, on_received=lambda digests: None)
+    assert asyncio.run(reader.sees(place))
+    assert not asyncio.run(reader.sees(place._replace(mark="0" * 64))), "another environment lies there"
+    kept, _, reason = read_into(target, place, extents)
+    assert (len(kept), reason) == (len(extents), "")
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        Place("bundle", "/nowhere/x.envship", "0" * 64),
+        Place("bundle", "nothing-like-this://x.envship", "0" * 64),
+        Place("store", "/nowhere", "0" * 32),
+        Place("other", "/", ""),
+    ],
+)
+def test_what_cannot_be_read_is_not_seen(target: Store, place: Place) -> None:
+    assert not asyncio.run(SharedReader(target, on_received=lambda digests: None).sees(place))
+
+
+def test_a_bundle_that_is_cut_short_is_found_out_without_reading_it(environment: Environment, tmp_path: Path) -> None:
+    place, _ = bundle_of(environment, tmp_path / "x.envship")
+    os.truncate(place.where, os.path.getsize(place.where) - 9)
+    with pytest.raises(BundleInvalid):
+        survey_bundle(place.where)
+    with pytest.raises(SourceNotFound):
+        survey_bundle(str(tmp_path / "other.envship"))
+
+
+def test_a_path_or_a_url_that_ends_as_bundles_do_means_a_bundle(tmp_path: Path) -> None:
+    assert bundle_at("s3://bucket/x.envship") == "s3://bucket/x.envship"
+    assert bundle_at(tmp_path / "x.envship") == str(tmp_path / "x.envship")
+    (tmp_path / "folder.envship").mkdir()
+    assert bundle_at(tmp_path / "folder.envship") is None
+    assert bundle_at("analysis") is bundle_at(None) is None
+
+
+# -- in a cluster
+
+
+@pytest.fixture(scope="module")
+def cluster(base_venv: Path, lab: Path) -> Iterator[Cluster]:
+    with Cluster(base_venv, lab / "sharing") as cluster:
+        cluster.start_scheduler()
+        for host in ("b", "c"):
+            cluster.start_worker(host, "--no-nanny", host=host)
+        yield cluster
+
+
+@pytest.fixture
+def client(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
+    monkeypatch.setenv("ENVSHIP_STORE", str(tmp_path / "own"))
+    with cluster.client(workers=2) as client:
+        yield client
+
+
+def received(client: Client) -> dict[str, int]:
+    """Bytes that all hosts have received so far, by where from."""
+    total: dict[str, int] = {}
+    for host in client.environment_status().hosts.values():
+        for source, size_bytes in host.received.items():
+            kind = source if source in ("client", "shared file") else "peers"
+            total[kind] = total.get(kind, 0) + size_bytes
+    return total
+
+
+def grown(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
+    return {kind: size - before.get(kind, 0) for kind, size in after.items() if size > before.get(kind, 0)}
+
+
+def all_built(cluster: Cluster, environment: Environment) -> bool:
+    return all(Store(cluster.store(host)).built(environment.id) for host in ("a", "b", "c"))
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_bundle_that_the_hosts_see_is_not_uploaded(
+    cluster: Cluster, client: Client, environment: Environment, tmp_path: Path, scheme: str
+) -> None:
+    """Each chunk is read there once, by one of them; not even the client reads them."""
+    place, extents = bundle_of(environment, tmp_path / "x.envship")
+    before = received(client)
+    result = client.stage_environment(scheme + place.where)
+    assert (result.environment_id, result.uploaded_bytes) == (environment.id, 0)
+    assert all_built(cluster, environment)
+    moved = grown(before, received(client))
+    assert moved["shared file"] == sum(extent.size_bytes for extent in extents.values())
+    assert moved["peers"] > 0
+    assert "client" not in moved
+    assert Store(tmp_path / "own").missing(extents) == list(extents)
+
+
+def test_a_bundle_that_only_the_hosts_see_is_used(
+    cluster: Cluster, client: Client, environment: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, _ = bundle_of(environment, tmp_path / "x.envship")
+
+    def unseen(where: str) -> Any:
+        raise SourceNotFound(where, [where])
+
+    monkeypatch.setattr(journey, "survey_bundle", unseen)
+    result = client.stage_environment(place.where)
+    assert (result.environment_id, result.uploaded_bytes) == (environment.id, 0)
+    assert all_built(cluster, environment)
+    with pytest.raises(SourceNotFound):
+        client.stage_environment(tmp_path / "nowhere.envship")
+
+
+def test_a_store_that_the_hosts_see_is_not_uploaded(cluster: Cluster, client: Client, environment: Environment) -> None:
+    with dask.config.set({"envship.share-store": True}):
+        result = client.stage_environment(environment)
+    assert result.uploaded_bytes == 0
+    assert all_built(cluster, environment)
+
+
+def test_a_store_is_not_shared_unless_its_file_system_is(client: Client, environment: Environment) -> None:
+    assert client.stage_environment(environment).uploaded_chunks == len(environment.chunks)
+
+
+def test_a_bundle_that_is_damaged_is_an_error_that_says_so(
+    cluster: Cluster, client: Client, environment: Environment, tmp_path: Path
+) -> None:
+    """Hosts notice, the client reads it itself, and finds the same."""
+    place, extents = bundle_of(environment, tmp_path / "x.envship")
+    with open(place.where, "r+b") as file:
+        file.seek(max(extents.values()).offset)
+        file.write(b"damaged")
+    with pytest.raises(BundleInvalid, match=r"x\.envship"):
+        client.stage_environment(place.where)
+    assert not any(Store(cluster.store(host)).built(environment.id) for host in ("a", "b", "c"))
+
+
+def test_a_bundle_that_only_the_client_sees_is_uploaded(
+    cluster: Cluster, client: Client, environment: Environment, tmp_path: Path
+) -> None:
+    place, extents = bundle_of(environment, tmp_path / "x.envship")
+
+    def blind(dask_worker: Any) -> None:
+        async def sees(place: Any) -> Any:
+            return {"ok": False}
+
+        dask_worker.handlers["envship_sees"] = sees
+
+    def blind_scheduler(dask_scheduler: Any) -> None:
+        async def sees(place: Any) -> Any:
+            return {"ok": False}
+
+        dask_scheduler.handlers["envship_sees"] = sees
+
+    client.run(blind)
+    client.run_on_scheduler(blind_scheduler)
+    result = client.stage_environment(place.where)
+    assert result.uploaded_chunks == len(extents)
+    assert all_built(cluster, environment)

@@ -1,0 +1,427 @@
+"""Peers that die, stall, crawl and lie, disks that fill up, clients that vanish: with real processes.
+
+Every host is a worker with a store of its own. What a faulty peer does is put into its process in place of what it
+would answer to those that ask it for chunks; all else is real.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from distributed import Client
+
+import envship  # noqa: F401  # adds the methods to Client
+from envship.environment import Environment
+from worker_bootstrap.digest import EnvironmentId
+from worker_bootstrap.errors import PrepareFailed
+from worker_bootstrap.store import Store
+
+from .cluster import SWAP_MARKS, Cluster, eventually
+from .environments import environment_of, package_of
+
+pytestmark = SWAP_MARKS
+HOSTS = ("b", "c", "d")
+"""The host of the scheduler, "a", comes on top."""
+
+
+class Swarm(NamedTuple):
+    """A cluster of `HOSTS`, its client, and where the client's chunks lie."""
+
+    cluster: Cluster
+    client: Client
+    source: Store
+
+
+@pytest.fixture(scope="module")
+def swarm(base_venv: Path, lab: Path) -> Iterator[Swarm]:
+    """One cluster for the tests of this module; each brings an environment of its own."""
+    with Cluster(base_venv, lab / "swarm") as cluster:
+        cluster.start_scheduler()
+        for host in HOSTS:
+            start(cluster, host)
+        with cluster.client(workers=len(HOSTS)) as client:
+            client.environment_status()
+            yield Swarm(cluster, client, Store(lab / "swarm" / "client"))
+
+
+def start(cluster: Cluster, host: str) -> None:
+    cluster.start_worker(host, "--no-nanny", host=host)
+
+
+def random_environment(store: Store, size_bytes: int = 3 << 20, chunk_bytes: int = 100_000) -> Environment:
+    """An environment that nobody has seen before and that does not compress, in *store*."""
+    package = package_of(store, {"lib/data": os.urandom(size_bytes)}, chunk_bytes=chunk_bytes)
+    return Environment(environment_of(store, [package]), store)
+
+
+def hold(swarm: Swarm, host: str, environment: Environment) -> None:
+    """Let a host have all chunks of an environment, as if an earlier spread had brought them."""
+    store = Store(swarm.cluster.store(host))
+    for digest in environment.chunks:
+        store.write_chunk(environment.store.read_chunk(digest), "raw")  # what machines without zstandard can read
+    store.write_manifest(environment.manifest)
+
+
+def address_of(client: Client, host: str) -> str:
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    return str(next(address for address, worker in workers.items() if worker["name"] == host))
+
+
+def built(cluster: Cluster, host: str, environment_id: EnvironmentId) -> bool:
+    """Whether a host has built an environment; its content was compared with the digests while it was written."""
+    return Store(cluster.store(host)).built(environment_id) is not None
+
+
+def on(client: Client, host: str, function: Callable[[Any], Any]) -> Any:
+    """Run *function* in the process of a host; it is given the worker."""
+    address = address_of(client, host)
+    return client.run(function, workers=[address])[address]
+
+
+def misbehaving(kind: str, gate: str = "") -> Callable[[Any], None]:
+    """What makes a worker answer wrongly when it is asked for chunks; ``right`` undoes it.
+
+    ``gated`` answers rightly once there is a file at *gate*.
+    """
+
+    # Made in here so that it is pickled by value: the cluster cannot import the tests.
+    def install(dask_worker: Any) -> None:
+        import asyncio
+        import os
+        import struct
+        import time
+
+        from distributed.protocol import Serialized
+
+        handlers = dask_worker.handlers
+        right = dask_worker.__dict__.setdefault("envship_right", handlers["envship_get_chunks"])
+        dask_worker.envship_asked = 0
+        if kind == "right":
+            handlers["envship_get_chunks"] = right
+            return
+
+        def wait() -> None:
+            while not os.path.exists(gate):
+                time.sleep(0.01)
+
+        def frame(data: bytes) -> Any:
+            return Serialized({"serializer": "envship"}, [data])
+
+        async def get_chunks(comm: Any, digests: Any = (), accept: Any = ()) -> Any:
+            dask_worker.envship_asked += 1
+            if kind == "dies":
+                os._exit(1)
+            if kind == "stalls":
+                await asyncio.get_running_loop().create_future()
+            if kind == "endless":
+                comm.stream.write(struct.pack("Q", 1 << 50))
+                while True:
+                    await comm.stream.write(bytes(1 << 16))
+            if kind == "gated":
+                await asyncio.to_thread(wait)
+            reply = await right(digests=digests, accept=accept)
+            rows = [(digest, codec, bytes(payload.frames[0])) for digest, codec, payload in reply["chunks"]]
+            if kind == "slow":  # 100 times slower than the 10 ms that this takes on loopback
+                await asyncio.sleep(1.0 * len(rows))
+            if kind == "wrong":
+                rows = [(digest, codec, payload[:-1] + bytes([payload[-1] ^ 1])) for digest, codec, payload in rows]
+            if kind == "short":
+                rows = [(digest, codec, payload[: len(payload) // 2]) for digest, codec, payload in rows]
+            if kind == "unasked":
+                rows.append(("c" * 64, "raw", b"nobody asked for this"))
+            return {"status": "OK", "chunks": [(digest, codec, frame(payload)) for digest, codec, payload in rows]}
+
+        handlers["envship_get_chunks"] = get_chunks
+
+    return install
+
+
+def asked(client: Client, host: str) -> int:
+    """How often a host that misbehaves was asked for chunks."""
+
+    def look(dask_worker: Any) -> int:
+        return int(dask_worker.envship_asked)
+
+    return int(on(client, host, look))
+
+
+def events(client: Client, stage: str) -> list[dict[str, Any]]:
+    return [event for _, event in client.get_events("envship") if event["stage"] == stage]
+
+
+def log_of(swarm: Swarm) -> str:
+    return "".join(member.log for member in swarm.cluster.members.values())
+
+
+# -- peers
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("wrong", "short", "endless", "unasked"),
+        *(pytest.param(kind, marks=pytest.mark.heavy) for kind in ("stalls", "slow")),
+    ],
+)
+def test_a_peer_that_misbehaves_is_left_out_and_named(swarm: Swarm, kind: str) -> None:
+    """Everybody gets everything from the other holder all the same."""
+    environment = random_environment(swarm.source)
+    hold(swarm, "b", environment)
+    hold(swarm, "c", environment)
+    bad = address_of(swarm.client, "b")
+    on(swarm.client, "b", misbehaving(kind))
+    try:
+        result = swarm.client.stage_environment(environment.id)
+        assert result.uploaded_bytes == 0
+        assert all(built(swarm.cluster, host, environment.id) for host in ("a", *HOSTS))
+        faults = [event for event in events(swarm.client, "failed batch") if event["source"] == bad]
+        # Both receivers may have begun with it, each with as many batches as it fetches at once.
+        assert asked(swarm.client, "b") <= 6
+        if asked(swarm.client, "b"):
+            assert faults
+            assert bad in log_of(swarm)
+            hosts = swarm.client.environment_status().hosts.values()
+            assert any(Store(swarm.cluster.store("b")).host_id in host.left_out for host in hosts)
+    finally:
+        on(swarm.client, "b", misbehaving("right"))
+
+
+def test_a_peer_that_dies_in_the_middle_costs_a_retry(swarm: Swarm) -> None:
+    environment = random_environment(swarm.source)
+    start(swarm.cluster, "mortal")
+    swarm.cluster.wait_for_workers(swarm.client, len(HOSTS) + 1)
+    hold(swarm, "mortal", environment)
+    on(swarm.client, "mortal", misbehaving("dies"))
+    member = swarm.cluster.members["mortal"]
+    # It is the only holder but for the client, which is asked for what has got lost with it.
+    result = swarm.client.stage_environment(environment)
+    assert all(built(swarm.cluster, host, environment.id) for host in ("a", *HOSTS))
+    assert result.uploaded_bytes > 0
+    assert member.process.wait(20) == 1
+    del swarm.cluster.members["mortal"]
+
+
+# -- clients
+
+CLIENT = """
+import sys
+from distributed import Client
+import envship
+with Client(sys.argv[1]) as client:
+    client.stage_environment(sys.argv[2], progress=False)
+"""
+
+
+def client_process(swarm: Swarm, environment: Environment) -> subprocess.Popen[bytes]:
+    """Another client, which stages *environment* from the same store as this one."""
+    variables = {**os.environ, "ENVSHIP_STORE": str(swarm.source.layout.root)}
+    command = [sys.executable, "-W", "ignore", "-c", CLIENT, swarm.cluster.address, environment.id]
+    return subprocess.Popen(command, env=variables)
+
+
+def test_a_client_that_vanishes_after_one_full_copy_is_not_missed(swarm: Swarm, tmp_path: Path) -> None:
+    environment = random_environment(swarm.source)
+    gate = tmp_path / "gate"
+    for host in HOSTS:
+        on(swarm.client, host, misbehaving("gated", str(gate)))
+    stores = [Store(swarm.cluster.store(host)) for host in ("a", *HOSTS)]
+    client = client_process(swarm, environment)
+    try:
+
+        def one_full_copy() -> bool:
+            return all(any(store.has_chunk(digest) for store in stores) for digest in environment.chunks)
+
+        eventually(one_full_copy, "every chunk is on some host")
+        assert not any(store.built(environment.id) for store in stores)
+        client.kill()
+        client.wait()
+        gate.touch()
+        eventually(lambda: all(store.built(environment.id) for store in stores), "all hosts have built it")
+    finally:
+        client.kill()
+        client.wait()
+        for host in HOSTS:
+            on(swarm.client, host, misbehaving("right"))
+
+
+def holding_uploads(gate: str, after: int) -> Callable[[Any], None]:
+    """What makes a worker take *after* chunks that are uploaded, and then no more until there is a file at *gate*."""
+
+    def install(dask_worker: Any) -> None:
+        import asyncio
+        import os
+        import time
+
+        right = dask_worker.handlers["envship_put_chunks"]
+        taken = 0
+
+        def wait() -> None:
+            while not os.path.exists(gate):
+                time.sleep(0.01)
+
+        async def put_chunks(comm: Any, chunks: Any = ()) -> Any:
+            nonlocal taken
+            taken += len(chunks)
+            if taken > after:
+                await asyncio.to_thread(wait)
+            return await right(comm, chunks=chunks)
+
+        dask_worker.handlers["envship_put_chunks"] = put_chunks
+
+    return install
+
+
+def test_a_client_that_vanishes_before_one_full_copy_ends_the_staging_clearly(swarm: Swarm, tmp_path: Path) -> None:
+    """Nothing half-built is left, and the next client brings only what has not arrived."""
+    environment = random_environment(swarm.source, 24 << 20, 1 << 20)
+    gate = tmp_path / "gate"
+    for host in HOSTS[1:]:
+        on(swarm.client, host, holding_uploads(str(gate), after=0))
+    stores = [Store(swarm.cluster.store(host)) for host in ("a", *HOSTS)]
+    client = client_process(swarm, environment)
+    try:
+        eventually(
+            lambda: any(not store.missing([digest]) for store in stores for digest in environment.chunks),
+            "something has arrived",
+        )
+    finally:
+        client.kill()
+        client.wait()
+
+    def ended() -> list[dict[str, Any]]:
+        return [event for event in events(swarm.client, "failed") if event["environment_id"] == environment.id]
+
+    (event,) = eventually(ended, "the staging ends")[:1]
+    assert "on no host any more" in str(event["causes"])
+    gate.touch()
+    for store in stores:
+        assert store.built(environment.id) is None
+        eventually(lambda store=store: not list(store.layout.tmp.glob("build-*")), "what was begun is removed")
+    there = {digest for store in stores for digest in environment.chunks if store.has_chunk(digest)}
+    result = swarm.client.stage_environment(environment)
+    assert 0 < result.uploaded_chunks <= len(environment.chunks) - len(there)
+    assert all(store.built(environment.id) for store in stores)
+
+
+def test_two_clients_bring_one_environment_once(swarm: Swarm) -> None:
+    environment = random_environment(swarm.source, 8 << 20)
+    results = both(swarm, environment, environment)
+    assert sum(result.uploaded_chunks for result in results) == len(environment.chunks)
+    assert all(built(swarm.cluster, host, environment.id) for host in ("a", *HOSTS))
+
+
+def test_two_environments_spread_at_once(swarm: Swarm) -> None:
+    one, other = random_environment(swarm.source, 8 << 20), random_environment(swarm.source, 8 << 20)
+    results = both(swarm, one, other)
+    assert [result.uploaded_chunks for result in results] == [len(one.chunks), len(other.chunks)]
+    for environment in (one, other):
+        assert all(built(swarm.cluster, host, environment.id) for host in ("a", *HOSTS))
+
+
+def both(swarm: Swarm, one: Environment, other: Environment) -> list[Any]:
+    """Stage two environments, each from a client of its own, at the same time."""
+    results: dict[int, Any] = {}
+
+    def stage(number: int, environment: Environment) -> None:
+        with swarm.cluster.client() as client:
+            results[number] = client.stage_environment(environment, progress=False)
+
+    threads = [threading.Thread(target=stage, args=pair) for pair in enumerate((one, other))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [results[number] for number in sorted(results)]
+
+
+# -- hosts
+
+
+def test_a_host_that_joins_in_the_middle_disturbs_nobody(swarm: Swarm, tmp_path: Path) -> None:
+    environment = random_environment(swarm.source)
+    gate = tmp_path / "gate"
+    hold(swarm, "b", environment)
+    on(swarm.client, "b", misbehaving("gated", str(gate)))
+    staging = threading.Thread(target=swarm.client.stage_environment, args=[environment.id])
+    staging.start()
+    try:
+        eventually(lambda: asked(swarm.client, "b"), "somebody fetches")
+        start(swarm.cluster, "late")
+        swarm.cluster.wait_for_workers(swarm.client, len(HOSTS) + 1)
+    finally:
+        gate.touch()
+        staging.join()
+        on(swarm.client, "b", misbehaving("right"))
+    assert all(built(swarm.cluster, host, environment.id) for host in ("a", *HOSTS))
+    assert swarm.client.stage_environment(environment.id).hosts == len(HOSTS) + 2
+    assert built(swarm.cluster, "late", environment.id)
+    late = swarm.cluster.members.pop("late")
+    late.process.send_signal(signal.SIGTERM)
+    late.process.wait(20)
+    swarm.cluster.wait_for_workers(swarm.client, len(HOSTS))
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs to mount a small file system")
+def test_a_host_with_a_full_disk_is_named_and_the_others_have_all(swarm: Swarm, tmp_path: Path) -> None:
+    """With room again, the same call works out, and fetches only what had not arrived."""
+    disk = swarm.cluster.store("small")
+    disk.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m,mode=700", "tmpfs", disk], capture_output=True
+    ).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        start(swarm.cluster, "small")
+        swarm.cluster.wait_for_workers(swarm.client, len(HOSTS) + 1)
+        environment = random_environment(swarm.source, 8 << 20)
+        hold(swarm, "b", environment)
+        with pytest.raises(PrepareFailed) as caught:
+            swarm.client.stage_environment(environment.id)
+        (cause,) = caught.value.causes.values()
+        assert str(disk) in cause
+        assert all(built(swarm.cluster, host, environment.id) for host in ("a", *HOSTS))
+        assert Store(disk).built(environment.id) is None
+        subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
+        swarm.client.stage_environment(environment.id)
+        assert built(swarm.cluster, "small", environment.id)
+    finally:
+        member = swarm.cluster.members.pop("small")
+        member.process.send_signal(signal.SIGTERM)
+        member.process.wait(20)
+        subprocess.run(["umount", "--lazy", disk], check=True)
+    swarm.cluster.wait_for_workers(swarm.client, len(HOSTS))
+
+
+@pytest.mark.heavy
+def test_a_third_of_the_hosts_die_and_the_others_have_all(base_venv: Path, tmp_path: Path) -> None:
+    """Killed while everybody waits for one of them, which holds the only copy besides the client's."""
+    hosts = [f"h{number}" for number in range(9)]
+    victims = hosts[::3]
+    with Cluster(base_venv, tmp_path / "cluster") as cluster:
+        cluster.start_scheduler()
+        for host in hosts:
+            start(cluster, host)
+        with cluster.client(workers=len(hosts)) as client:
+            client.environment_status()
+            swarm = Swarm(cluster, client, Store(tmp_path / "client"))
+            environment = random_environment(swarm.source, 16 << 20)
+            hold(swarm, victims[0], environment)
+            on(client, victims[0], misbehaving("gated", str(tmp_path / "never")))
+            results: list[Any] = []
+            staging = threading.Thread(target=lambda: results.append(client.stage_environment(environment)))
+            staging.start()
+            eventually(lambda: asked(client, victims[0]) > 3, "several hosts fetch")
+            for victim in victims:
+                cluster.members.pop(victim).process.kill()
+            staging.join()
+            assert results
+            survivors = [host for host in hosts if host not in victims]
+            assert all(built(cluster, host, environment.id) for host in ("a", *survivors))
