@@ -25,7 +25,7 @@ from worker_bootstrap.materialise import materialise
 from worker_bootstrap.store import Store
 
 SHORT = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-LONG = settings(max_examples=5_000, deadline=None, suppress_health_check=list(HealthCheck))
+LONG = settings(max_examples=2_000, deadline=None, suppress_health_check=list(HealthCheck))
 LENGTHS = [SHORT, pytest.param(LONG, marks=[pytest.mark.heavy, pytest.mark.timeout(900)])]
 each_length = pytest.mark.parametrize("length", LENGTHS, ids=lambda each: f"{each.max_examples} examples")
 

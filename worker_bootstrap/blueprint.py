@@ -171,8 +171,12 @@ def split(files: Sequence[File], chunks: Sequence[Chunk]) -> Iterator[Run]:
 def _directories(entries: Sequence[Entry]) -> set[str]:
     directories: set[str] = set()
     room = DIRECTORY_LIMIT_CHARACTERS
+    last = ""
     for entry in entries:
         path = entry.path if isinstance(entry, Directory) else entry.path.rpartition("/")[0]
+        if path == last:
+            continue
+        last = path
         while path and path not in directories:
             directories.add(path)
             room -= len(path)
@@ -183,15 +187,18 @@ def _directories(entries: Sequence[Entry]) -> set[str]:
 
 
 def _conflicts(entries: Sequence[Entry], directories: set[str]) -> Iterator[str]:
+    # Two packages may both ask for the same empty directory.
+    paths = [entry.path for entry in entries if not isinstance(entry, Directory)]
+    taken = set(paths)
+    if len(taken) == len(paths) and taken.isdisjoint(directories):
+        return
     seen: set[str] = set()
-    for entry in entries:
-        if isinstance(entry, Directory):
-            continue  # two packages may both ask for the same empty directory
-        if entry.path in seen:
-            yield f"{entry.path!r} stands in two packages"
-        elif entry.path in directories:
-            yield f"{entry.path!r} has entries below it and is no directory"
-        seen.add(entry.path)
+    for path in paths:
+        if path in seen:
+            yield f"{path!r} stands in two packages"
+        elif path in directories:
+            yield f"{path!r} has entries below it and is no directory"
+        seen.add(path)
 
 
 def _escapes(links: dict[str, Link]) -> Iterator[str]:

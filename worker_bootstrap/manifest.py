@@ -11,6 +11,8 @@ Pure: no I/O. `docs/format.md` gives the format byte for byte.
 from __future__ import annotations
 
 import json
+import operator
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, Union
@@ -26,6 +28,12 @@ MANIFEST_LIMIT_BYTES = 64 << 20
 """Some 900,000 chunks, 600 GB; a longer manifest is no manifest. JSON takes up to thirty times its bytes in memory."""
 ENTRY_LIMIT = 2_000_000
 """Entries of one environment, thirty times those of a large one; one that claims more is refused."""
+
+
+SIZE_LIMIT_BYTES = 1 << 60
+"""No file is larger; sums of sizes stay far from where that would matter."""
+
+_HEX_DIGITS = re.compile("[0-9a-f]*")
 
 
 class Chunk(NamedTuple):
@@ -130,6 +138,7 @@ class Listing:
         if not isinstance(rows, list) or len(rows) > ENTRY_LIMIT:
             raise ManifestInvalid(f"a listing is a list of at most {ENTRY_LIMIT} entries", "listing")
         listing = cls([_row_entry(row) for row in rows])
+        _check_digests(listing.entries)
         _check_order(listing.entries)
         # The rows are lists of texts and numbers by now, so encoding them again cannot fail.
         if _canonical(rows) != data:
@@ -244,15 +253,17 @@ def _entry_row(entry: Entry) -> list[Any]:
 
 
 def _row_entry(row: Any) -> Entry:
-    # A large environment has 75,000 rows: what is checked most often stands first, and nothing is checked twice.
+    # A large environment has 75,000 rows: what is checked most often stands first. Digests are checked all at once.
     try:
         kind, path = row[0], check_path(row[1])
-        if kind == "f":
-            _, _, size_bytes, digest, executable, *relocation = row
-            if type(executable) is not int or executable not in (0, 1):
+        if kind == "f" and len(row) in (5, 7):
+            size_bytes, executable = row[2], row[4]
+            if type(size_bytes) is not int or not 0 <= size_bytes < SIZE_LIMIT_BYTES:
+                raise ValueError("not a size in bytes")
+            if type(executable) is not int or not 0 <= executable <= 1:
                 raise ValueError("neither executable nor not")
-            relocated = Relocation(_mode(relocation[0]), _placeholder(*relocation[1:])) if relocation else None
-            return File(path, _size(size_bytes), _digest(digest), executable == 1, relocated)
+            relocation = Relocation(_mode(row[5]), _placeholder(row[6])) if len(row) == 7 else None
+            return File(path, size_bytes, row[3], executable == 1, relocation)
         if kind == "l" and len(row) == 3:
             return Link(path, check_link(path, row[2]))
         if kind == "h" and len(row) == 3:
@@ -264,22 +275,34 @@ def _row_entry(row: Any) -> Entry:
     raise ManifestInvalid(f"unknown entry {shown(row)}", "listing")
 
 
+def _check_digests(entries: Sequence[Entry]) -> None:
+    digests = [entry[2] for entry in entries if type(entry) is File]
+    try:
+        are_digests = _HEX_DIGITS.fullmatch("".join(digests)) is not None and {64}.issuperset(map(len, digests))
+    except TypeError:
+        are_digests = False
+    if not are_digests:
+        odd = next(digest for digest in digests if not is_digest(digest))
+        raise ManifestInvalid(f"not a digest: {shown(odd)}", "listing")
+
+
 def _row_package(row: Any) -> Package:
     name, version, build, kind, listing, chunks = row
     return Package(_text(name), _text(version), _text(build), _text(kind), _chunk(listing), tuple(map(_chunk, chunks)))
 
 
 def _check_order(entries: Sequence[Entry]) -> None:
-    files: set[str] = set()
-    previous = ""
-    for entry in entries:
-        if entry.path <= previous:
-            raise ManifestInvalid(f"{entry.path!r} is not in order, or stands twice", "listing")
-        if isinstance(entry, HardLink) and entry.target not in files:
-            raise ManifestInvalid(f"{entry.path!r} is a hard link to {entry.target!r}, not a file before it", "listing")
-        if isinstance(entry, File):
-            files.add(entry.path)
-        previous = entry.path
+    paths = [entry.path for entry in entries]
+    if not all(map(operator.lt, paths, paths[1:])):
+        odd = next(path for previous, path in zip(paths, paths[1:]) if previous >= path)
+        raise ManifestInvalid(f"{odd!r} is not in order, or stands twice", "listing")
+    hard_links = [entry for entry in entries if isinstance(entry, HardLink)]
+    if hard_links:
+        files = {entry.path for entry in entries if isinstance(entry, File)}
+        for entry in hard_links:
+            if entry.target not in files or entry.target >= entry.path:
+                reason = f"{entry.path!r} is a hard link to {entry.target!r}, not a file before it"
+                raise ManifestInvalid(reason, "listing")
 
 
 def _chunk(row: Any) -> Chunk:
@@ -296,7 +319,7 @@ def _digest(value: Any) -> Digest:
 
 
 def _size(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 1 << 60:
+    if type(value) is not int or not 0 <= value < SIZE_LIMIT_BYTES:
         raise ValueError(f"not a size in bytes: {shown(value)}")
     return value
 

@@ -24,9 +24,11 @@ def check_path(path: object) -> str:
     ManifestInvalid
         For an absolute, empty or overlong path, ``.``, ``..``, a doubled slash, a NUL, or what is no name of a file.
     """
-    if not isinstance(path, str) or len(path) > PATH_LIMIT:
+    if not isinstance(path, str) or not path or len(path) > PATH_LIMIT:
         raise ManifestInvalid(f"not a path: {shown(path)}", "listing")
-    if _ODD_PARTS.search(path):
+    # What few paths have is looked for first: a large environment has 75,000, and the expression takes its time.
+    is_plain = not ("/." in path or "//" in path or "\0" in path or path[0] in "./" or path[-1] == "/")
+    if not is_plain and _ODD_PARTS.search(path):
         raise ManifestInvalid(f"the path leaves the prefix or is not normal: {shown(path)}", "listing")
     if not (path.isascii() or is_file_name(path)):
         raise ManifestInvalid(f"no file can have this name, or has it under another one: {shown(path)}", "listing")
