@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from typing import NamedTuple
 
 from envship.canonical import Content
-from envship.chunking import LIMIT_BYTES, Cutter, is_large
+from envship.chunking import LIMIT_BYTES, PROJECT_AVERAGE_BYTES, PROJECT_LIMIT_BYTES, Cutter, is_large
 from envship.reading import Reader, is_streamed
 from envship.sources.draft import CodeItem, Draft, FileItem, Item, MadeItem
 from worker_bootstrap.digest import Digest, digest_of
@@ -45,7 +45,7 @@ class PackageWriter:
 
     def write(self, draft: Draft) -> Packed:
         """The package, all its chunks kept. What cannot be read is noted by the reader, and left out."""
-        stream = _ChunkStream(self._keep)
+        stream = _ChunkStream(self._keep, _cutter(draft))
         entries: list[Entry] = []
         for item in sorted(draft.items, key=_path):
             entry = self._entry(item, stream)
@@ -83,9 +83,9 @@ class PackageWriter:
 class _ChunkStream:
     """The content of one package, cut and handed to *keep* as it comes."""
 
-    def __init__(self, keep: Keep) -> None:
+    def __init__(self, keep: Keep, cutter: Cutter) -> None:
         self._keep = keep
-        self._cutter = Cutter()
+        self._cutter = cutter
         self._open: list[bytes] = []
         self._chunks: list[Future[Chunk]] = []
 
@@ -129,6 +129,10 @@ class _ChunkStream:
             self._chunks.append(self._keep(parts[0], last if len(parts[0]) else None))
         elif parts:
             self._chunks.append(self._keep(b"".join(parts), None))
+
+
+def _cutter(draft: Draft) -> Cutter:
+    return Cutter(PROJECT_AVERAGE_BYTES, PROJECT_LIMIT_BYTES) if draft.kind == "project" else Cutter()
 
 
 def _path(item: Item) -> str:

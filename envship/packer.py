@@ -35,6 +35,8 @@ _ATTEMPTS = 3
 """So often is a prefix packed that changes meanwhile."""
 _LISTING_LIMIT = 50_000
 """Entries of one listing, which must fit into a chunk."""
+_PROJECT_LISTING_LIMIT = 4_000
+"""The same for projects: each edit ships a listing."""
 
 
 class _Done(NamedTuple):
@@ -220,11 +222,12 @@ def _size_bytes(draft: Draft) -> int:
 
 def _parts(draft: Draft) -> Sequence[Draft]:
     """*draft* itself, or several where its listing would not fit into a chunk."""
-    if len(draft.items) <= _LISTING_LIMIT:
+    limit = _PROJECT_LISTING_LIMIT if draft.kind == "project" else _LISTING_LIMIT
+    if len(draft.items) <= limit:
         return [draft]
     items = sorted(draft.items, key=lambda item: item.path)
-    starts = range(0, len(items), _LISTING_LIMIT)
+    starts = range(0, len(items), limit)
     return [
-        draft._replace(build=f"{draft.build}#{number}", items=items[start : start + _LISTING_LIMIT], is_whole=False)
+        draft._replace(build=f"{draft.build}#{number}", items=items[start : start + limit], is_whole=False)
         for number, start in enumerate(starts)
     ]
