@@ -22,11 +22,11 @@ def publish(path: Path, data: bytes | memoryview, tmp: Path, *, sync: bool) -> N
     handle, name = tempfile.mkstemp(dir=tmp)
     try:
         with os.fdopen(handle, "wb") as file:
+            os.fchmod(file.fileno(), 0o644)
             file.write(data)
             if sync:
                 file.flush()
                 os.fsync(file.fileno())
-        os.chmod(name, 0o644)
         path.parent.mkdir(parents=True, exist_ok=True)
         os.replace(name, path)
     except BaseException:

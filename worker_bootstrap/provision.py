@@ -28,6 +28,7 @@ from worker_bootstrap.soundness import sound_prefix
 from worker_bootstrap.store import Store
 from worker_bootstrap.tracker import Batch, Offer
 from worker_bootstrap.transfer import Outcome, PeerChunks, fetch_chunks
+from worker_bootstrap.verify import damaged_chunks
 
 logger = logging.getLogger("envship.provision")
 
@@ -121,7 +122,14 @@ class Provision:
                 if attempt == PROVIDE_ATTEMPTS:
                     raise
                 logger.warning("environment %s: %s; fetching it again", environment_id[:16], error)
+                await asyncio.to_thread(self._drop_damaged, environment_id)
         raise AssertionError("unreachable")
+
+    def _drop_damaged(self, environment_id: EnvironmentId) -> None:
+        """Look at every chunk: where one is damaged, after a crash of the machine, others are, and tries are few."""
+        manifest = self._store.read_manifest(environment_id)
+        for problem in damaged_chunks(self._store, manifest, self._store.missing(manifest.chunks)):
+            logger.warning("environment %s: %s", environment_id[:16], problem)
 
     async def _fetch_and_build(self, environment_id: EnvironmentId, link_mode: str, seconds: dict[str, float]) -> str:
         manifest = await asyncio.to_thread(self._store.read_manifest, environment_id)

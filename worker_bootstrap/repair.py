@@ -135,6 +135,7 @@ class _Mender:
                 out.write(content)
                 out.flush()
                 seal(out.fileno(), file)
+                os.fsync(out.fileno())  # the mark may be durable: it says that all is on disk
             if os.path.isdir(self._prefix / file.path):
                 self._clear(file.path)
             os.replace(name, self._prefix / file.path)

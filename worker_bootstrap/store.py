@@ -276,6 +276,8 @@ def _prepare(layout: Layout) -> str:
                 host_id = uuid.uuid4().hex
                 publish(layout.version, STORE_VERSION.encode(), layout.tmp, sync=True)
                 publish(layout.host_id, host_id.encode(), layout.tmp, sync=True)
+                with contextlib.suppress(PermissionError):  # a folder that we may not read, only pass through
+                    sync_folder(layout.root.parent)
     version = (content_of(layout.version, 64) or b"").decode("ascii", "replace").strip()
     if version != STORE_VERSION:
         raise StoreError(
