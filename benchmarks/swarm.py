@@ -270,8 +270,13 @@ class Swarm:
 
     def _serve_waiting(self) -> None:
         self._stirring = False
+        vain: set[str] = set()
         for _ in range(min(len(self._waiting), STIR_LIMIT)):
             host, use, until_s = self._waiting.popleft()
+            if host.name in vain and until_s > self.now_s:
+                self._waiting.append((host, use, until_s))
+                continue
+            vain.add(host.name)
             self._look(host, use, max(until_s, self.now_s + LINGER_S) if until_s <= self.now_s else until_s)
 
     # -- the hosts

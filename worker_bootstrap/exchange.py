@@ -210,15 +210,19 @@ class Exchange:
 
     def _serve_waiting(self) -> None:
         self._stirring = False
+        vain: set[Any] = set()
         for _ in range(min(len(self._waiting), STIR_LIMIT)):
             host_id, environment_id, place = self._waiting.popleft()
             if place.done():
                 continue
-            answer = self._answer(host_id, environment_id)
-            if answer["digests"] or answer["lost"] or not answer["outstanding"]:
-                place.set_result(answer)
-            else:
-                self._waiting.append((host_id, environment_id, place))
+            asker = (host_id, environment_id)
+            if asker not in vain:
+                answer = self._answer(*asker)
+                if answer["digests"] or answer["lost"] or not answer["outstanding"]:
+                    place.set_result(answer)
+                    continue
+                vain.add(asker)  # its other questions would be answered in the same way
+            self._waiting.append((*asker, place))
 
     async def _hosts(self) -> dict[str, str]:
         """One agent's address for every host that answers; the tracker forgets the others."""

@@ -31,6 +31,8 @@ from worker_bootstrap.promises import Promises
 
 BATCHES_PER_HOST = 256
 """What a host needs is cut into about this many batches, as far as their limits allow."""
+CROWD = 16
+"""With more hosts than that, batches are larger in proportion."""
 TRIES = 16
 """So many chunks, or sources, are looked at for one decision before the host is told to ask again."""
 
@@ -330,7 +332,9 @@ class Tracker:
         return self._assignments.give(host, source, chunks)
 
     def _filled(self, chunks: list[Chunk], more: Iterator[Chunk], share_bytes: int) -> list[Chunk]:
-        target_bytes = max(BATCH_TARGET_BYTES, min(share_bytes, BATCH_LIMIT_BYTES))
+        # A scheduler answers some 2,500 calls a second: the more hosts there are, the more a call must bring.
+        crowd_bytes = BATCH_TARGET_BYTES * len(self._hosts) // CROWD
+        target_bytes = max(BATCH_TARGET_BYTES, min(max(share_bytes, crowd_bytes), BATCH_LIMIT_BYTES))
         size_bytes = sum(chunk.size_bytes for chunk in chunks)
         for chunk in more:
             if size_bytes >= target_bytes or len(chunks) == BATCH_LIMIT_CHUNKS:
