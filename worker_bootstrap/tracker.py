@@ -2,9 +2,8 @@
 
 Decisions only: no I/O, no Dask, and no clock of its own. The coordinator feeds it with what agents report and hands
 out what it decides; `worker_bootstrap.transfer` moves the bytes. In the manner of Meta's Owl: peers are dumb, one
-tracker sees everything, so that a dead or lying peer costs a retry and not the exchange. What it knows of hosts and
-chunks is in `worker_bootstrap.holdings`; what it has handed out, in `worker_bootstrap.assignments`; whom it mistrusts,
-in `worker_bootstrap.mistrust`.
+tracker sees everything, so that a dead or lying peer costs a retry and not the exchange. Its memory is in `holdings`,
+`assignments`, `mistrust` and `promises`.
 """
 
 from __future__ import annotations
@@ -215,8 +214,7 @@ class Tracker:
         """What the host should fetch now, or None if there is nothing to hand out at the moment.
 
         Rarest chunks first (copies under way count), from the nearest, then the least busy host that holds them.
-        Between sites each chunk travels once. A source that is mistrusted is asked only for chunks that nobody else
-        holds, one at a time.
+        Between sites each chunk travels once. Liars are asked only for what nobody else holds, one chunk at a time.
         """
         self._expire()
         host = self._hosts.get(host_id)
