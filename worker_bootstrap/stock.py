@@ -99,8 +99,8 @@ def needed_chunks(store: Store) -> set[Digest]:
 def chunk_files(layout: Layout) -> Iterator[tuple[Digest, os.DirEntry[str]]]:
     """Every chunk's file, with the digest that it is named by."""
     for folder in layout.chunks.iterdir():
-        with contextlib.suppress(NotADirectoryError, FileNotFoundError):
-            for entry in os.scandir(folder):
+        with contextlib.suppress(NotADirectoryError, FileNotFoundError), os.scandir(folder) as entries:
+            for entry in entries:
                 name = entry.name.partition(".")[0]
                 if is_digest(name):
                     yield Digest(name), entry
