@@ -144,6 +144,44 @@ def misbehaving(kind: str, gate: str = "") -> Callable[[Any], None]:
     return install
 
 
+def waiting(gate: str = "") -> Callable[[Any], None]:
+    """What makes a host begin to fetch and build only when there is a file at *gate*; without a gate, undoes it."""
+
+    def install(dask_worker: Any) -> None:
+        import asyncio
+        import os
+        import time
+
+        handlers = dask_worker.handlers
+        right = dask_worker.__dict__.setdefault("envship_provide_right", handlers["envship_provide"])
+        if not gate:
+            handlers["envship_provide"] = right
+            return
+        dask_worker.envship_waits = 0
+
+        def wait() -> None:
+            while not os.path.exists(gate):
+                time.sleep(0.01)
+
+        async def provide(**what: Any) -> Any:
+            dask_worker.envship_waits += 1
+            await asyncio.to_thread(wait)
+            return await right(**what)
+
+        handlers["envship_provide"] = provide
+
+    return install
+
+
+def waits(client: Client, host: str) -> int:
+    """How often a host that was made to wait has been told to get an environment."""
+
+    def look(dask_worker: Any) -> int:
+        return int(dask_worker.envship_waits)
+
+    return int(on(client, host, look))
+
+
 def asked(client: Client, host: str) -> int:
     """How often a host that misbehaves was asked for chunks."""
 
@@ -231,7 +269,7 @@ def test_a_client_that_vanishes_after_one_full_copy_is_not_missed(swarm: Swarm, 
     environment = random_environment(swarm.source)
     gate = tmp_path / "gate"
     for host in HOSTS:
-        on(swarm.client, host, misbehaving("gated", str(gate)))
+        on(swarm.client, host, waiting(str(gate)))
     stores = [Store(swarm.cluster.store(host)) for host in ("a", *HOSTS)]
     client = client_process(swarm, environment)
     try:
@@ -240,16 +278,17 @@ def test_a_client_that_vanishes_after_one_full_copy_is_not_missed(swarm: Swarm, 
             return all(any(store.has_chunk(digest) for store in stores) for digest in environment.chunks)
 
         eventually(one_full_copy, "every chunk is on some host")
-        assert not any(store.built(environment.id) for store in stores)
+        eventually(lambda: all(waits(swarm.client, host) for host in HOSTS), "the staging is under way")
         client.kill()
         client.wait()
+        assert not any(built(swarm.cluster, host, environment.id) for host in HOSTS)
         gate.touch()
         eventually(lambda: all(store.built(environment.id) for store in stores), "all hosts have built it")
     finally:
         client.kill()
         client.wait()
         for host in HOSTS:
-            on(swarm.client, host, misbehaving("right"))
+            on(swarm.client, host, waiting())
 
 
 def holding_uploads(gate: str, after: int) -> Callable[[Any], None]:
@@ -348,18 +387,17 @@ def both(swarm: Swarm, one: Environment, other: Environment) -> list[Any]:
 def test_a_host_that_joins_in_the_middle_disturbs_nobody(swarm: Swarm, tmp_path: Path) -> None:
     environment = random_environment(swarm.source)
     gate = tmp_path / "gate"
-    hold(swarm, "b", environment)
-    on(swarm.client, "b", misbehaving("gated", str(gate)))
-    staging = threading.Thread(target=swarm.client.stage_environment, args=[environment.id])
+    on(swarm.client, "b", waiting(str(gate)))
+    staging = threading.Thread(target=swarm.client.stage_environment, args=[environment])
     staging.start()
     try:
-        eventually(lambda: asked(swarm.client, "b"), "somebody fetches")
+        eventually(lambda: waits(swarm.client, "b"), "the staging is under way")
         start(swarm.cluster, "late")
         swarm.cluster.wait_for_workers(swarm.client, len(HOSTS) + 1)
     finally:
         gate.touch()
         staging.join()
-        on(swarm.client, "b", misbehaving("right"))
+        on(swarm.client, "b", waiting())
     assert all(built(swarm.cluster, host, environment.id) for host in ("a", *HOSTS))
     assert swarm.client.stage_environment(environment.id).hosts == len(HOSTS) + 2
     assert built(swarm.cluster, "late", environment.id)
