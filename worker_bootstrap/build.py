@@ -63,8 +63,9 @@ async def build(
     read_only = [part for layout in store.layouts[:-1] for part in ("--read-only", str(layout.root))]
     limit_bytes = store_limit_bytes()
     limit = [] if limit_bytes is None else ["--store-limit", str(limit_bytes)]
+    # -B: an interpreter that compiles us on a full disk leaves byte code cut short, and no later build would start.
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", STUB, code, str(store.layout.root), environment_id),
+        *(sys.executable, "-B", "-c", STUB, code, str(store.layout.root), environment_id),
         *("--link-mode", link_mode, *read_only, *limit, *(["--arriving"] if fetch is not None else [])),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
