@@ -205,15 +205,16 @@ except ManifestInvalid as error:
 
 
 @pytest.mark.heavy
+@pytest.mark.timeout(300)
 def test_ten_million_entries(store: Store) -> None:
     """In ten listings of a million: refused, in the memory that the largest environment allowed would take."""
     raw = json.dumps([["d", f"{number:07}"] for number in range(1_000_000)], separators=(",", ":")).encode()
     listing = Chunk(store.write_chunk(raw), len(raw))
     packages = [Package("evil", str(number), "0", "files", listing, ()) for number in range(10)]
     command = [sys.executable, "-c", TEN_MILLION, CODE, str(store.layout.root), environment_of(store, packages).id]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=280)
     kilobytes, _, message = done.stdout.partition(" ")
-    assert "more than 2000000 entries" in message
+    assert "more than 1000000 entries" in message
     assert int(kilobytes) < 1 << 20
 
 

@@ -248,7 +248,11 @@ def _open(path: Path) -> int:
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EROFS):
             raise
-    handle = os.open(path, common | os.O_RDONLY | os.O_NONBLOCK)
+        refused = error
+    try:
+        handle = os.open(path, common | os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise refused from None  # that it cannot be made is what there is to say
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise StoreError(f"{path} is no file that could be locked")

@@ -26,8 +26,8 @@ CHUNK_LIMIT_BYTES = 16 << 20
 """No chunk is larger, so a reader never has to hold more than this of one."""
 MANIFEST_LIMIT_BYTES = 64 << 20
 """Some 900,000 chunks, 600 GB; a longer manifest is no manifest. JSON takes up to thirty times its bytes in memory."""
-ENTRY_LIMIT = 2_000_000
-"""Entries of one environment, thirty times those of a large one; one that claims more is refused."""
+ENTRY_LIMIT = 1_000_000
+"""Entries of one environment, fifteen times those of a large one; one that claims more is refused."""
 
 
 SIZE_LIMIT_BYTES = 1 << 60
