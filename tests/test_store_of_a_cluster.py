@@ -23,7 +23,7 @@ from .cluster import SWAP_MARKS, Cluster, eventually, places
 if TYPE_CHECKING:
     from envship.environment import Environment
 
-pytestmark = SWAP_MARKS
+pytestmark = [*SWAP_MARKS, pytest.mark.heavy]
 
 
 @pytest.fixture(scope="module")
