@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from dask.utils import format_bytes
 
-from envship.sources.tree import Found, Root, Trees
+from envship.sources.tree import Found, Root, Trees, portable
 
 logger = logging.getLogger("envship.sources")
 
@@ -48,7 +48,7 @@ def files_below(root: str, parts: Sequence[str], trees: Trees) -> Iterator[tuple
         walked = trees.walk(Root(part, (*sorted(skipped), *_environments(part)), SKIPPED))
         for relative, node in walked.items():
             path = before + relative if relative else inside
-            yield path, Found(part if path == "." else f"{root}/{path}", node)
+            yield portable(path), Found(part if path == "." else f"{root}/{path}", node)
 
 
 def minimal(paths: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 
 from envship.canonical import SYSTEM_PREFIXES
+from envship.sources.tree import portable
 from worker_bootstrap.errors import ManifestInvalid
 from worker_bootstrap.paths import check_link
 
@@ -35,12 +36,12 @@ def target_inside(path: str, origin: str, prefixes: Sequence[str]) -> str | None
     else:
         inside = target
         try:
-            return check_link(path, inside)
+            return check_link(path, portable(inside))
         except ManifestInvalid:
             # Out and in again, by the name of the prefix.
             climbed = os.path.normpath(os.path.join(os.path.dirname(origin), target))
             inside = _from_absolute(path, climbed, prefixes)
-    return inside
+    return None if inside is None else portable(inside)
 
 
 def leads_back(real: str, chain: Sequence[str]) -> bool:

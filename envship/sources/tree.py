@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import sys
 import time
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
@@ -17,6 +18,9 @@ FINE_TICK_NS = 50_000_000
 """Kernels stamp files with a clock that ticks every 1-10 ms; more, to be safe."""
 COARSE_TICK_NS = 2_000_000_000
 """The coarsest clock of a file system still in use (FAT)."""
+
+
+_IS_UTF8 = sys.getfilesystemencoding().lower().replace("-", "") == "utf8"
 
 
 class Root(NamedTuple):
@@ -64,7 +68,8 @@ class Trees:
     def found(self, root: Root, place: str = "") -> dict[str, Found]:
         """The walk of the folder *root* as paths in an environment where the folder lies at *place*."""
         before = place + "/" if place else ""
-        return {before + path: Found(f"{root.path}/{path}", node) for path, node in self.walk(root).items() if path}
+        walked = self.walk(root).items()
+        return {before + portable(path): Found(f"{root.path}/{path}", node) for path, node in walked if path}
 
     def hide(self, root: Root, paths: Collection[str]) -> None:
         """Leave *paths* out of what `walk` and `found` tell of *root* from now on; they still count otherwise."""
@@ -106,6 +111,13 @@ class Trees:
     def is_settled(self) -> bool:
         """Whether every file was last changed long enough before the walk for its time stamp to tell of a change."""
         return all(is_settled(node, self.started_ns) for nodes in self._walked.values() for node in nodes.values())
+
+
+def portable(path: str) -> str:
+    """*path*, a name from this machine's file system, as UTF-8 has it, whatever the locale of this process."""
+    if path.isascii() or _IS_UTF8:
+        return path
+    return os.fsencode(path).decode("utf-8", "surrogateescape")
 
 
 def mark(path: str, node: os.stat_result) -> str:
