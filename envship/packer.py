@@ -19,6 +19,7 @@ from envship.reading import Reader
 from envship.scan_index import Known, ScanIndex, Whole, context, fingerprint_of, index_folder, signature
 from envship.sources.archive import unpacked
 from envship.sources.draft import CodeItem, Draft, FileItem, MadeItem, Plan
+from envship.sources.items import with_hard_links
 from envship.sources.plan import plan as plan_prefix
 from envship.sources.tree import Root, Trees
 from envship.sources.unpacked import SCRIPT
@@ -223,11 +224,14 @@ def _size_bytes(draft: Draft) -> int:
 def _parts(draft: Draft) -> Sequence[Draft]:
     """*draft* itself, or several where its listing would not fit into a chunk."""
     limit = _PROJECT_LISTING_LIMIT if draft.kind == "project" else _LISTING_LIMIT
-    if len(draft.items) <= limit:
-        return [draft]
-    items = sorted(draft.items, key=lambda item: item.path)
-    starts = range(0, len(items), limit)
-    return [
-        draft._replace(build=f"{draft.build}#{number}", items=items[start : start + limit], is_whole=False)
-        for number, start in enumerate(starts)
-    ]
+    parts = [draft]
+    if len(draft.items) > limit:
+        items = sorted(draft.items, key=lambda item: item.path)
+        parts = [
+            draft._replace(build=f"{draft.build}#{number}", items=items[start : start + limit], is_whole=False)
+            for number, start in enumerate(range(0, len(items), limit))
+        ]
+    if draft.kind in ("files", "project"):
+        # A hard link names a file of its own listing.
+        return [part._replace(items=with_hard_links(part.items)) for part in parts]
+    return parts

@@ -236,6 +236,22 @@ def test_what_git_ignores_stays_except_for_modules_and_large_data_is_said(
     assert "mine/data (3.00 MiB)" in said_so
 
 
+def test_an_edit_in_a_large_project_ships_less_than_a_mebibyte(tree: Path, prefix: Path, store: Store) -> None:
+    """Ten thousand files, 24 MiB that do not compress; a part of the listing, a chunk, the byte code."""
+    folder = tree / "src" / "mine" / "many"
+    for number in range(100):
+        (folder / f"{number:02}").mkdir(parents=True)
+        for inner in range(100):
+            (folder / f"{number:02}" / f"{inner:02}.txt").write_bytes(os.urandom(2500))
+    before = pack(prefix, store=store)
+    (folder / "50" / "50.txt").write_text("edited")
+    (tree / "src" / "mine" / "__init__.py").write_text("VALUE = 2\n")
+    new = set(pack(prefix, store=store).chunks) - set(before.chunks)
+    paths = [path for digest in new for path in store.layout.chunks.rglob(f"{digest}*")]
+    assert len(paths) == len(new) <= 5
+    assert sum(path.stat().st_size for path in paths) < 1 << 20
+
+
 def test_data_over_the_limit_is_refused_and_may_be_left_out_or_wanted(tree: Path, prefix: Path, store: Store) -> None:
     (tree / "src" / "mine" / "model.dat").write_bytes(bytes(200_000))
     with pytest.raises(SourceProblems) as caught:

@@ -8,6 +8,7 @@ as all the rest of planning. Source of the format: conda's ``PrefixRecord`` and 
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -262,7 +263,7 @@ def _treatment(entry: Mapping[str, Any], collector: Collector) -> Treatment | No
     if entry.get("path_type") == "unix_python_entry_point":
         # Written by the installer: with the interpreter's path, or where that is too long without it.
         prefix = own.prefixes[0]
-        return Rewritten(f"entry point {prefix}", lambda data: with_interpreter_of(data, prefix), own)
+        return Rewritten(f"entry point {prefix}", functools.partial(with_interpreter_of, prefix=prefix), own)
     if not is_digest(digest):
         return None
     named = isinstance(placeholder, str) and placeholder.startswith("/") and mode in ("text", "binary")

@@ -8,7 +8,6 @@ from pathlib import Path
 from envship.options import PackOptions
 from envship.sources.conda import plan_conda
 from envship.sources.draft import Plan
-from envship.sources.items import with_hard_links
 from envship.sources.locate import checked, is_conda
 from envship.sources.tree import Trees
 from envship.sources.venv import plan_venv
@@ -26,8 +25,4 @@ def plan(prefix: Path, trees: Trees, options: PackOptions) -> Plan:
     """
     of_kind = plan_conda if is_conda(checked(prefix)) else plan_venv
     made = of_kind(prefix, trees, options)
-    drafts = [
-        draft._replace(items=with_hard_links(draft.items)) if draft.kind in ("files", "project") else draft
-        for draft in options.chosen(made.drafts)
-    ]
-    return replace(made, drafts=drafts)
+    return replace(made, drafts=options.chosen(made.drafts))
