@@ -135,3 +135,27 @@ def elf_file(rpath: str) -> bytes:
     dynamic = struct.pack("<IIQQQQQQ", 2, 4, dynamic_at, 0x1000 + dynamic_at, 0x1000 + dynamic_at, 48, 48, 8)
     tags = struct.pack("<6Q", 5, 0x1000 + strings_at, 29, 1, 0, 0)
     return header + load + dynamic + tags + strings
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "#!/usr/bin/env python3.11 -I",
+        "#!/bin/sh\n'''exec' \"/at/a/path\" -I \"$0\" \"$@\" #'''",
+        "#!/bin/sh\n'''exec' /at/a/path -I \"$0\" \"$@\"\n' '''",
+    ],
+    ids=["conda", "rattler", "pip"],
+)
+def test_a_recorded_script_at_a_path_too_long_for_the_kernel_is_the_original(first: str) -> None:
+    """Whichever installer wrote the first line in its own way."""
+    original = f"#!{LONG}/bin/python3.11 -I\nprint('hello')\n".encode()
+    relocation = Relocation("text", LONG)
+    installed = first.replace("/at/a/path", f"{HERE}/bin/python3.11").encode() + b"\nprint('hello')\n"
+    assert Recorded(digest_of(original), relocation, Own((HERE,)))(installed) == (original, relocation)
+
+
+def test_a_script_that_always_left_its_interpreter_to_path_stays_so() -> None:
+    script = b"#!/usr/bin/env python\nprint('hello')\n"
+    assert Recorded(digest_of(script), None, Own((HERE,)))(script) == (script, None)
+    edited = Recorded(digest_of(b"other"), Relocation("text", LONG), Own((HERE,)))(script)
+    assert edited == (script, None)
