@@ -1,0 +1,50 @@
+"""The commands that need no cluster, on a real venv."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from envship.cli import main
+from worker_bootstrap.store import Store
+
+
+@pytest.fixture(autouse=True)
+def users_store(shared_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENVSHIP_STORE", str(shared_store.layout.root))
+
+
+def envship(*arguments: object) -> str:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def envship_json(*arguments: object) -> Any:
+    return json.loads(envship(*arguments, "--json"))
+
+
+def test_an_environment_is_packed_shown_compared_and_exported(venv: Path, tmp_path: Path) -> None:
+    whole = envship_json("pack", venv)
+    less = envship_json("pack", venv, "--exclude", "*/onlyhere.py")
+    shown = envship_json("show", whole["id"])
+    assert sum(part["size_bytes"] for part in shown["folders"]) == whole["size_bytes"]
+    assert sum(part["size_bytes"] for part in shown["kinds"]) == whole["size_bytes"]
+    text = envship("show", whole["id"])
+    assert "Python sources" in text and "often not needed" in text
+    found = envship_json("diff", less["id"], whole["id"])
+    (change,) = found["packages"]
+    assert change["name"] == "onlyhere"
+    assert {file["kind"] for file in change["files"]} == {"added"}
+    assert 0 < found["ship_bytes"] < 10_000
+    assert "onlyhere.py" in envship("diff", less["id"], whole["id"])
+    assert "same environment" in envship("diff", whole["id"], whole["id"])
+    told = envship_json("export", whole["id"], "-o", tmp_path / "mine.tar.gz")
+    assert told["archive_bytes"] == (tmp_path / "mine.tar.gz").stat().st_size
+    with tarfile.open(tmp_path / "mine.tar.gz") as tar:
+        assert "bin/conda-unpack" in tar.getnames()
