@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from envship.cli.machines import write_wheel
+from worker_bootstrap.manifest import Relocation
+from worker_bootstrap.relocate import PLACEHOLDER, relocate, restore
 
 ONLYHERE = '''"""Only in the packed environment."""
 
@@ -49,6 +54,15 @@ def conda_environments(folder: Path, *prefixes: Path) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
+def rename_module(wheel: Path, old: str, new: str) -> None:
+    """Give the module of a wheel another path; pip does not compare the hashes in its RECORD."""
+    with zipfile.ZipFile(wheel) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name.replace(old, new), data.replace(old.encode(), new.encode()))
+
+
 def copy_of(original: Path, target: Path) -> Path:
     """A copy of the environment at *original*, moved: its text files name *target*."""
     shutil.copytree(original, target, symlinks=True)
@@ -59,6 +73,29 @@ def copy_of(original: Path, target: Path) -> Path:
             if b"\0" not in data and old in data:
                 path.write_bytes(data.replace(old, new))
     return target
+
+
+def clone_of(original: Path, target: Path) -> Path:
+    """What ``conda create --clone`` makes: hard links, and of the files that name their prefix new ones."""
+    shutil.copytree(original, target, symlinks=True, copy_function=os.link)
+    named = {entry.get("_path"): entry for record in _records(original) for entry in record["paths_data"]["paths"]}
+    for path in target.rglob("*"):
+        if path.is_symlink() or not path.is_file():
+            continue
+        data, mode = path.read_bytes(), path.stat().st_mode
+        entry = named.get(str(path.relative_to(target)), {})
+        relocation = Relocation(entry.get("file_mode") or "text", entry.get("prefix_placeholder") or PLACEHOLDER)
+        if "prefix_placeholder" not in entry and (b"\0" in data or os.fsencode(original) not in data):
+            continue
+        moved = relocate(restore(data, relocation, str(original)), relocation, str(target))
+        path.unlink()
+        path.write_bytes(moved)
+        path.chmod(mode)
+    return target
+
+
+def _records(prefix: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_bytes()) for path in (prefix / "conda-meta").glob("*.json")]
 
 
 def said(*command: object, **environ: str) -> str:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 BACKENDS = {
@@ -39,8 +40,8 @@ def project(folder: Path, name: str, backend: str = "setuptools", package: str =
     return root
 
 
-def install_editable(prefix: Path, *roots: Path, settings: str = "") -> None:
-    """``pip install -e``, with the build backends of the environment that runs the tests."""
+def install_editable(prefix: Path, *roots: Path, settings: str = "", more: Sequence[str] = ()) -> None:
+    """``pip install -e`` (*more* without ``-e``), with the build backends of the environment that runs the tests."""
     pip = [sys.executable, "-m", "pip", "--python", str(prefix / "bin/python"), "--disable-pip-version-check"]
     options = [
         "-q",
@@ -51,7 +52,7 @@ def install_editable(prefix: Path, *roots: Path, settings: str = "") -> None:
     ]
     editable = [argument for root in roots for argument in ("-e", str(root))]
     environ = {**os.environ, "PYTHONPATH": sysconfig.get_path("purelib"), "PIP_ROOT_USER_ACTION": "ignore"}
-    subprocess.run([*pip, "install", *options, *editable], check=True, env=environ)
+    subprocess.run([*pip, "install", *options, *editable, *more], check=True, env=environ)
 
 
 def git(root: Path, *arguments: str) -> None:

@@ -21,7 +21,7 @@ from worker_bootstrap.relocate import PLACEHOLDER
 from worker_bootstrap.store import Store
 
 from .contents import all_entries, contents, entries, package
-from .prefixes import copy_of, install, onlyhere_wheel
+from .prefixes import copy_of, install, onlyhere_wheel, rename_module
 
 SITE = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
 
@@ -203,14 +203,3 @@ def test_records_lose_what_is_true_of_one_machine_only() -> None:
         "paths_data": {"paths": [{"_path": "a", "sha256": "s", "size_in_bytes": 1}]},
     }
     assert canonical_conda_meta(text) == text
-
-
-def rename_module(wheel: Path, old: str, new: str) -> None:
-    """Give the module of a wheel another path; pip does not compare the hashes in its RECORD."""
-    import zipfile
-
-    with zipfile.ZipFile(wheel) as archive:
-        files = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(wheel, "w") as archive:
-        for name, data in files.items():
-            archive.writestr(name.replace(old, new), data.replace(old.encode(), new.encode()))

@@ -1,0 +1,233 @@
+"""Conda environments as people have them: with pip's packages in them, broken, activated, cloned, moved, of pixi."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from envship.cli.machines import write_wheel
+from envship.environment import Environment
+from envship.options import PackOptions
+from envship.pack import pack
+from worker_bootstrap.activation import activated
+from worker_bootstrap.errors import SourceProblems
+from worker_bootstrap.materialise import materialise
+from worker_bootstrap.relocate import PLACEHOLDER
+from worker_bootstrap.store import Store
+
+from .contents import contents, entries, package
+from .prefixes import ONLYHERE, clone_of, install, onlyhere_wheel, rename_module, said
+from .projects import git, install_editable, project
+
+SITE = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
+
+
+@pytest.fixture(scope="module")
+def lived_in(conda_pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone with a wheel, a git checkout, an editable project, activation scripts and variables of the user."""
+    folder = tmp_path_factory.mktemp("lived-in")
+    prefix = clone_of(conda_pair[0], folder / "env")
+    wheel = onlyhere_wheel(folder, source="import sys\n\n\ndef where():\n    print(sys.prefix)\n")
+    with zipfile.ZipFile(wheel, "a") as archive:
+        archive.writestr("onlyhere-1.0.dist-info/entry_points.txt", "[console_scripts]\nwhere = onlyhere:where\n")
+    install(prefix, str(wheel))
+    checkout = project(folder, "fromgit", "flit")
+    git(checkout, "init")
+    git(checkout, "add", "-A")
+    git(checkout, "commit", "-m", "first")
+    install_editable(prefix, project(folder, "linked", "hatchling"), more=[f"git+file://{checkout}"])
+    (prefix / SITE / "conda.pth").write_text(f"{project(folder, 'developed')}\n")
+    scripts = prefix / "etc" / "conda" / "activate.d"
+    (scripts / "mine.sh").write_text(f'export MINE_DATA="{prefix}/share/mine"\nexport MINE_TOO="$CONDA_PREFIX/too"\n')
+    variables = {"FROM_STATE": f"{prefix}/share/state", "PLAIN": "1", "GONE": "***unset***"}
+    (prefix / "conda-meta" / "state").write_text(json.dumps({"env_vars": variables}))
+    of_packages = prefix / "etc" / "conda" / "env_vars.d"
+    of_packages.mkdir()
+    (of_packages / "libmini.json").write_text(json.dumps({"OF_PACKAGE": f"{prefix}/share/libmini"}))
+    return prefix
+
+
+@pytest.fixture(scope="module")
+def environment(lived_in: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    return pack(lived_in, store=Store(tmp_path_factory.mktemp("a-longer-name-for-the-store") / "store"))
+
+
+@pytest.fixture(scope="module")
+def built(environment: Environment) -> Path:
+    return materialise(environment.store, environment.id)
+
+
+def test_packages_of_pip_work_beside_those_of_conda(environment: Environment, built: Path) -> None:
+    kinds = {p.name: p.kind for p in environment.packages}
+    assert kinds["onlyhere"] == kinds["fromgit"] == "pypi"
+    assert kinds["linked"] == kinds["conda"] == "project"
+    assert kinds["libmini"] == "conda"
+    assert said(built / "bin" / "where") == str(built)
+    code = "import fromgit, linked, developed, libmini; print(fromgit.__file__, linked.VALUE, developed.VALUE)"
+    assert said(built / "bin" / "python", "-c", code) == f"{built}/{SITE}/fromgit/__init__.py 1 1"
+
+
+def test_a_checkout_is_named_by_its_commit_and_not_by_its_folder(environment: Environment, lived_in: Path) -> None:
+    record = contents(environment, package(environment, "fromgit"))[f"{SITE}/fromgit-1.0.dist-info/direct_url.json"]
+    head = subprocess.run(
+        ["git", "-C", str(lived_in.parent / "fromgit"), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+    )
+    assert json.loads(record) == {
+        "url": "file:///",
+        "vcs_info": {"vcs": "git", "commit_id": head.stdout.strip()},
+    }
+
+
+# -- activation
+
+
+def test_activation_sets_what_the_environment_defines_and_nothing_of_the_base(
+    environment: Environment, built: Path, conda_pair: tuple[Path, Path]
+) -> None:
+    base = conda_pair[1]
+    before = {
+        "PATH": f"{base}/bin:/opt/conda/condabin:/usr/bin:/bin",
+        "CONDA_PREFIX": str(base),
+        "CONDA_DEFAULT_ENV": "base",
+        "CONDA_SHLVL": "1",
+        "LIBMINI_DATA": f"{base}/share/libmini",
+        "LD_LIBRARY_PATH": f"{base}/lib:/opt/lib",
+        "VIRTUAL_ENV": "/home/me/venv",
+        "MY_OWN": "stays",
+    }
+    assert environment.manifest.environ["FROM_STATE"] == f"{PLACEHOLDER}/share/state"
+    variables = activated(before, str(built), environment.manifest.environ, base_prefixes=[str(base)])
+    code = "import json, os, sys; print(json.dumps(dict(os.environ)))"
+    done = subprocess.run(
+        [built / "bin" / "python", "-c", code], env=variables, capture_output=True, text=True, check=True
+    )
+    seen = json.loads(done.stdout)
+    expected = {
+        "PATH": f"{built}/bin:/opt/conda/condabin:/usr/bin:/bin",
+        "CONDA_PREFIX": str(built),
+        "LIBMINI_DATA": f"{built}/share/libmini",
+        "MINE_DATA": f"{built}/share/mine",
+        "MINE_TOO": f"{built}/too",
+        "FROM_STATE": f"{built}/share/state",
+        "OF_PACKAGE": f"{built}/share/libmini",
+        "PLAIN": "1",
+        "LD_LIBRARY_PATH": "/opt/lib",
+        "MY_OWN": "stays",
+    }
+    assert {name: seen.get(name) for name in expected} == expected
+    assert "VIRTUAL_ENV" not in seen and "GONE" not in seen
+    assert not [name for name, value in seen.items() if str(base) in value]
+
+
+# -- broken
+
+
+def test_everything_that_is_wrong_is_in_one_report_with_a_remedy_for_each_package(
+    conda_pair: tuple[Path, Path], store: Store, tmp_path: Path
+) -> None:
+    prefix = clone_of(conda_pair[0], tmp_path / "env")
+    install(prefix, str(onlyhere_wheel(tmp_path)))
+    for path in ("share/libmini/libmini.conf", "share/libmini/end.bin", "bin/mini-other", "lib/pkgconfig/libmini.pc"):
+        (prefix / path).unlink()
+    (prefix / SITE / "onlyhere.py").unlink()
+    # pip puts a package of its own in the place of conda's.
+    wheel = write_wheel(tmp_path, "mininoarch", "2.0", ONLYHERE)
+    rename_module(wheel, "mininoarch.py", "mininoarch/__init__.py")
+    install(prefix, "--ignore-installed", str(wheel))
+    with pytest.raises(SourceProblems) as caught:
+        pack(prefix, store=store)
+    assert caught.value.problems == [
+        "libmini 1.0 (conda): missing: bin/mini-other, lib/pkgconfig/libmini.pc, share/libmini/end.bin and 1 more. "
+        "Mend it: conda install --force-reinstall libmini=1.0",
+        f"mininoarch 1.0 (conda): overwritten by mininoarch 2.0 (pip): {SITE}/mininoarch/__init__.py. "
+        "Mend it: pip uninstall mininoarch; conda install --force-reinstall mininoarch=1.0",
+        f"onlyhere 1.0 (pip): missing: {SITE}/onlyhere.py. "
+        "Mend it: pip install --force-reinstall --no-deps onlyhere==1.0",
+    ]
+    assert "--ignore-missing" in caught.value.remedy
+    environment = pack(prefix, store=store, options=PackOptions(ignore_missing=True))
+    here = materialise(store, environment.id)
+    assert said(here / "bin" / "python", "-c", "import mininoarch; print(mininoarch.f(1))") == "42"
+
+
+# -- what happened to it before
+
+
+def test_a_clone_without_package_cache_is_the_same_environment(
+    conda_pair: tuple[Path, Path], conda_environment: Environment, store: Store, tmp_path: Path
+) -> None:
+    """Its files are hard links to those of another environment; what the records say of a cache leads nowhere."""
+    prefix = clone_of(conda_pair[0], tmp_path / "clone")
+    assert (prefix / "lib" / "libmini.so.1.0.0").read_bytes() != (conda_pair[0] / "lib/libmini.so.1.0.0").read_bytes()
+    for path in (prefix / "conda-meta").glob("*.json"):
+        record = json.loads(path.read_bytes())
+        record["extracted_package_dir"] = record["link"]["source"] = f"/gone/pkgs/{path.stem}"
+        path.unlink()
+        path.write_text(json.dumps(record))
+    assert pack(prefix, store=store).id == conda_environment.id
+
+
+def test_an_environment_of_pixi_is_the_same_environment(
+    conda_pair: tuple[Path, Path], conda_environment: Environment, store: Store, tmp_path: Path
+) -> None:
+    """Its records lack what conda adds, and there are files of pixi's beside them, but no history."""
+    prefix = clone_of(conda_pair[0], tmp_path / "project" / ".pixi" / "envs" / "default")
+    for path in (prefix / "conda-meta").iterdir():
+        if path.suffix != ".json":
+            path.unlink()
+            continue
+        record = json.loads(path.read_bytes())
+        for key in ("link", "extracted_package_dir", "package_tarball_full_path", "requested_spec", "requested_specs"):
+            record.pop(key, None)
+        path.unlink()
+        path.write_text(json.dumps(record))
+    (prefix / "conda-meta" / "pixi").write_text(
+        json.dumps({"manifest_path": str(tmp_path), "environment_name": "default"})
+    )
+    (prefix / "conda-meta" / "pixi_env_prefix").write_text(str(prefix))
+    (prefix / "conda-meta" / ".pixi-environment-fingerprint").write_text("1")
+    assert pack(prefix, store=store).id == conda_environment.id
+
+
+# -- byte code
+
+
+def compiled(python: Path, *modules: str) -> list[str]:
+    """What an import of *modules* compiles or writes: the interpreter's own account."""
+    code = "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]"
+    command = [python, "-v", "-c", code, *modules]
+    done = subprocess.run(command, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=True)
+    lines = done.stderr.splitlines()
+    assert any(line.startswith("# code object from '") for line in lines)
+    # Quoted is the path of byte code that is used, without quotes that of a source that is compiled.
+    return [line for line in lines if line.startswith(("# created ", "# wrote ", "# code object from /"))]
+
+
+def test_nothing_is_compiled_not_even_what_names_its_prefix(built: Path) -> None:
+    sysconfig = next((built / SITE).parent.glob("_sysconfigdata*.py"))
+    modules = ("libmini.config", "onlyhere", "linked", "fromgit", "developed", "asyncio", "sqlite3", sysconfig.stem)
+    assert compiled(built / "bin" / "python", *modules) == []
+
+
+def test_the_account_of_what_is_compiled_is_true(built: Path, tmp_path: Path) -> None:
+    """Break it once: a module without byte code is in the account."""
+    shutil.copytree(built, tmp_path / "copy", symlinks=True)
+    module = tmp_path / "copy" / SITE / "libmini" / "config.py"
+    shutil.rmtree(module.parent / "__pycache__")
+    told = compiled(tmp_path / "copy" / "bin" / "python", "libmini.config")
+    assert len([line for line in told if line.startswith("# created ")]) == 2
+    assert len([line for line in told if line.startswith("# code object from /")]) == 2
+
+
+def test_listed_files_are_whole(environment: Environment) -> None:
+    """Nothing that conda recorded is missing from the packed environment."""
+    found = entries(environment, package(environment, "libmini"))
+    assert {"lib/libmini.so", "bin/mini-isolated", f"{SITE}/libmini/config.py"} <= found.keys()
+    assert not any(os.path.isabs(path) for path in found)

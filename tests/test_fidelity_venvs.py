@@ -1,0 +1,139 @@
+"""Venvs of every maker, on every interpreter that this machine has: packed with it, they run without it."""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from envship.pack import pack
+from worker_bootstrap.materialise import materialise
+from worker_bootstrap.store import Store
+
+from .contents import package
+from .prefixes import install, onlyhere_wheel, said, small_venv
+
+SCRIPTS = Path(sysconfig.get_path("scripts"))
+LOOK = (
+    "import sys, ssl, sqlite3, ctypes, zlib, bz2, lzma, hashlib, onlyhere, sysconfig;"
+    "print(sys.prefix, sys.base_prefix, onlyhere.f(1), sep='\\n');"
+    "print(*[p for p in sys.path if p and not p.startswith(sys.prefix)])"
+)
+
+
+def by_venv(python: str, prefix: Path) -> None:
+    subprocess.run([python, "-m", "venv", "--without-pip", str(prefix)], check=True)
+
+
+def by_virtualenv(python: str, prefix: Path) -> None:
+    options = ["--no-seed", "--no-periodic-update", "--no-vcs-ignore", "-q", "-p", python]
+    subprocess.run([SCRIPTS / "virtualenv", *options, str(prefix)], check=True)
+
+
+def by_uv(python: str, prefix: Path) -> None:
+    subprocess.run([SCRIPTS / "uv", "venv", "--offline", "-q", "-p", python, str(prefix)], check=True)
+
+
+MAKERS: dict[str, Callable[[str, Path], None]] = {"venv": by_venv, "virtualenv": by_virtualenv, "uv": by_uv}
+
+
+def interpreters() -> dict[str, str]:
+    """The interpreters of this machine besides the one that runs the tests: name to executable."""
+    found: dict[str, str] = {}
+    pyenv = os.environ.get("PYENV_ROOT", os.path.expanduser("~/.pyenv"))
+    standalone = os.path.expanduser("~/.local/share/uv/python")
+    patterns = {"system": "/usr/bin/python3.*[0-9]", "pyenv": f"{pyenv}/versions/3.*/bin/python3.*[0-9]"}
+    patterns["standalone"] = f"{standalone}/cpython-3.*/bin/python3.*[0-9]"
+    for kind, pattern in patterns.items():
+        for executable in sorted(glob.glob(pattern)):
+            version = os.path.basename(executable).removeprefix("python3.")
+            is_this = os.path.realpath(executable) == os.path.realpath(sys.executable)
+            if version.isdigit() and int(version) >= 9 and not is_this:
+                found[f"{kind}-3.{version}"] = executable
+    return found
+
+
+def check(prefix: Path, store: Store) -> None:
+    """Pack *prefix*, build it, and run it without the interpreter's own folder in sight."""
+    environment = pack(prefix, store=store)
+    assert package(environment, "python").kind == "python"
+    built = materialise(store, environment.id)
+    at, base, answer, *outside = said(built / "bin" / "python", "-c", LOOK).splitlines()
+    assert at == base == str(built)
+    assert answer == "42"
+    assert outside in ([], [""])
+
+
+def test_the_maker_of_a_venv_makes_no_difference(store: Store, tmp_path: Path) -> None:
+    ids = {}
+    for name, make in MAKERS.items():
+        prefix = tmp_path / name / "env"
+        make(sys.executable, prefix)
+        install(prefix, str(onlyhere_wheel(tmp_path)))
+        ids[name] = pack(prefix, store=store).id
+    assert len(set(ids.values())) == 1, ids
+    check(tmp_path / "uv" / "env", store)
+
+
+def test_the_installer_makes_no_difference(store: Store, tmp_path: Path) -> None:
+    """uv hard-links from its cache, writes another INSTALLER and another RECORD."""
+    wheel = onlyhere_wheel(tmp_path)
+    pip = small_venv(tmp_path / "pip", [wheel])
+    by_uv(sys.executable, tmp_path / "uv")
+    options = ["--offline", "-q", "--no-deps", "--cache-dir", str(tmp_path / "cache"), "-p", str(tmp_path / "uv")]
+    subprocess.run([SCRIPTS / "uv", "pip", "install", *options, str(wheel)], check=True)
+    assert pack(pip, store=store).id == pack(tmp_path / "uv", store=store).id
+
+
+@pytest.mark.parametrize("name", interpreters())
+@pytest.mark.heavy
+def test_venvs_of_other_interpreters_run_where_these_are_not(store: Store, tmp_path: Path, name: str) -> None:
+    python = interpreters()[name]
+    has_venv = subprocess.run([python, "-c", "import venv, ensurepip"], capture_output=True, check=False)
+    makers = [make for maker, make in MAKERS.items() if maker != "venv" or has_venv.returncode == 0]
+    for number, make in enumerate(makers):
+        prefix = tmp_path / str(number)
+        make(python, prefix)
+        install(prefix, str(onlyhere_wheel(tmp_path)))
+        check(prefix, store)
+        shutil.rmtree(prefix)
+
+
+def test_what_the_interpreter_has_installed_comes_along_where_the_venv_sees_it(store: Store, tmp_path: Path) -> None:
+    """With ``--system-site-packages``, and without it not."""
+    built = materialise(store, pack(small_venv(tmp_path / "a", [onlyhere_wheel(tmp_path)]), store=store).id)
+    shutil.copytree(built, tmp_path / "plain", symlinks=True)
+    names = {}
+    for option in ("--without-pip", "--system-site-packages"):
+        prefix = tmp_path / option.strip("-")
+        command = [tmp_path / "plain" / "bin" / "python", "-m", "venv", "--without-pip", option, prefix]
+        subprocess.run(command, check=True)
+        names[option] = {p.name for p in pack(prefix, store=store).packages}
+    assert names["--system-site-packages"] - names["--without-pip"] == {"onlyhere"}
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(600)
+def test_importing_what_people_import_compiles_nothing(store: Store, tmp_path: Path) -> None:
+    """distributed, numpy and pandas, from the index; the interpreter's own account of what it compiles."""
+    prefix = small_venv(tmp_path / "env", [onlyhere_wheel(tmp_path)])
+    pip = [sys.executable, "-m", "pip", "--python", str(prefix / "bin" / "python"), "install", "-q"]
+    subprocess.run([*pip, "distributed", "numpy", "pandas"], check=True)
+    # Made again wherever they were: the times of a source that is read-only, or was copied, fit nothing.
+    for path in prefix.rglob("*.py"):
+        os.utime(path, (1, 1))
+    built = materialise(store, pack(prefix, store=store).id)
+    command = [built / "bin" / "python", "-v", "-c", "import distributed, numpy, pandas"]
+    environ = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+    lines = done.stderr.splitlines()
+    # Quoted is the path of byte code that is used, without quotes that of a source that is compiled.
+    assert sum(line.startswith("# code object from '") for line in lines) > 500
+    assert [line for line in lines if line.startswith(("# created ", "# wrote ", "# code object from /"))] == []
