@@ -8,14 +8,15 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from benchmarks.lab import Lab, LabError
 
 PIECE_BYTES = 1 << 20
+TRACKER_PORT = 6969
 TIMEOUT_S = 900.0
 
 
@@ -31,7 +32,12 @@ def copy_to_each(lab: Lab, hosts: Sequence[str], file: Path) -> float:
     quiet = ["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR"]
     login = ["-i", str(folder / "key"), *quiet]
     for name in hosts:
-        options = ["StrictModes=no", "UsePAM=no", f"AuthorizedKeysFile={folder / 'authorized'}"]
+        options = [
+            "StrictModes=no",
+            "UsePAM=no",
+            "Subsystem=sftp internal-sftp",
+            f"AuthorizedKeysFile={folder / 'authorized'}",
+        ]
         settings = [part for option in options for part in ("-o", option)]
         keys = ["-h", str(folder / "key"), "-f", "/dev/null", *settings]
         lab.start(f"sshd-{name}", name, [shutil.which("sshd") or "/usr/sbin/sshd", "-D", "-e", *keys], os.environ)
@@ -53,17 +59,17 @@ def copy_to_each(lab: Lab, hosts: Sequence[str], file: Path) -> float:
 
 
 def torrent(lab: Lab, hosts: Sequence[str], file: Path) -> float:
-    """BitTorrent: ``aria2c`` on every host and on the client's machine, which find each other by local discovery."""
+    """BitTorrent: ``aria2c`` on every host and on the client's machine, which `torrent_tracker` brings together."""
     description = lab.folder / "file.torrent"
-    description.write_bytes(_metainfo(file))
+    address = lab.address("client")
+    description.write_bytes(_metainfo(file, f"http://{address}:{TRACKER_PORT}/announce"))
+    program = Path(__file__).with_name("torrent_tracker.py")
+    lab.start("tracker", "client", [sys.executable, program, address, str(TRACKER_PORT)], os.environ)
     hook = lab.folder / "done"
     hook.write_text('#!/bin/sh\ntouch "$(dirname "$3").complete"\n')
     hook.chmod(0o755)
-    common = ["--enable-dht=false", "--bt-enable-lpd=true", "--file-allocation=none", "--seed-ratio=0.0"]
-    common += ["--bt-hash-check-seed=false", "--check-certificate=false", f"--on-bt-download-complete={hook}"]
-    for name in ("client", *hosts):
-        with suppress(LabError):
-            lab.run("route", name, ["ip", "route", "add", "239.0.0.0/8", "dev", "eth0"], os.environ)
+    common = ["--enable-dht=false", "--bt-tracker-interval=2", "--file-allocation=none", "--seed-ratio=0.0"]
+    common += ["--check-certificate=false"]
     seed = ["aria2c", *common, f"--dir={file.parent}", "--check-integrity=true", description]
     lab.start("seed", "client", seed, os.environ)
     time.sleep(5)  # it hashes the whole file before it serves
@@ -71,7 +77,12 @@ def torrent(lab: Lab, hosts: Sequence[str], file: Path) -> float:
     for name in hosts:
         folder = lab.folder / name / "torrent"
         folder.mkdir(parents=True)
-        lab.start(f"aria-{name}", name, ["aria2c", *common, f"--dir={folder}", description], os.environ)
+        lab.start(
+            f"aria-{name}",
+            name,
+            ["aria2c", *common, f"--dir={folder}", f"--on-bt-download-complete={hook}", description],
+            os.environ,
+        )
     waiting = {lab.folder / name / "torrent.complete" for name in hosts}
     while waiting:
         waiting = {mark for mark in waiting if not mark.exists()}
@@ -79,7 +90,7 @@ def torrent(lab: Lab, hosts: Sequence[str], file: Path) -> float:
             raise LabError(f"BitTorrent is not done after {TIMEOUT_S:.0f} s")
         time.sleep(0.05)
     seconds = time.time() - began
-    lab.stop("seed", *(f"aria-{name}" for name in hosts))
+    lab.stop("seed", "tracker", *(f"aria-{name}" for name in hosts))
     for name in hosts:
         shutil.rmtree(lab.folder / name / "torrent")
     return seconds
@@ -97,14 +108,14 @@ def _until_listening(lab: Lab, command: Sequence[str]) -> None:
             time.sleep(0.2)
 
 
-def _metainfo(file: Path) -> bytes:
-    """A torrent of one file, without trackers. Source: BEP 3."""
+def _metainfo(file: Path, tracker: str) -> bytes:
+    """A torrent of one file. Source: BEP 3."""
     pieces = []
     with open(file, "rb") as stream:
         while piece := stream.read(PIECE_BYTES):
             pieces.append(hashlib.sha1(piece, usedforsecurity=False).digest())
     fields = {"length": file.stat().st_size, "name": file.name, "piece length": PIECE_BYTES, "pieces": b"".join(pieces)}
-    return b"d4:info" + _bencoded(fields) + b"e"
+    return b"d8:announce" + _bencoded(tracker) + b"4:info" + _bencoded(fields) + b"e"
 
 
 def _bencoded(value: object) -> bytes:
