@@ -26,8 +26,8 @@ SWITCH = "switch"
 BURST_BYTES = 64 << 10
 """What may pass at once at full speed: one packet as the kernel hands it over, before it is cut for the wire."""
 QUEUE_BYTES = 256 << 10
-"""So much may wait for its turn; more is dropped, as by a switch whose buffer is full. A few milliseconds' worth of a slow
-link holds too few packets for several connections at once: with 20 ms at 12 Mbit/s, one byte in twelve was sent twice."""
+"""So much may wait for its turn; more is dropped, as by a switch whose buffer is full. A few milliseconds' worth of a
+slow link holds too few packets for several connections: with 20 ms at 12 Mbit/s, one byte in twelve was sent twice."""
 IPERF_SECONDS = 4
 STOP_TIMEOUT_S = 10.0
 POLL_S = 0.02
