@@ -134,7 +134,7 @@ def _read_records(prefix: Path, files: Collection[str]) -> list[dict[str, Any]]:
             record = json.loads(path.read_bytes())
             if not isinstance(record["name"], str):
                 raise TypeError("its name is no text")
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise SourceProblems(
                 str(prefix), [f"conda-meta/{path.name} cannot be read: {error}"], _UNREADABLE
             ) from error

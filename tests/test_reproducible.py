@@ -1,0 +1,116 @@
+"""The same packages have the same id: whoever installed them where and when, and whatever surrounds the pack."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import envship
+from envship.pack import pack
+from worker_bootstrap.store import Store
+
+from .prefixes import clone_of, install, onlyhere_wheel
+
+SITE = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
+NOBODY = 65534
+
+PACK = """
+import os, sys
+from pathlib import Path
+uid = int(sys.argv[3])
+real_scandir = os.scandir
+class Backwards:
+    # The same entries in another order, as another file system has them.
+    def __init__(self, path):
+        with real_scandir(path) as entries:
+            self.entries = iter(sorted(entries, key=lambda entry: entry.name, reverse=True))
+    def __enter__(self): return self
+    def __exit__(self, *_): pass
+    def __iter__(self): return self.entries
+    def __next__(self): return next(self.entries)
+os.scandir = Backwards
+from envship.pack import pack
+from envship.scan_index import rules
+from worker_bootstrap.store import Store
+rules()
+# No process of our own interpreter: it may lie where the other user cannot run it.
+sys.executable = ""
+os.umask(0o077)
+if uid >= 0:
+    os.setgroups([]); os.setgid(uid); os.setuid(uid)
+os.environ["HOME"] = os.path.dirname(sys.argv[2])
+if __name__ == "__main__":
+    print(pack(sys.argv[1], store=Store(Path(sys.argv[2]))).id)
+"""
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    """A folder that every user can reach."""
+    with tempfile.TemporaryDirectory(prefix="envship-test-users-") as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+
+
+def other_user() -> int:
+    """The id of another user, where we may become one and the code can be read by one; else -1."""
+    code = Path(envship.__file__)
+    is_open = all(parent.stat().st_mode & 0o005 == 0o005 for parent in code.parents)
+    return NOBODY if os.getuid() == 0 and is_open else -1
+
+
+def furnish(prefix: Path, folder: Path) -> Path:
+    """What pip and the user add to the conda packages at *prefix*."""
+    install(prefix, str(onlyhere_wheel(folder)))
+    notes = prefix / "share" / "naïve notes.txt"
+    notes.write_text(f"kept in {prefix}\n", encoding="utf-8")
+    (prefix / "share" / "ünlink").symlink_to(notes)
+    return prefix
+
+
+def test_two_users_on_two_days_at_two_prefixes_pack_one_environment(
+    conda_pair: tuple[Path, Path], home: Path, store: Store
+) -> None:
+    """Conda and pip mixed; another user, umask, locale, hash seed, order of folders; other times, no byte code."""
+    mine = furnish(clone_of(conda_pair[0], home / "me" / "env"), home / "me")
+    before = os.umask(0o077)
+    try:
+        theirs = furnish(clone_of(conda_pair[1], home / "another-user" / "envs" / "analysis"), home / "another-user")
+    finally:
+        os.umask(before)
+    user = other_user()
+    their_store = theirs.parent.parent / "store"
+    their_store.mkdir(mode=0o700)
+    for path in (theirs.parent.parent, *theirs.parent.parent.rglob("*")):
+        if not path.is_symlink():
+            # Not through hard links into the first environment.
+            if path.is_file() and path.stat().st_nlink > 1:
+                data, mode = path.read_bytes(), path.stat().st_mode
+                path.unlink()
+                path.write_bytes(data)
+                path.chmod(mode & 0o700)
+            os.utime(path, (1_000_000_000, 1_000_000_000))
+        if user >= 0:
+            os.chown(path, user, user, follow_symlinks=False)
+    # Byte code that an installer made, as it does or does not; not that which is part of a package.
+    for path in theirs.rglob("*.pyc"):
+        if path.name.startswith("onlyhere.") or "mininoarch" in path.parts:
+            path.unlink()
+    odd = {"PYTHONHASHSEED": "7", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PATH": os.defpath}
+    odd["PYTHONDONTWRITEBYTECODE"] = "1"
+    done = subprocess.run(
+        [sys.executable, "-c", PACK, str(theirs), str(their_store), str(user)],
+        env={**odd, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd="/",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == pack(mine, store=store).id
