@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from collections.abc import Iterator
@@ -13,10 +12,7 @@ from envship.bytecode import Compiler
 from envship.canonical import Content, Own, Recorded, names_prefix
 from envship.chunking import LIMIT_BYTES
 from envship.sources.draft import CodeItem, FileItem, Plan
-from worker_bootstrap.digest import digest_of
 
-UNCHECKED = (1).to_bytes(4, "little")
-"""The flags of byte code that nobody compares with its source. Source: PEP 552."""
 STREAM_OVER_BYTES = 32 << 20
 """Larger files are not searched for prefixes, and never held in memory, unless a relocation is recorded for them."""
 
@@ -58,12 +54,9 @@ class Reader:
     def byte_code(self, item: CodeItem) -> bytes | None:
         """The byte code of a module; None if it has none, or names the prefix."""
         source = self._read(item)
-        if source is None:
+        if source is None or names_prefix(source, self._plan.prefixes):
             return None
-        recorded = _recorded_code(item, source)
-        if recorded is not None:
-            return recorded
-        return None if names_prefix(source, self._plan.prefixes) else self._compiler().make(item, source)
+        return self._compiler().make(item, source)
 
     def pieces(self, item: FileItem) -> Iterator[bytes]:
         """The bytes of a file that `is_streamed`, in pieces of `chunking.LIMIT_BYTES`.
@@ -110,25 +103,6 @@ class Reader:
             if me not in self._compilers:
                 self._compilers[me] = Compiler(self._plan.interpreter, self._kept, self._tmp)
             return self._compilers[me]
-
-
-def _recorded_code(item: CodeItem, source: bytes) -> bytes | None:
-    """Byte code that came inside of a package, as it is but for the header; None if there is none, or it was changed.
-
-    The package is the same for everybody who installs it, so this depends on nothing else. Which path its code objects
-    name does not matter: importing sets it.
-    """
-    if item.cached_digest is None or item.source_digest is None:
-        return None
-    try:
-        with open(item.cached, "rb", buffering=0) as file:
-            cached = file.readall()
-    except OSError:
-        return None
-    if digest_of(cached) != item.cached_digest or digest_of(source) != item.source_digest or len(cached) < 16:
-        return None
-    is_hashed = cached[4:8] != b"\0\0\0\0"
-    return cached[:4] + UNCHECKED + (cached[8:16] if is_hashed else hashlib.sha256(source).digest()[:8]) + cached[16:]
 
 
 def is_streamed(item: FileItem) -> bool:

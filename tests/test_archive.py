@@ -38,7 +38,7 @@ def archive(conda_pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFact
     ("name", "options"),
     [
         ("env.tar.gz", {}),
-        ("env.tar.bz2", {}),
+        pytest.param("env.tar.bz2", {}, marks=pytest.mark.heavy),
         ("env.tar.zst", {"arcroot": "inside"}),
         ("env.zip", {"zip_symlinks": True}),
         ("env.no-archive", {}),
@@ -75,16 +75,13 @@ def test_an_archive_that_was_unpacked_and_moved_by_conda_unpack_is_the_same_envi
     assert pack(prefix, store=store).id == expected.id
 
 
-def test_an_archive_packed_before_is_not_opened_again(
-    archive: Path, store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = pack(archive, store=store)
-
-    def refuse(path: Path, scratch: Path) -> None:
-        raise AssertionError("it was unpacked again")
-
-    monkeypatch.setattr("envship.pack.unpacked", refuse)
-    assert pack(archive, store=store).id == first.id
+def test_an_archive_packed_before_is_not_opened_again(archive: Path, store: Store) -> None:
+    stages: list[str] = []
+    first = pack(archive, store=store, report=lambda stage, done_bytes, total_bytes: stages.append(stage))
+    assert "pack" in stages
+    stages.clear()
+    assert pack(archive, store=store, report=lambda stage, *_: stages.append(stage)).id == first.id
+    assert stages == []
 
 
 @pytest.mark.parametrize("kind", ["tar.gz", "tar.zst", "tar.bz2", "tar", "zip"])
@@ -208,8 +205,9 @@ def test_bombs_are_refused_before_they_fill_the_disk(
     header.write_bytes(zstandard.compress(info.tobuf(tarfile.PAX_FORMAT)))
     for path in (tarred, zipped, header):
         assert path.stat().st_size < 1 << 20
-        with pytest.raises(ArchiveInvalid, match=r"times its size|header"):
-            pack(path, store=store)
+        # Not by `pack`, which does this in a process of its own, with the allowance that real archives need.
+        with pytest.raises(ArchiveInvalid, match=r"times its size|header"), unpacked(path, store.layout.tmp):
+            pass
     assert list(store.layout.tmp.iterdir()) == []
 
 

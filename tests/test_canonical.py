@@ -67,7 +67,7 @@ def test_a_script_whose_path_was_too_long_for_a_shebang_gets_its_plain_form_back
 
 def test_binary_files_that_nobody_recorded_keep_their_bytes() -> None:
     data = b"\0pickle\0" + HERE.encode() + b"\0"
-    assert Own((HERE,))(data) == (data, None)
+    assert Own((HERE,))(data)[:2] == (data, None)
 
 
 @pytest.mark.parametrize("mode", ["text", "binary"])
@@ -77,13 +77,13 @@ def test_a_recorded_file_turns_back_into_its_original(mode: str) -> None:
     relocation = Relocation(mode, LONG)
     installed = relocate(original, relocation, HERE)
     assert installed != original
-    assert Recorded(digest_of(original), relocation, Own((HERE,)))(installed) == (original, relocation)
+    assert Recorded(digest_of(original), relocation, Own((HERE,)))(installed)[:2] == (original, relocation)
 
 
 def test_a_recorded_text_that_was_edited_is_content_of_its_own() -> None:
     relocation = Relocation("text", LONG)
     content = Recorded(digest_of(b"prefix=" + LONG.encode()), relocation, Own((HERE,)))(b"edited prefix=/home/me/env\n")
-    assert content == (f"edited prefix={PLACEHOLDER}\n".encode(), Relocation("text", PLACEHOLDER))
+    assert content[:2] == (f"edited prefix={PLACEHOLDER}\n".encode(), Relocation("text", PLACEHOLDER))
 
 
 def test_a_recorded_binary_that_was_edited_keeps_its_room() -> None:
@@ -91,16 +91,16 @@ def test_a_recorded_binary_that_was_edited_keeps_its_room() -> None:
     original = b"\0" + LONG.encode() + b"/lib\0code"
     edited = relocate(original, relocation, HERE).replace(b"code", b"sign")
     content = Recorded(digest_of(original), relocation, Own((HERE,)))(edited)
-    assert content == (original.replace(b"code", b"sign"), relocation)
+    assert content[:2] == (original.replace(b"code", b"sign"), relocation)
 
 
 def test_a_file_without_prefix_that_was_edited_is_packed_as_it_is() -> None:
-    assert Recorded(digest_of(b"original"), None, Own((HERE,)))(b"edited") == (b"edited", None)
+    assert Recorded(digest_of(b"original"), None, Own((HERE,)))(b"edited")[:2] == (b"edited", None)
 
 
 def test_rewritten_content_is_relocated_where_asked() -> None:
     treatment = Rewritten("upper", bytes.swapcase, Own((HERE,)))
-    assert treatment(HERE.swapcase().encode()) == (PLACEHOLDER.encode(), Relocation("text", PLACEHOLDER))
+    assert treatment(HERE.swapcase().encode())[:2] == (PLACEHOLDER.encode(), Relocation("text", PLACEHOLDER))
     assert "upper" in treatment.key
 
 
@@ -109,7 +109,7 @@ def test_the_search_path_of_a_library_becomes_relative(tmp_path: Path) -> None:
     changed = elf.with_relative_rpath(data, "bin/python3", [HERE])
     assert elf.rpath(changed) == "$ORIGIN/../lib:/usr/lib"
     assert len(changed) == len(data)
-    assert Own((HERE,), "bin/python3")(data) == (changed, None)
+    assert Own((HERE,), "bin/python3")(data)[:2] == (changed, None)
 
 
 def test_a_search_path_that_is_too_short_to_take_a_relative_one_stays() -> None:
@@ -151,11 +151,11 @@ def test_a_recorded_script_at_a_path_too_long_for_the_kernel_is_the_original(fir
     original = f"#!{LONG}/bin/python3.11 -I\nprint('hello')\n".encode()
     relocation = Relocation("text", LONG)
     installed = first.replace("/at/a/path", f"{HERE}/bin/python3.11").encode() + b"\nprint('hello')\n"
-    assert Recorded(digest_of(original), relocation, Own((HERE,)))(installed) == (original, relocation)
+    assert Recorded(digest_of(original), relocation, Own((HERE,)))(installed)[:2] == (original, relocation)
 
 
 def test_a_script_that_always_left_its_interpreter_to_path_stays_so() -> None:
     script = b"#!/usr/bin/env python\nprint('hello')\n"
-    assert Recorded(digest_of(script), None, Own((HERE,)))(script) == (script, None)
+    assert Recorded(digest_of(script), None, Own((HERE,)))(script)[:2] == (script, None)
     edited = Recorded(digest_of(b"other"), Relocation("text", LONG), Own((HERE,)))(script)
-    assert edited == (script, None)
+    assert edited[:2] == (script, None)
