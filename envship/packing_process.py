@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 import pickle
 import signal
@@ -72,7 +73,10 @@ def pack_in_processes(job: Job, report: Report | None) -> EnvironmentId:
                 return EnvironmentId(value)
             if kind == "error":
                 raise value
-            if report is not None:
+            if kind == "log":
+                name, level, text = value
+                logging.getLogger(name).log(level, "%s", text)
+            elif report is not None:
                 report(*value)
         code = process.wait()
         raise EnvshipError(f"packing {job.place} ended with {code} and without a word; it may have been out of memory")
@@ -93,6 +97,7 @@ def main() -> None:
     job: Job = _receive(requests)
     # What is made here lives until the end: nothing to collect.
     gc.disable()
+    logging.getLogger("envship").addHandler(_Told(answers))
     try:
         store = Store(job.store, job.read_only)
         packer = Packer(store, job.options, lambda *told: _send(answers, ("progress", told)), _writers())
@@ -103,6 +108,17 @@ def main() -> None:
     except BrokenPipeError:
         pass
     os._exit(0)
+
+
+class _Told(logging.Handler):
+    """What is said while planning is said by the caller's process, which may be a notebook's."""
+
+    def __init__(self, answers: IO[bytes]) -> None:
+        super().__init__(logging.WARNING)
+        self._answers = answers
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _send(self._answers, ("log", (record.name, record.levelno, record.getMessage())))
 
 
 def _writers() -> int:

@@ -118,6 +118,7 @@ def test_scripts_run_from_a_short_path(conda_environment: Environment, tmp_path:
         assert said(prefix / "bin" / script) == expected
 
 
+@pytest.mark.heavy
 def test_an_environment_at_a_long_path_is_the_same_environment(store: Store, tmp_path: Path) -> None:
     """Installers give scripts another first line there: pip's form is undone, and packed scripts run anywhere."""
     ids = []

@@ -106,19 +106,6 @@ def test_venvs_of_other_interpreters_run_where_these_are_not(store: Store, tmp_p
         shutil.rmtree(prefix)
 
 
-def test_what_the_interpreter_has_installed_comes_along_where_the_venv_sees_it(store: Store, tmp_path: Path) -> None:
-    """With ``--system-site-packages``, and without it not."""
-    built = materialise(store, pack(small_venv(tmp_path / "a", [onlyhere_wheel(tmp_path)]), store=store).id)
-    shutil.copytree(built, tmp_path / "plain", symlinks=True)
-    names = {}
-    for option in ("--without-pip", "--system-site-packages"):
-        prefix = tmp_path / option.strip("-")
-        command = [tmp_path / "plain" / "bin" / "python", "-m", "venv", "--without-pip", option, prefix]
-        subprocess.run(command, check=True)
-        names[option] = {p.name for p in pack(prefix, store=store).packages}
-    assert names["--system-site-packages"] - names["--without-pip"] == {"onlyhere"}
-
-
 @pytest.mark.heavy
 @pytest.mark.timeout(600)
 def test_importing_what_people_import_compiles_nothing(store: Store, tmp_path: Path) -> None:

@@ -122,45 +122,6 @@ def test_an_editable_installation_that_cannot_be_followed_is_named(store: Store,
         pack(mine, store=store)
 
 
-@pytest.mark.parametrize("way", ["path file", "finder"])
-def test_the_source_of_an_editable_project_comes_along(store: Store, tmp_path: Path, way: str) -> None:
-    """As hatchling (a path file) and setuptools (a finder with a mapping) link to it."""
-    root = tmp_path / "project"
-    package_folder = root / "src" / "mine"
-    package_folder.mkdir(parents=True)
-    (package_folder / "__init__.py").write_text("VALUE = 1\n")
-    (package_folder / "data.txt").write_text("text")
-    (root / "unrelated.txt").write_text("no part of the package")
-    prefix = small_venv(tmp_path / "project" / ".venv", [onlyhere_wheel(tmp_path)])
-    info = prefix / SITE / "onlyhere-1.0.dist-info"
-    (info / "direct_url.json").write_text(f'{{"url": "file://{root}", "dir_info": {{"editable": true}}}}')
-    with open(info / "RECORD", "a") as record:
-        record.write("mine.pth,,\n__editable___mine_finder.py,,\n")
-    if way == "path file":
-        (prefix / SITE / "mine.pth").write_text(f"{root}/src\n")
-        (prefix / SITE / "__editable___mine_finder.py").write_text("")
-    else:
-        finder = f"import sys\nMAPPING: dict[str, str] = {{'mine': '{package_folder}'}}\n"
-        finder += "def install():\n    sys.path.append(MAPPING['mine'].rpartition('/')[0])\n"
-        (prefix / SITE / "__editable___mine_finder.py").write_text(finder)
-        (prefix / SITE / "mine.pth").write_text("import __editable___mine_finder; __editable___mine_finder.install()")
-    environment = pack(prefix, store=store)
-    assert package(environment, "onlyhere").kind == "project"
-    assert not any("unrelated" in path for path in all_entries(environment))
-    built = materialise(store, environment.id)
-    script = "import mine; print(mine.__file__, mine.VALUE)"
-    said = subprocess.run(
-        [built / "bin" / "python", "-c", script], env={"PATH": "/bin"}, capture_output=True, check=True
-    )
-    assert said.stdout.decode().split() == [f"{built}/share/envship/projects/onlyhere/src/mine/__init__.py", "1"]
-
-    (package_folder / "__init__.py").write_text("VALUE = 2\n")
-    edited = pack(prefix, store=store)
-    changed = set(edited.chunks) - set(environment.chunks)
-    assert edited.id != environment.id
-    assert sum(edited.chunks[digest] for digest in changed) < 20_000
-
-
 def test_a_plain_interpreter_can_be_packed(store: Store, tmp_path: Path) -> None:
     """One that lies in a folder of its own, as pyenv and uv install it, with a package in its own site-packages."""
     if Path(sys.base_prefix) in (Path("/usr"), Path("/usr/local")):
