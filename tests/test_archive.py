@@ -39,8 +39,8 @@ def archive(conda_pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFact
     [
         ("env.tar.gz", {}),
         pytest.param("env.tar.bz2", {}, marks=pytest.mark.heavy),
-        ("env.tar.zst", {"arcroot": "inside"}),
-        ("env.zip", {"zip_symlinks": True}),
+        pytest.param("env.tar.zst", {"arcroot": "inside"}, marks=pytest.mark.heavy),
+        pytest.param("env.zip", {"zip_symlinks": True}, marks=pytest.mark.heavy),
         ("env.no-archive", {}),
     ],
 )

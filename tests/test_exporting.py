@@ -19,6 +19,8 @@ ACTIVATE = """
 set -e
 . {prefix}/bin/activate
 {unpack}
+. {prefix}/bin/deactivate
+. {prefix}/bin/activate  # again: before, scripts in activate.d could not name the prefix
 echo $CONDA_PREFIX
 mini-prefix
 mininoarch

@@ -82,6 +82,7 @@ def test_the_maker_of_a_venv_makes_no_difference(store: Store, tmp_path: Path) -
     check(tmp_path / "uv" / "env", store)
 
 
+@pytest.mark.heavy
 def test_the_installer_makes_no_difference(store: Store, tmp_path: Path) -> None:
     """uv hard-links from its cache, writes another INSTALLER and another RECORD."""
     wheel = onlyhere_wheel(tmp_path)

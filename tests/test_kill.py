@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 WORKS = ("load", "save", "build", "mend", "stage", "evict")
-RUNS = 36
+RUNS = 12
 
 
 def tried(folder: Path, work: str, seed: int, runs: int, *more: Path) -> dict[str, Any]:
