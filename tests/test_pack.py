@@ -92,10 +92,14 @@ def test_a_chunk_that_the_store_lost_is_written_again(mine: Path, store: Store) 
 
 def test_a_damaged_index_is_passed_over(mine: Path, store: Store) -> None:
     environment = pack(mine, store=store)
-    (path,) = index_folder(store).glob("*.json")
-    for damage in (b"", b"{}", b"[1", path.read_bytes()[:-40], b'{"rules": 1}'):
-        path.write_bytes(damage)
-        assert ScanIndex.load(store, str(mine), NO_OPTIONS).environment_id is None
+    paths = sorted(index_folder(store).glob("*.json"))
+    assert len(paths) == 2
+    whole = paths[0].read_bytes(), paths[1].read_bytes()
+    for damage in (b"", b"{}", b"[1", whole[0][:-40], b'{"rules": 1}'):
+        for path in paths:
+            path.write_bytes(damage)
+        index = ScanIndex.load(store, str(mine), NO_OPTIONS)
+        assert index.environment_id is None and not index.known.packages
     assert pack(mine, store=store).id == environment.id
 
 
