@@ -44,14 +44,19 @@ def listing_of(files: Mapping[str, Content]) -> tuple[Listing, bytes]:
 
 
 def package_of(
-    store: Store, files: Mapping[str, Content], name: str = "tiny", version: str = "1", chunk_bytes: int = 100
+    store: Store,
+    files: Mapping[str, Content],
+    name: str = "tiny",
+    version: str = "1",
+    chunk_bytes: int = 100,
+    codec: str | None = None,
 ) -> Package:
     """A package in *store*, its content in chunks of *chunk_bytes* whatever file they fall in."""
     listing, content = listing_of(files)
     raw = listing.to_bytes()
     pieces = [content[start : start + chunk_bytes] for start in range(0, len(content), chunk_bytes)]
-    chunks = tuple(Chunk(store.write_chunk(piece), len(piece)) for piece in pieces)
-    return Package(name, version, "0", "files", Chunk(store.write_chunk(raw), len(raw)), chunks)
+    chunks = tuple(Chunk(store.write_chunk(piece, codec), len(piece)) for piece in pieces)
+    return Package(name, version, "0", "files", Chunk(store.write_chunk(raw, codec), len(raw)), chunks)
 
 
 def environment_of(store: Store, packages: Sequence[Package], environ: Mapping[str, str] | None = None) -> Manifest:

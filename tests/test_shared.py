@@ -28,8 +28,9 @@ from .environments import environment_of, package_of
 pytestmark = SWAP_MARKS
 
 
-def random_environment(store: Store, size_bytes: int = 1 << 20) -> Environment:
-    package = package_of(store, {"lib/data": os.urandom(size_bytes)}, chunk_bytes=100_000)
+def random_environment(store: Store, codec: str = "zlib") -> Environment:
+    """One that the hosts can read themselves; they have no ``zstandard``."""
+    package = package_of(store, {"lib/data": os.urandom(1 << 20)}, chunk_bytes=100_000, codec=codec)
     return Environment(environment_of(store, [package]), store)
 
 
@@ -209,11 +210,16 @@ def test_a_bundle_that_only_the_hosts_see_is_used(
         client.stage_environment(tmp_path / "nowhere.envship")
 
 
-def test_a_store_that_the_hosts_see_is_not_uploaded(cluster: Cluster, client: Client, environment: Environment) -> None:
+def test_what_the_hosts_cannot_decode_is_uploaded(cluster: Cluster, client: Client, tmp_path: Path) -> None:
+    """By the client, which knows what they can: in a store or a bundle all is zstd where that is installed."""
+    environment = random_environment(Store(tmp_path / "zstd"), "zstd")
     with dask.config.set({"envship.share-store": True}):
-        result = client.stage_environment(environment)
-    assert result.uploaded_bytes == 0
+        assert client.stage_environment(environment).uploaded_chunks == len(environment.chunks)
+    another = random_environment(Store(tmp_path / "zstd"), "zstd")
+    place, extents = bundle_of(another, tmp_path / "x.envship")
+    assert client.stage_environment(place.where).uploaded_chunks == len(extents)
     assert all_built(cluster, environment)
+    assert all_built(cluster, another)
 
 
 def test_a_store_is_not_shared_unless_its_file_system_is(client: Client, environment: Environment) -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from worker_bootstrap.bundle_index import CODECS
 from worker_bootstrap.digest import Digest
 from worker_bootstrap.ledger import SHARED, Ledger
 from worker_bootstrap.roster import Gone, Refused, Roster
@@ -23,8 +24,8 @@ LOOK_TIMEOUT_S = 20.0
 """A network mount that ails can make whoever looks at it wait for ever."""
 PULL_TIMEOUT_S = 120.0
 """So long a host may take to read one batch, 16 MiB at most."""
-BLIND_S = 300.0
-"""So long a host that could not read what it saw is not told to read there again."""
+UNREAD_S = 300.0
+"""So long nobody is told to read where a host could not: what is damaged there is so for all, and the client has it."""
 PARALLEL = 2
 """Batches that one host reads at the same time."""
 
@@ -53,7 +54,7 @@ class Pulling:
         self._ledger = ledger
         self._stir = stir
         self._log = log
-        self._blind: dict[tuple[str, str], float] = {}
+        self._unread: dict[str, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def begin(
@@ -64,6 +65,8 @@ class Pulling:
         hosts: Mapping[str, str],
     ) -> list[Digest]:
         """Have hosts that see *place* read what is *absent* and there; returns the rest, which the client must bring.
+
+        Only hosts that can decode all of it are asked.
 
         Parameters
         ----------
@@ -77,10 +80,12 @@ class Pulling:
             Host ids and, of each, an agent's address.
         """
         there = [digest for digest in absent if extents is None or digest in extents]
-        if not there:
+        if not there or self._unread.get(place[1], 0.0) > time.monotonic():
             return list(absent)
         seeing = await asyncio.gather(*(self._look(address, place) for address in hosts.values()))
-        addresses = [address for address, sees in zip(hosts.values(), seeing) if sees]
+        # What lies in a store may be anything that a client's store keeps.
+        codecs = {CODECS[extents[digest][1]] for digest in there} if extents else set(CODECS)
+        addresses = [a for a, sees in zip(hosts.values(), seeing) if sees and codecs <= self._codecs_of(a)]
         if not addresses:
             return list(absent)
         self._log("reading", place=place[1], hosts=len(addresses), chunks=len(there))
@@ -111,9 +116,11 @@ class Pulling:
         for task in self._tasks:
             task.cancel()
 
+    def _codecs_of(self, address: str) -> set[str]:
+        """What the host of the agent at *address* can decode: not zstd, where ``zstandard`` is not installed."""
+        return set(self._roster.members.get(address, {}).get("codecs", ()))
+
     async def _look(self, address: str, place: Sequence[str]) -> bool:
-        if self._blind.get((address, place[1]), 0.0) > time.monotonic():
-            return False
         look = self._roster.ask_quietly(address, "envship_sees", place=list(place))
         try:
             return bool(await asyncio.wait_for(look, LOOK_TIMEOUT_S))
@@ -139,7 +146,7 @@ class Pulling:
             await asyncio.gather(*(work() for _ in range(PARALLEL)))
         except (Gone, Refused, OSError, asyncio.TimeoutError) as error:
             logger.warning("%s does not get chunks from %s: %s", address, place[1], str(error) or repr(error))
-            self._blind[address, place[1]] = time.monotonic() + BLIND_S
+            self._unread[place[1]] = time.monotonic() + UNREAD_S
         finally:
             self._tracker.withdraw(promise)
             self._stir()
