@@ -104,6 +104,7 @@ except SourceProblems as error:
 """
 
 
+@pytest.mark.heavy
 def test_unreadable_folders_and_files_are_named(conda_pair: tuple[Path, Path]) -> None:
     """Root reads everything, so root becomes nobody for this: with an environment whose interpreter nobody may run."""
     code = Path(envship.__file__)

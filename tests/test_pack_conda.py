@@ -126,6 +126,7 @@ def test_missing_and_overwritten_files_are_all_listed_and_may_be_ignored(
     all_entries(environment)
 
 
+@pytest.mark.heavy
 def test_a_pack_that_knows_most_packages_ends_in_the_same_environment_as_one_that_knows_none(
     copy: Path, store: Store, tmp_path: Path
 ) -> None:

@@ -148,7 +148,9 @@ def add(prefix: Path, number: int) -> None:
     (prefix / SITE / f"added{number}.py").write_text("")
 
 
-@pytest.mark.parametrize("change", [edit, replace, remove, add])
+@pytest.mark.parametrize(
+    "change", [edit, *(pytest.param(how, marks=pytest.mark.heavy) for how in (replace, remove, add))]
+)
 def test_a_source_that_changes_is_packed_again_as_it_is_then(
     mine: Path, store: Store, change: Callable[[Path, int], None]
 ) -> None:

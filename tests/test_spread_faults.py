@@ -232,6 +232,7 @@ def test_a_peer_that_misbehaves_is_left_out_and_named(swarm: Swarm, kind: str) -
         on(swarm.client, "b", misbehaving("right"))
 
 
+@pytest.mark.heavy
 def test_a_peer_that_dies_in_the_middle_costs_a_retry(swarm: Swarm) -> None:
     environment = random_environment(swarm.source)
     start(swarm.cluster, "mortal")

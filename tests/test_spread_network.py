@@ -72,6 +72,7 @@ def all_built(folder: Path, environment: Environment) -> bool:
     return all(Store(folder / host).built(environment.id) for host in ("scheduler", "one", "two"))
 
 
+@pytest.mark.heavy
 def test_a_client_that_reaches_only_the_scheduler_uploads_through_it(
     network: Lab, environment: Environment, tmp_path: Path
 ) -> None:
