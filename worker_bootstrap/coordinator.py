@@ -80,8 +80,10 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
         if WorkerAgentPlugin.name not in scheduler.worker_plugins:
             gate = WorkerAgentPlugin()
             await scheduler.register_worker_plugin(comm=None, plugin=dumps(gate), name=gate.name, idempotent=True)
-        if self._resumed is not None:
-            self.queue.resume(*self._resumed)
+        # Once: Dask starts a plugin again that was there before it started itself, and each swap would run twice.
+        resumed, self._resumed = self._resumed, None
+        if resumed is not None:
+            self.queue.resume(*resumed)
             self.queue.take_over(self._waiting)
 
     def take_over(self, scheduler: Any, state: Mapping[str, Any]) -> None:
