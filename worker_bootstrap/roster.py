@@ -46,7 +46,9 @@ class Roster:
 
     async def agents(self) -> dict[str, dict[str, Any]]:
         """Every agent that answers, asked anew; others are forgotten."""
-        addresses = [*self.members, self._scheduler.address]
+        # Workers that are registered, too: one whose agent was taken for gone a moment ago says that it is there.
+        registered = [worker.nanny or worker.address for worker in self._scheduler.workers.values()]
+        addresses = list(dict.fromkeys([*self.members, *registered, self._scheduler.address]))
         answers = await asyncio.gather(
             *(asyncio.wait_for(self.ask(a, "envship_identify"), IDENTIFY_TIMEOUT_S) for a in addresses),
             return_exceptions=True,

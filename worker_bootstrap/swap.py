@@ -25,6 +25,10 @@ logger = logging.getLogger("envship.swap")
 LOST_CHUNKS = ("TransferError", "ChunkMissing", "ChunkInvalid")
 """Errors after which a swap works out if the client brings what has got lost."""
 
+JOIN_TIMEOUT_S = 3.0
+"""So long a worker that has just registered may take until its agent answers."""
+JOIN_INTERVAL_S = 0.1
+
 
 class Cluster(Protocol):
     """What a swap needs of the coordinator. Agents are identified by their address."""
@@ -78,6 +82,10 @@ class Swap(SwapAccount):
         """Get every host ready; returns the agents, or None after a failure that touched nothing."""
         started = time.perf_counter()
         agents = await cluster.roster.agents()
+        deadline = started + JOIN_TIMEOUT_S
+        while cluster.roster.strangers(agents) and time.perf_counter() < deadline:
+            await asyncio.sleep(JOIN_INTERVAL_S)  # a worker registers before its plugin has started
+            agents = await cluster.roster.agents()
         moving = self._who_moves(agents)
         obstacles = {_label(agents[a]): agents[a]["obstacle"] for a in moving if agents[a]["obstacle"]}
         obstacles.update(
