@@ -109,9 +109,10 @@ def write_with_processes(
     Raises
     ------
     EnvshipError
-        What one of them raised.
+        What one of them raised; or one of them ended without a word.
     """
     written = Written()
+    ended_well = 0
     with contextlib.ExitStack() as stack:
         # Each takes the next number: reading moves the place that all of them share.
         numbers = stack.enter_context(tempfile.TemporaryFile(buffering=0))
@@ -128,8 +129,11 @@ def write_with_processes(
             elif kind == "faults":
                 written.problems += value[0]
                 written.changed += value[1]
+                ended_well += 1
             else:
                 raise value
+    if ended_well < processes:
+        raise EnvshipError("a process that packed was ended from outside; it may have been out of memory")
     return written
 
 

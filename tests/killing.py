@@ -2,17 +2,20 @@
 
 Prepares a store, forks, and lets the child do one thing (load, save, build, mend, stage, evict) until its n-th step at
 the file system, where it is killed. Steps are what Python audits (opening, renaming, linking, removing, locking, ...),
-writes (half of one is done), and syncs. A process that has one thread forks in milliseconds, so hundreds of points are
-tried in seconds. Prints one JSON object: how often it killed, and every state that was neither old nor new.
+writes (half of one is done), and syncs; those of processes that the child forks count too, and all of them are killed
+at once. A process that has one thread forks in milliseconds, so hundreds of points are tried in seconds. Prints one
+JSON object: how often it killed, and every state that was neither old nor new.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import random
 import shutil
 import signal
+import struct
 import sys
 import traceback
 from collections.abc import Callable
@@ -20,7 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from envship.bundle import read_bundle, write_bundle
+from envship.options import PackOptions
 from envship.pack import pack
+from envship.packer import Packer
+from envship.scan_index import ScanIndex
+from envship.sources.tree import Trees
 from tests.environments import EVERY_KIND, environment_of, package_of
 from worker_bootstrap.errors import BundleInvalid
 from worker_bootstrap.evict import collect
@@ -119,6 +126,7 @@ def killed_at(step: int, chance: random.Random, work: Callable[[], object]) -> i
     half = chance.random() < 0.5
     pid = os.fork()
     if pid == 0:
+        os.setpgid(0, 0)
         os.close(reading)
         code = 3
         try:
@@ -143,10 +151,12 @@ def killed_at(step: int, chance: random.Random, work: Callable[[], object]) -> i
 
 
 class Counter:
-    """Counts the steps of this process, and kills it at one of them."""
+    """Counts the steps of this process and its forks, and kills all of them at one of the steps."""
+
+    _NUMBER = struct.Struct("Q")
 
     def __init__(self, last: int, half: bool) -> None:
-        self.count = 0
+        self._shared = mmap.mmap(-1, self._NUMBER.size)
         self._last = last
         self._half = half
         self._write = os.write
@@ -163,10 +173,15 @@ class Counter:
 
         os.fsync = counted_fsync
 
+    @property
+    def count(self) -> int:
+        number: int = self._NUMBER.unpack(self._shared)[0]
+        return number
+
     def step(self) -> None:
-        self.count += 1
-        if 0 < self._last <= self.count:  # several threads may have counted at once
-            os.kill(os.getpid(), signal.SIGKILL)
+        self._NUMBER.pack_into(self._shared, 0, self.count + 1)  # two at once may count as one
+        if 0 < self._last <= self.count:
+            os.killpg(0, signal.SIGKILL)
 
     def _audit(self, event: str, _: Any) -> None:
         if event in STEPS:
@@ -239,15 +254,19 @@ def try_packing(folder: Path, prefix: Path, seed: int, runs: int) -> dict[str, A
     chance = random.Random(f"{seed} pack")
     store_root = folder / "store"
     whole = pack(prefix, store=Store(folder / "reference"))
-    steps = kills = 0
+
+    def work() -> None:
+        store, options = Store(store_root), PackOptions()
+        Packer(store, options, None, processes=2).pack(prefix, Trees(), ScanIndex.load(store, str(prefix), options))
+
+    steps = killed_at(0, chance, work)
+    kills = 0
     found = []
     for number in range(runs):
         # From scratch now and then; else a pack goes on from what an earlier one has left.
         if number % 3 == 0:
-            shutil.rmtree(store_root, ignore_errors=True)
-            steps = 4000
-        step = chance.randint(1, steps)
-        kills += killed_at(step, chance, lambda: pack(prefix, store=Store(store_root))) == -1
+            shutil.rmtree(store_root)
+        kills += killed_at(chance.randint(1, steps), chance, work) == -1
         store = Store(store_root)
         for environment_id in store.environments():
             if environment_id != whole.id:

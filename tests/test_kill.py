@@ -1,7 +1,7 @@
 """Kill -9 at random points of everything that writes: what is left is the old or the new, and can be gone on from.
 
 Each of the (seeded) runs is followed by a look at every chunk and every file, and by the same work once more, to its
-end. `tests.killing` is the program that does it; 216 runs in ``make test``, ten times as many in ``make test-all``.
+end. `tests.killing` is the program that does it; 76 runs in ``make test``, ten times as many in ``make test-all``.
 """
 
 from __future__ import annotations
