@@ -81,6 +81,7 @@ class Bench:
         self.samples: dict[str, Any] = {}
         self._options = options
         self._scratch = scratch
+        self._folder = folder
         self._store = folder / "client-store"
         folder.mkdir(exist_ok=True)
         os.environ["ENVSHIP_STORE"] = str(self._store)
@@ -161,7 +162,7 @@ class Bench:
             with self._cluster(4, self._options.fast_rate) as (cluster, rate):
                 self.samples["ours at 4 hosts"] = self._stage(cluster, rate)
         seconds["envship"] = self.samples["ours at 4 hosts"]["seconds"]
-        for name in ("scatter", "upload_file"):
+        for name in ("scatter", "upload_file", "upload_directory"):
             with self._cluster(4, self._options.fast_rate) as (cluster, _):
                 seconds[name] = cluster.client(name, str(self._bundle))["seconds"]
         for name, rival, programs in (
@@ -176,9 +177,28 @@ class Bench:
             with self._lab(["client", *hosts], self._options.fast_rate) as lab:
                 say(f"{name}")
                 seconds[name] = rival(lab, hosts, self._bundle)
+        if (python := self._ray()) is not None:
+            hosts = host_names(4)
+            with self._lab(["client", *hosts], self._options.fast_rate) as lab:
+                say("ray")
+                seconds["ray"] = spread_rivals.ray_tree(lab, hosts, self._bundle, python)
         for name, value in seconds.items():
             if name != "envship":
                 self.metrics[f"ahead_of_{name}"] = value / seconds["envship"]
+
+    def _ray(self) -> Path | None:
+        """The interpreter of an environment that holds Ray, or None where it cannot be installed."""
+        from envship.cli.machines import MachinesError, make_venv
+
+        prefix = self._folder / "ray"
+        if not prefix.exists():
+            try:
+                make_venv(prefix, ["ray"])
+            except MachinesError as error:
+                shutil.rmtree(prefix, ignore_errors=True)
+                say(f"ray is left out: it cannot be installed: {error}")
+                return None
+        return prefix / "bin" / "python"
 
     def simulation(self) -> None:
         """The same tracker with more hosts than fit here."""

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 from distributed import Client, wait
+from distributed.diagnostics.plugin import UploadDirectory
 
 READY_TIMEOUT_S = 300
 PROBE_S = 0.01
@@ -113,6 +116,16 @@ def upload_file(client: Client, hosts: int, path: str) -> dict[str, Any]:
     return {"seconds": time.time() - began}
 
 
+def upload_directory(client: Client, hosts: int, path: str) -> dict[str, Any]:
+    """Dask's own distribution of folders: the plugin for nannies, with a folder that holds the file."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(path, folder)
+        plugin = UploadDirectory(folder)  # compresses everything, which is not held against it
+        began = time.time()
+        client.register_plugin(plugin)
+        return {"seconds": time.time() - began}
+
+
 def tasks(client: Client, hosts: int, environment_id: str, rate_limit: str) -> dict[str, Any]:
     """A stream of small tasks, and an exchange of all workers with all: alone, and while an environment spreads."""
     ready(client, hosts)
@@ -150,7 +163,13 @@ def lengths(parts: Any) -> int:
     return sum(map(len, parts))
 
 
-METHODS = {"stage": stage, "scatter": scatter, "upload_file": upload_file, "tasks": tasks}
+METHODS = {
+    "stage": stage,
+    "scatter": scatter,
+    "upload_file": upload_file,
+    "upload_directory": upload_directory,
+    "tasks": tasks,
+}
 
 
 def main() -> None:

@@ -6,9 +6,11 @@ Each function returns the seconds until the last host has the file. Dask's own w
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from benchmarks.lab import Lab, LabError
 
 PIECE_BYTES = 1 << 20
 TRACKER_PORT = 6969
+RAY_PORT = 6379
 TIMEOUT_S = 900.0
 
 
@@ -94,6 +97,30 @@ def torrent(lab: Lab, hosts: Sequence[str], file: Path) -> float:
     for name in hosts:
         shutil.rmtree(lab.folder / name / "torrent")
     return seconds
+
+
+def ray_tree(lab: Lab, hosts: Sequence[str], file: Path, python: Path) -> float:
+    """Ray's object store, asked for the file in stages that double: see `benchmarks.ray_tree`."""
+    program = python.with_name("ray")
+    temporary = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # the paths of sockets may have 107 bytes
+    environ = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1"}
+    common = ["--object-store-memory=2000000000", "--num-cpus=1", "--disable-usage-stats", "--block"]
+    client = lab.address("client")
+    head = ["--head", f"--port={RAY_PORT}", f"--temp-dir={temporary}", "--include-dashboard=false"]
+    try:
+        lab.start("ray-client", "client", [program, "start", *head, f"--node-ip-address={client}", *common], environ)
+        time.sleep(5)  # the others give up where there is no head
+        joining = [program, "start", f"--address={client}:{RAY_PORT}", *common]
+        for name in hosts:
+            lab.start(f"ray-{name}", name, [*joining, f"--node-ip-address={lab.address(name)}"], environ)
+        driver = Path(__file__).with_name("ray_tree.py")
+        addresses = [lab.address(name) for name in hosts]
+        command = [str(python), str(driver), f"{client}:{RAY_PORT}", str(file), *addresses]
+        printed = lab.run("ray", "client", command, environ, TIMEOUT_S)
+        lab.stop("ray-client", *(f"ray-{name}" for name in hosts))
+        return float(json.loads(printed.strip().splitlines()[-1])["seconds"])
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _until_listening(lab: Lab, command: Sequence[str]) -> None:
