@@ -10,12 +10,14 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from distributed.comm import get_address_host
+from distributed.comm import get_address_host, get_address_host_port
 
 logger = logging.getLogger("envship.roster")
 
 IDENTIFY_TIMEOUT_S = 10.0
 """An agent that does not even say who it is for so long counts as gone."""
+PROBE_INTERVAL_S = 0.5
+"""After so long without a connection it is looked whether anybody listens there at all."""
 
 
 class Gone(Exception):
@@ -86,12 +88,25 @@ class Roster:
             if address == self._scheduler.address:
                 answer = await self._scheduler.handlers[operation](**arguments)
             else:
+                await self._reach(address)
                 answer = await getattr(self._scheduler.rpc(address), operation)(**arguments)
         except OSError as error:
             raise Gone(f"{address} does not answer: {error}") from error
         if "error" in answer:
             raise Refused(answer["error"], answer["type"])
         return answer["ok"]
+
+    async def _reach(self, address: str) -> None:
+        """Have a connection ready. Dask goes on trying for half a minute where nobody listens any more."""
+        pool = self._scheduler.rpc
+        connecting = asyncio.ensure_future(pool.connect(address))
+        try:
+            while not (await asyncio.wait({connecting}, timeout=PROBE_INTERVAL_S))[0]:
+                if await _refused(address):
+                    raise Gone(f"nobody listens at {address} any more")
+            pool.reuse(address, connecting.result())
+        finally:
+            connecting.cancel()
 
     async def ask_quietly(self, address: str, operation: str, **arguments: Any) -> Any:
         """The answer, or None where there is none; for what may fail without harm."""
@@ -100,3 +115,15 @@ class Roster:
         except (Gone, Refused) as error:
             logger.info("%s at %s: %s", operation, address, error)
             return None
+
+
+async def _refused(address: str) -> bool:
+    """Whether the machine is there, and no process listens at *address*. False where that cannot be told."""
+    try:
+        _, writer = await asyncio.wait_for(asyncio.open_connection(*get_address_host_port(address)), PROBE_INTERVAL_S)
+    except ConnectionRefusedError:
+        return True
+    except (OSError, ValueError, asyncio.TimeoutError):
+        return False
+    writer.close()
+    return False
