@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from tests.environments import PLACEHOLDER, Content, environment_of, package_of
-from worker_bootstrap import donor, ready_mark, verify
+from worker_bootstrap import ready_mark, verify
 from worker_bootstrap.digest import EnvironmentId
 from worker_bootstrap.errors import SettingInvalid
+from worker_bootstrap.layout import WRITTEN_AT_NS
 from worker_bootstrap.materialise import materialise
 from worker_bootstrap.store import Store
 
@@ -66,7 +67,7 @@ def test_reflinks_where_there_are_none_are_copies(store: Store) -> None:
     one, other = materialise(store, first), materialise(store, second, link_mode="reflink")
     assert shared(one, other) == set()
     assert list(verify.damaged_files(store, second)) == []
-    assert all(path.stat().st_mtime_ns == donor.WRITTEN_AT_NS for path in other.rglob("*") if path.is_file())
+    assert all(path.stat().st_mtime_ns == WRITTEN_AT_NS for path in other.rglob("*") if path.is_file())
 
 
 def test_what_somebody_edited_or_removed_is_not_taken(store: Store) -> None:
@@ -92,11 +93,11 @@ def test_a_symbolic_link_put_in_a_files_place_is_not_taken(store: Store, tmp_pat
     one = materialise(store, first)
     secret = tmp_path / "secret"
     secret.write_bytes((one / "bin/tool").read_bytes())
-    os.utime(secret, ns=(donor.WRITTEN_AT_NS, donor.WRITTEN_AT_NS))
+    os.utime(secret, ns=(WRITTEN_AT_NS, WRITTEN_AT_NS))
     (one / "bin/tool").unlink()
     # As long as the file, of the same time, executable as all links are: nothing but its kind tells them apart.
     (one / "bin/tool").symlink_to("/" * (secret.stat().st_size - len(str(secret))) + str(secret))
-    os.utime(one / "bin/tool", ns=(donor.WRITTEN_AT_NS, donor.WRITTEN_AT_NS), follow_symlinks=False)
+    os.utime(one / "bin/tool", ns=(WRITTEN_AT_NS, WRITTEN_AT_NS), follow_symlinks=False)
     other = materialise(store, second, link_mode="hardlink")
     assert not (other / "bin/tool").is_symlink()
     assert list(verify.damaged_files(store, second)) == []

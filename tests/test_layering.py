@@ -35,7 +35,7 @@ WITHOUT_DASK = (
     ),
 )
 """Modules that must not import Dask: they run in processes that have to start at once, and in tests without it."""
-DASK = {"distributed", "dask", "tornado", "psutil", "cloudpickle", "click", "msgpack", "fsspec"}
+DASK = {"distributed", "dask", "tornado", "psutil", "cloudpickle", "click", "msgpack", "fsspec", "yaml"}
 OPTIONAL = {"zstandard", "prometheus_client"}
 MODULES = sorted(module.name for module in pkgutil.iter_modules([str(PACKAGE)]))
 

@@ -12,8 +12,9 @@ import pytest
 
 from tests.environments import PLACEHOLDER, Content, environment_of, package_of
 from tests.filesystems import needs_mount, with_reflinks
-from worker_bootstrap import donor, verify
+from worker_bootstrap import verify
 from worker_bootstrap.digest import EnvironmentId
+from worker_bootstrap.layout import WRITTEN_AT_NS
 from worker_bootstrap.materialise import materialise
 from worker_bootstrap.store import Store
 
@@ -80,7 +81,7 @@ def test_a_reflink_shares_blocks_and_no_edit(cloning: Store, mode: str) -> None:
     assert not (one / "lib/large.so").samefile(other / "lib/large.so")
     assert extents_are_shared(one / "lib/large.so", other / "lib/large.so")
     assert (other / "bin/tool").stat().st_mode & 0o777 == 0o755
-    assert (other / "lib/large.so").stat().st_mtime_ns == donor.WRITTEN_AT_NS
+    assert (other / "lib/large.so").stat().st_mtime_ns == WRITTEN_AT_NS
     edit(other / "lib/large.so")
     assert list(verify.damaged_files(cloning, first)) == []
     fresh = third(cloning, b"3")

@@ -11,10 +11,13 @@ import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from worker_bootstrap.blueprint import Run
 from worker_bootstrap.digest import Digest
 from worker_bootstrap.errors import TransferError
+
+if TYPE_CHECKING:
+    from worker_bootstrap.blueprint import Run
 
 SILENCE_S = 120.0
 """A build that hears nothing for so long, not even that it should wait, gives up: whoever fetches hangs."""

@@ -19,7 +19,6 @@ from worker_bootstrap import arrivals
 from worker_bootstrap.digest import Digest, EnvironmentId
 from worker_bootstrap.errors import ChunkInvalid, ChunkMissing, MaterialiseError
 from worker_bootstrap.location import store_limit_bytes
-from worker_bootstrap.materialise import read_error
 from worker_bootstrap.store import Store
 
 STUB = "import sys; sys.path[:1] = [sys.argv.pop(1)]; from worker_bootstrap.materialise import main; main()"
@@ -96,6 +95,8 @@ async def _outcome(
         async for line in process.stdout:
             message = json.loads(line)
             if "error" in message:
+                from worker_bootstrap.materialise import read_error  # not what every agent needs to start
+
                 raise read_error(message["error"])
             if "prefix" in message:
                 return str(message["prefix"])

@@ -12,8 +12,6 @@ import struct
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
-import fsspec
-
 from worker_bootstrap.digest import Digest
 from worker_bootstrap.errors import BundleInvalid, ManifestInvalid
 from worker_bootstrap.manifest import CHUNK_LIMIT_BYTES, MANIFEST_LIMIT_BYTES, Manifest
@@ -50,6 +48,8 @@ def opened(where: str) -> Iterator[BinaryIO]:
             yield stack.enter_context(open(where, "rb"))
             return
         try:
+            import fsspec  # for URLs only: every process that starts pays for it
+
             file: BinaryIO = stack.enter_context(fsspec.open(where, "rb"))
         except OSError:
             raise

@@ -18,12 +18,11 @@ from pathlib import Path
 
 from worker_bootstrap import ready_mark
 from worker_bootstrap.errors import EnvshipError, SettingInvalid
+from worker_bootstrap.layout import WRITTEN_AT_NS
 from worker_bootstrap.manifest import File, Listing, Manifest, Package
 from worker_bootstrap.store import Store
 
 LINK_MODES = ("auto", "reflink", "hardlink", "copy")
-WRITTEN_AT_NS = 1_000_000_000 * 10**9
-"""Time of modification of every file of every built environment (9 September 2001)."""
 DONOR_LIMIT = 4
 """Environments looked at, the last built first: reading a manifest takes some 10 ms."""
 

@@ -22,6 +22,8 @@ from typing import NamedTuple
 from worker_bootstrap.digest import Digest, EnvironmentId, is_digest
 
 STORE_VERSION = "1"
+WRITTEN_AT_NS = 1_000_000_000 * 10**9
+"""When every file and folder of a built environment was modified (9 September 2001); an edit gives another time."""
 SHORT_ID_LENGTH = 16
 """Hex digits of an environment id in the path of its prefix: shebangs end at 127 bytes, conda's placeholder at 255."""
 

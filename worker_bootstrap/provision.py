@@ -28,7 +28,6 @@ from worker_bootstrap.soundness import sound_prefix
 from worker_bootstrap.store import Store
 from worker_bootstrap.tracker import Batch, Offer
 from worker_bootstrap.transfer import Outcome, PeerChunks, fetch_chunks
-from worker_bootstrap.verify import damaged_chunks
 
 logger = logging.getLogger("envship.provision")
 
@@ -127,6 +126,8 @@ class Provision:
 
     def _drop_damaged(self, environment_id: EnvironmentId) -> None:
         """Look at every chunk: where one is damaged, after a crash of the machine, others are, and tries are few."""
+        from worker_bootstrap.verify import damaged_chunks  # not what every agent needs to start
+
         manifest = self._store.read_manifest(environment_id)
         for problem in damaged_chunks(self._store, manifest, self._store.missing(manifest.chunks)):
             logger.warning("environment %s: %s", environment_id[:16], problem)

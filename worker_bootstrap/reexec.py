@@ -8,7 +8,6 @@ import fails, it executes the interpreter that we came from.
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
 import json
 import logging
@@ -23,6 +22,7 @@ from typing import NamedTuple, NoReturn
 
 from worker_bootstrap.interpreter import ENVIRONMENT_VARIABLE, FAILED_VARIABLE, Interpreter, with_base
 from worker_bootstrap.launch import Launch, recognise
+from worker_bootstrap.quick_import import import_dask, quickly
 
 logger = logging.getLogger("envship.reexec")
 
@@ -75,7 +75,6 @@ class Arrival:
 
 def main() -> None:
     """Entry of the stub, in the new interpreter."""
-    gc.disable()  # importing Dask is an eighth faster without; nothing of it is garbage
     path = Path(os.environ.pop(ORDERS_VARIABLE))
     orders = Orders(**json.loads(path.read_text()))
     path.unlink()
@@ -85,10 +84,10 @@ def main() -> None:
     sys.path.append(sys.path.pop(0))
     try:
         _hold(orders.lease)
-        command = importlib.import_module(launch.module).main
-        _import_services(launch.kind)
-        gc.freeze()
-        gc.enable()
+        with quickly():
+            import_dask()
+            command = importlib.import_module(launch.module).main
+            _import_services(launch.kind)
         if orders.wait_for is not None:
             _wait_for(*orders.wait_for, timeout_s=orders.wait_timeout_s)
         command(args=[*launch.arguments, *orders.extra], prog_name=" ".join(("dask", launch.kind)))

@@ -17,9 +17,10 @@ from pathlib import Path
 from worker_bootstrap import soundness
 from worker_bootstrap.blueprint import Blueprint, Run
 from worker_bootstrap.digest import EnvironmentId
-from worker_bootstrap.donor import WRITTEN_AT_NS, seal
+from worker_bootstrap.donor import seal
 from worker_bootstrap.durable import full_error
 from worker_bootstrap.errors import ManifestInvalid, MaterialiseError
+from worker_bootstrap.layout import WRITTEN_AT_NS
 from worker_bootstrap.manifest import File
 from worker_bootstrap.relocate import relocate
 from worker_bootstrap.store import Store

@@ -16,15 +16,16 @@ import random
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from worker_bootstrap.blueprint import Blueprint
 from worker_bootstrap.digest import EnvironmentId
-from worker_bootstrap.donor import WRITTEN_AT_NS
 from worker_bootstrap.durable import content_of, publish
-from worker_bootstrap.layout import Layout
+from worker_bootstrap.layout import WRITTEN_AT_NS, Layout
 from worker_bootstrap.mounts import NETWORK_FILE_SYSTEMS, file_system_of
 from worker_bootstrap.store import Store
+
+if TYPE_CHECKING:
+    from worker_bootstrap.blueprint import Blueprint
 
 LOOKS = 2000
 """Folders and files looked at in all. A ``stat`` takes 5-9 µs on a virtual machine: some 15 ms."""

@@ -8,7 +8,6 @@ dies the socket closes, and so do we.
 from __future__ import annotations
 
 import asyncio
-import gc
 import importlib
 import importlib.util
 import json
@@ -23,6 +22,8 @@ import threading
 import traceback
 from pathlib import Path
 from typing import Any
+
+from worker_bootstrap.quick_import import import_dask, quickly
 
 logger = logging.getLogger("envship.standby")
 
@@ -62,7 +63,6 @@ class Channel:
 
 def main() -> None:
     """Entry of ``python -c STUB SOCKET CODE``."""
-    gc.disable()  # importing Dask is an eighth faster without; nothing of it is garbage
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole job; the nanny decides what happens
     channel = Channel(socket.socket(fileno=int(sys.argv[1])))
     frame = channel.receive()
@@ -71,16 +71,15 @@ def main() -> None:
     try:
         options = pickle.loads(frame)
         stderr = options["stderr"]
-        _enter(options)
-        worker = _checked_worker(options["worker"]) if options["worker"] is not None else None
+        with quickly():
+            _enter(options)
+            worker = _checked_worker(options["worker"]) if options["worker"] is not None else None
         for plugin_name, data in options["plugins"]:
             _check_unpickles(plugin_name, data)
     except BaseException as error:
         channel.send_json({"error": _in_words(error), "trace": traceback.format_exc()})
         sys.exit(1)
     channel.send_json({"ready": _description()})
-    gc.freeze()
-    gc.enable()
     os.dup2(stderr, 2)
     command = channel.receive_json()
     if command is not None and command["op"] == "run" and worker is not None:
@@ -92,7 +91,8 @@ def _enter(options: dict[str, Any]) -> None:
     code = sys.path.pop(0)
     sys.path[:] = [*options["sys_path"], *sys.path, code]  # ours comes last: nothing of the environment is shadowed
     _hold_lease(options["lease"])
-    for name in ("distributed", *options["modules"]):
+    import_dask()
+    for name in options["modules"]:
         importlib.import_module(name)
     for name in options["optional_modules"]:
         # Whatever breaks in an optional one (bokeh, a metrics route) breaks in the worker's own start, and says so.
