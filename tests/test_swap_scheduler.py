@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 import dask
 import dask.array
 import pytest
+import zstandard
 from distributed import Client, SchedulerPlugin, WorkerPlugin
 
 import envship  # noqa: F401  adds the methods to the client
+from worker_bootstrap.store import Store
 
-from .cluster import SWAP_MARKS, Cluster, eventually, places
+from .cluster import SWAP_MARKS, Cluster, eventually, places, variant
 
 if TYPE_CHECKING:
     from envship.environment import Environment
@@ -172,3 +174,28 @@ def test_an_encrypted_cluster(
             assert result.uploaded_chunks == len(packed.manifest.chunks)
             assert client.submit(onlyhere.f, 1).result(timeout=30) == 42
             assert scheduler_place(client)[1] == cluster.members["scheduler"].pid
+
+
+def test_what_a_moved_scheduler_keeps_the_nannies_of_its_machine_can_read(
+    base_venv: Path, tmp_path: Path, packed: Environment, client_store: Store, onlyhere: ModuleType
+) -> None:
+    """The environment has ``zstandard``, the base in which they stay does not, and all of them share one store."""
+    folder = Path(zstandard.__file__).parent
+    with_zstd = {f"{{site}}/zstandard/{path.name}": path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    first = variant(client_store, packed.manifest, with_zstd)
+    second = variant(client_store, packed.manifest, {**with_zstd, "{site}/fresh.py": b"VALUE = 1\n" * 10_000})
+
+    def decodes_zstd() -> bool:
+        from worker_bootstrap import codec
+
+        return "zstd" in codec.available()
+
+    with Cluster(base_venv, tmp_path / "c") as cluster:
+        cluster.start_scheduler(host="a")
+        cluster.start_worker("w1", host="a")
+        with cluster.client(workers=1) as client:
+            client.use_environment(first)
+            assert client.run_on_scheduler(decodes_zstd)
+            client.use_environment(second)
+            assert all(place.prefix.endswith(second[:16]) for place in places(client).values())
+        assert not list(cluster.store("a").glob("chunks/*/*.zst"))

@@ -125,7 +125,7 @@ class Agent:
             "platform": platform_name(platform.system(), platform.machine()),
             "store": str(self.store.layout.root),
             "free_bytes": room.f_bavail * room.f_frsize,
-            "codecs": list(codec.available()),
+            "codecs": list(codec.accepted()),
             "warm": [],
             "warm_bytes": 0,
             "obstacle": self.obstacle(),

@@ -112,7 +112,7 @@ class ChunkServer:
         except (ValueError, OSError) as error:
             return _refusal(error)
         held = [digest for digest in asked if digest not in missing]
-        return {"status": "OK", "held": held, "accept": codec.available()}
+        return {"status": "OK", "held": held, "accept": codec.accepted()}
 
     async def check_chunks(self, digests: Any = ()) -> dict[str, Any]:
         """A peer found these wrong: read them, which drops copies that are damaged here. Answers what is left."""
@@ -137,7 +137,7 @@ class PeerChunks:
 
     async def get(self, address: str, digests: Sequence[Digest]) -> list[EncodedChunk]:
         """Those of *digests* that the peer holds, unverified, in codecs that this process can decode."""
-        message = {"digests": list(digests), "accept": list(codec.available())}
+        message = {"digests": list(digests), "accept": list(codec.accepted())}
         reply = await self._call(address, "envship_get_chunks", message)
         chunks = self._parsed(address, lambda: [_chunk_of(row) for row in reply["chunks"]])
         wanted = set(digests)

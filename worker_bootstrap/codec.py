@@ -7,6 +7,7 @@ as zlib. Sizes are bounded by what the manifest says, never by what a compressed
 from __future__ import annotations
 
 import importlib
+import os
 import threading
 import zlib
 from collections.abc import Collection
@@ -17,6 +18,8 @@ ZLIB_LEVEL = 1
 
 SUFFIXES = {"zstd": ".zst", "zlib": ".zlib", "raw": ".raw"}
 """File suffix of each codec, best codec first."""
+CODECS_VARIABLE = "ENVSHIP_CODECS"
+"""Tells a process that was re-executed what `accepted` was before."""
 
 
 class CodecError(ValueError):
@@ -37,6 +40,16 @@ _thread = threading.local()
 def available() -> tuple[str, ...]:
     """Codecs that this process can decode, best first."""
     return tuple(name for name in SUFFIXES if name != "zstd" or _zstandard is not None)
+
+
+def accepted() -> tuple[str, ...]:
+    """Codecs of the chunks that this process may put into its store, best first.
+
+    Fewer than `available` in a process that was re-executed, from an interpreter that had fewer: others of its machine,
+    such as nannies, stay in that one and read the same store.
+    """
+    told = os.environ.get(CODECS_VARIABLE)
+    return tuple(name for name in available() if told is None or name in told.split(","))
 
 
 def choose(accept: Collection[str]) -> str:

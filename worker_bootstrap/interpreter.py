@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from worker_bootstrap.codec import CODECS_VARIABLE, accepted
 from worker_bootstrap.digest import EnvironmentId, is_digest
 
 ENVIRONMENT_VARIABLE = "ENVSHIP_ENVIRONMENT"
@@ -58,12 +59,14 @@ def base_interpreter() -> Interpreter:
 
 
 def with_base(interpreter: Interpreter, base: Interpreter) -> Interpreter:
-    """*interpreter* for an ``exec`` that can be undone: its variables hold *base*."""
+    """*interpreter* for an ``exec`` that can be undone: its variables hold *base*, and what that can decode."""
     if interpreter.environment_id is None:
         return interpreter
     raw = json.dumps({"prefix": base.prefix, "python": base.python, "environ": dict(base.environ)})
     packed = base64.b85encode(zlib.compress(raw.encode())).decode()
-    return interpreter._replace(environ={**interpreter.environ, BASE_VARIABLE: packed})
+    return interpreter._replace(
+        environ={**interpreter.environ, BASE_VARIABLE: packed, CODECS_VARIABLE: ",".join(accepted())}
+    )
 
 
 def platform_name(system: str, machine: str) -> str:
@@ -82,4 +85,4 @@ def _without_marks(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if name not in _MARKS}
 
 
-_MARKS = frozenset((ENVIRONMENT_VARIABLE, PREFIX_VARIABLE, BASE_VARIABLE, FAILED_VARIABLE))
+_MARKS = frozenset((ENVIRONMENT_VARIABLE, PREFIX_VARIABLE, BASE_VARIABLE, FAILED_VARIABLE, CODECS_VARIABLE))

@@ -132,7 +132,7 @@ class Store:
         """
         digest = digest or digest_of(data)
         if not self.has_chunk(digest):
-            chosen = codec_name or codec.available()[0]
+            chosen = codec_name or codec.accepted()[0]
             self._publish(self.layout.chunk(digest, codec.SUFFIXES[chosen]), codec.encode(data, chosen), sync=False)
         return digest
 
