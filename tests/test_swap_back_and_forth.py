@@ -53,17 +53,18 @@ def other(packed: Environment, client_store: Store) -> EnvironmentId:
     return variant(client_store, packed.manifest, {"{site}/another.py": b"VALUE = 7\n"})
 
 
+@pytest.mark.parametrize("turns", [1, pytest.param(5, marks=pytest.mark.heavy)])
 def test_there_and_back_many_times(
-    client: Client, base_venv: Path, packed: Environment, other: EnvironmentId, onlyhere: ModuleType
+    client: Client, base_venv: Path, packed: Environment, other: EnvironmentId, onlyhere: ModuleType, turns: int
 ) -> None:
-    """A → B → A → base, twice, with the scheduler; the second time no byte is uploaded."""
+    """A → B → A → base, again and again, with the scheduler; after the first time no byte is uploaded."""
 
     def value() -> int:
         import another
 
         return int(another.VALUE)
 
-    for turn in range(2):
+    for turn in range(turns):
         for target in (packed.id, other, packed.id, None):
             result = client.reset_environment() if target is None else client.use_environment(target)
             assert result.environment_id == target

@@ -115,7 +115,9 @@ def test_a_worker_that_dies_while_the_swap_is_prepared_holds_nobody_up(
     assert prefixes(client) == {slow[:16]}
 
 
-@pytest.mark.parametrize("options", [(), ("--no-nanny",)], ids=["nanny", "no-nanny"])
+@pytest.mark.parametrize(
+    "options", [(), pytest.param(("--no-nanny",), marks=pytest.mark.heavy)], ids=["nanny", "no-nanny"]
+)
 def test_a_worker_that_joins_while_the_swap_is_prepared_ends_up_in_the_environment(
     client: Client, cluster: Cluster, slow: EnvironmentId, options: tuple[str, ...]
 ) -> None:
