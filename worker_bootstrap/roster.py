@@ -100,11 +100,18 @@ class Roster:
         """Have a connection ready. Dask goes on trying for half a minute where nobody listens any more."""
         pool = self._scheduler.rpc
         connecting = asyncio.ensure_future(pool.connect(address))
+
+        def keep(done: asyncio.Future[Any]) -> None:
+            # Also one that is made in the moment in which nobody waits for it any more.
+            if not done.cancelled() and done.exception() is None:
+                pool.reuse(address, done.result())
+
+        connecting.add_done_callback(keep)
         try:
             while not (await asyncio.wait({connecting}, timeout=PROBE_INTERVAL_S))[0]:
                 if await _refused(address):
                     raise Gone(f"nobody listens at {address} any more")
-            pool.reuse(address, connecting.result())
+            connecting.result()
         finally:
             connecting.cancel()
 
