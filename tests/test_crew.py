@@ -95,7 +95,7 @@ def test_helpers_die_with_the_one_that_they_help() -> None:
     program = (
         "import os, signal; from worker_bootstrap.crew import Crew\n"
         "def job(number):\n"
-        "    print(os.getpid(), flush=True)\n"
+        "    os.write(1, b'%d\\n' % os.getpid())\n"  # at once, whatever else is printed
         "    signal.pause()\n"
         "with Crew(job, print, 2) as crew:\n"
         "    crew.give(0), crew.give(1), crew.finish()\n"
