@@ -239,14 +239,6 @@ def test_a_module_that_is_not_there(code: str) -> None:
     assert "Traceback" in error.output
 
 
-def test_an_optional_module_may_be_missing(code: str) -> None:
-    async def main() -> None:
-        request = StartRequest(code, None, optional_modules=["no_such_module"])
-        await (await Standby.start(THIS, request, TIMEOUT_S)).discard()
-
-    asyncio.run(main())
-
-
 def test_a_worker_class_that_does_not_unpickle(code: str, worker: Callable[..., bytes], tmp_path: Path) -> None:
     options = worker()
     (tmp_path / "some_workers.py").write_text("")
@@ -315,3 +307,37 @@ def test_exits_in_words() -> None:
     assert exit_text(0) == "exit code 0"
     assert exit_text(-9) == "signal SIGKILL"
     assert exit_text(-250) == "exit code -250"
+
+
+# -- byte code of ours
+
+
+def started(code: str, **variables: str) -> None:
+    """Start a standby, and end it."""
+
+    async def main() -> None:
+        interpreter = THIS._replace(environ={**THIS.environ, **variables})
+        await (await Standby.start(interpreter, StartRequest(code, None), TIMEOUT_S)).discard()
+
+    asyncio.run(main())
+
+
+def test_our_code_is_compiled_once_and_for_all(code: str) -> None:
+    started(code, PYTHONDONTWRITEBYTECODE="1")
+    sources = {path.stem for path in Path(code).rglob("*.py")}
+    compiled = list(Path(code).rglob("*.pyc"))
+    assert {path.name.split(".")[0] for path in compiled} == sources
+    at = {path: path.stat().st_mtime_ns for path in compiled}
+    started(code)
+    assert {path: path.stat().st_mtime_ns for path in Path(code).rglob("*.pyc")} == at
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_code_in_a_store_of_somebody_else_is_left_as_it_is(code: str) -> None:
+    package = Path(code, "worker_bootstrap")
+    package.chmod(0o555)
+    try:
+        started(code)
+        assert not list(package.rglob("*.pyc"))
+    finally:
+        package.chmod(0o755)

@@ -30,7 +30,9 @@ ORDERS_VARIABLE = "ENVSHIP_ORDERS"
 STATE_VARIABLE = "ENVSHIP_SCHEDULER_STATE"
 CARRIED_VARIABLES = (STATE_VARIABLE,)
 """What every re-executed process takes along, whatever its environment."""
-STUB = "import sys; sys.path[:1] = [sys.argv.pop(1)]; from worker_bootstrap.reexec import main; main()"
+STUB = (
+    "import gc, sys; gc.disable(); sys.path[:1] = [sys.argv.pop(1)]; from worker_bootstrap.reexec import main; main()"
+)
 WAIT_INTERVAL_S = 0.02
 
 

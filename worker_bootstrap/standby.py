@@ -30,7 +30,6 @@ class StartRequest(NamedTuple):
     lease: str | None
     worker: bytes | None = None
     modules: Sequence[str] = ()
-    optional_modules: Sequence[str] = ()
     plugins: Sequence[tuple[str, bytes]] = ()
 
 
@@ -151,7 +150,6 @@ class Standby:
         options = {
             "worker": request.worker,
             "modules": list(request.modules),
-            "optional_modules": list(request.optional_modules),
             "plugins": list(request.plugins),
             "lease": request.lease,
             "argv": sys.argv,

@@ -23,12 +23,14 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from worker_bootstrap.quick_import import import_dask, quickly
+from worker_bootstrap.quick_import import compile_ours, import_dask, quickly
 
 logger = logging.getLogger("envship.standby")
 
 HEADER = struct.Struct(">Q")
-STUB = "import sys; sys.path[:1] = [sys.argv[2]]; from worker_bootstrap.standby_main import main; main()"
+STUB = (
+    "import gc, sys; gc.disable(); sys.path[:1] = [sys.argv[2]]; from worker_bootstrap.standby_main import main; main()"
+)
 """What ``python -c`` is given, followed by the number of our socket and the folder of this code."""
 
 
@@ -90,16 +92,11 @@ def _enter(options: dict[str, Any]) -> None:
     sys.argv = list(options["argv"])
     code = sys.path.pop(0)
     sys.path[:] = [*options["sys_path"], *sys.path, code]  # ours comes last: nothing of the environment is shadowed
+    compile_ours(code)
     _hold_lease(options["lease"])
     import_dask()
     for name in options["modules"]:
         importlib.import_module(name)
-    for name in options["optional_modules"]:
-        # Whatever breaks in an optional one (bokeh, a metrics route) breaks in the worker's own start, and says so.
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            continue
 
 
 def _hold_lease(path: str | None) -> None:
