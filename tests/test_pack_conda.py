@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import conda_pack
 import pytest
 
 from envship.options import PackOptions
@@ -101,6 +102,20 @@ def test_pip_packages_and_files_of_nobody_come_along(copy: Path, store: Store, t
     assert note.relocation == ("text", PLACEHOLDER)
     assert contents(environment, package(environment, "", "files"))["conda-meta/history"] == b""
     assert not any(path.endswith("CACHEDIR.TAG") for path in all_entries(environment))
+
+
+def test_what_is_packed_is_what_conda_pack_would_pack(copy: Path, store: Store, tmp_path: Path) -> None:
+    install(copy, onlyhere_wheel(tmp_path))
+    strays = ["note", "share/doc/of nobody", "backup~", ".DS_Store", "pkgs/cached/file", "conda-recipes/meta.yaml"]
+    for path in map(copy.joinpath, strays):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    theirs = {file.target for file in conda_pack.CondaEnv.from_prefix(str(copy))}
+    ours = set(all_entries(pack(copy, store=store)))
+    assert {"note", "share/doc/of nobody"} <= ours
+    traces = re.compile(r".*\.pyc|conda-meta/history|CACHEDIR\.TAG|\.DS_Store|.*\.dist-info/REQUESTED")
+    assert {path for path in theirs - ours if not traces.fullmatch(path)} == set()  # what two installations differ in
+    assert {path for path in ours - theirs if not path.endswith(".pyc")} == set()
 
 
 def test_missing_and_overwritten_files_are_all_listed_and_may_be_ignored(

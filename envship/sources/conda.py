@@ -1,9 +1,9 @@
 """Conda environments: packages as ``conda-meta`` records them, pip's packages, and files that nobody owns.
 
 Which files belong to which package, how each names its prefix, and what it was before, comes from ``conda-meta`` and
-not from the package cache, which may be gone. What is left out is what conda-pack leaves out; asking it took as long
-as all the rest of planning. Source of the format: conda's ``PrefixRecord`` and "paths.json" in conda-build's manual,
-"Package specification".
+not from the package cache, which may be gone. What is left out is what conda-pack leaves out (a test compares the
+two); asking it took as long as all the rest of planning. Source of the format: conda's ``PrefixRecord`` and
+"paths.json" in conda-build's manual, "Package specification".
 """
 
 from __future__ import annotations
