@@ -332,6 +332,20 @@ def test_our_code_is_compiled_once_and_for_all(code: str) -> None:
     assert {path: path.stat().st_mtime_ns for path in Path(code).rglob("*.pyc")} == at
 
 
+def test_byte_code_that_is_cut_short_is_not_kept(code: str) -> None:
+    program = (
+        "import resource, sys; sys.dont_write_bytecode = True; sys.path[:0] = [sys.argv[1]]\n"
+        "from worker_bootstrap.quick_import import compile_ours\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "compile_ours(sys.argv[1])\n"
+    )
+    subprocess.run([sys.executable, "-c", program, code], check=True)
+    compiled = [path.name for path in Path(code).rglob("__pycache__/*")]
+    assert len(compiled) < len(list(Path(code).rglob("*.py")))
+    assert all(name.endswith(".pyc") for name in compiled)
+    started(code)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
 def test_code_in_a_store_of_somebody_else_is_left_as_it_is(code: str) -> None:
     package = Path(code, "worker_bootstrap")
