@@ -271,6 +271,18 @@ def test_an_obstacle_of_a_scheduler_that_stays_is_none() -> None:
     assert swap_on(cluster, scheduler=True).error == "NotSwappable"
 
 
+def test_hosts_are_told_whether_the_environment_was_built_anew() -> None:
+    """What they started before of an environment that turned out damaged does not count."""
+    answers = {
+        ("tcp://a1", "envship_provide"): {"seconds": {"fetch": 0.0, "build": 0.0}},
+        ("tcp://b1", "envship_provide"): {"seconds": {"fetch": 0.0, "build": 1.5}},
+    }
+    cluster = ScriptedCluster(answers=answers)
+    assert swap_on(cluster).phase == "done"
+    told = {a: more["options"]["built_anew"] for a, what, more in cluster.roster.asked if what == "envship_prepare"}
+    assert told == {"tcp://a1": False, "tcp://a2": False, "tcp://b1": True}
+
+
 # -- prepare fails
 
 

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +26,7 @@ from worker_bootstrap.hosted import HostedProcess, PendingProcess, RefusedProces
 from worker_bootstrap.provision import Call
 from worker_bootstrap.reexec import dialled
 from worker_bootstrap.standby import Standby
+from worker_bootstrap.standby_pool import StandbyPool
 from worker_bootstrap.store import Store
 from worker_bootstrap.worker_options import WorkerOptions
 
@@ -34,9 +34,6 @@ logger = logging.getLogger("envship.nanny")
 
 STOP_TIMEOUT_S = 5.0
 """A worker that has not closed by then is killed; the scheduler has let go of it long before."""
-MEMORY_PRESSURE_PERCENT = 90.0
-"""Parked standbys are given up when this much of the machine's memory is used."""
-MEMORY_CHECK_INTERVAL_S = 5.0
 RETRY_INTERVAL_S = 0.02
 
 
@@ -47,11 +44,9 @@ class NannyAgent(Agent):
 
     def __init__(self, server: Any, store: Store, call: Call) -> None:
         super().__init__(server, store, call)
-        self.parked: OrderedDict[EnvironmentId | None, Standby] = OrderedDict()
-        self._prepared: dict[EnvironmentId | None, Standby] = {}
+        self.standbys = StandbyPool(self._start_standby, self.in_background)
         self._start_timeout_s = 60.0
         self._held: Any = None
-        self._watcher: asyncio.Task[Any] | None = None
         self._moving = asyncio.Lock()
 
     @property
@@ -67,29 +62,22 @@ class NannyAgent(Agent):
         return None
 
     async def identify(self) -> dict[str, Any]:
-        standbys = {name: standby for name, standby in self.parked.items() if standby.alive}
         return {
             **await super().identify(),
             "worker": self.server.worker_address,
-            "warm": [name or "base" for name in standbys],
-            "warm_bytes": sum(_resident_bytes(standby.pid) for standby in standbys.values()),
+            "warm": [name or "base" for name in self.standbys.parked],
+            "warm_bytes": self.standbys.parked_bytes,
         }
 
     async def prepare(self, environment_id: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
         name = None if environment_id is None else EnvironmentId(environment_id)
         self._start_timeout_s = float(options["start_timeout_s"])
-        standby = self.parked.pop(name, None) or self._prepared.pop(name, None)
-        if standby is None or not standby.alive:
-            standby = await self._start_standby(name)
-        abandoned, self._prepared = self._prepared, {name: standby}
-        for other in abandoned.values():
-            await other.discard()
-        return dict(standby.description)
+        if options.get("built_anew"):
+            await self.standbys.discard(name)  # What it has imported may be damaged.
+        return dict((await self.standbys.prepare(name)).description)
 
     async def discard(self, environment_id: str | None) -> None:
-        standby = self._prepared.pop(None if environment_id is None else EnvironmentId(environment_id), None)
-        if standby is not None:
-            await standby.discard()
+        await self.standbys.discard(None if environment_id is None else EnvironmentId(environment_id))
 
     async def commit(self, environment_id: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
         name = None if environment_id is None else EnvironmentId(environment_id)
@@ -110,13 +98,8 @@ class NannyAgent(Agent):
     async def park(self, environment_id: str | None, keep: int, prepare: Mapping[str, Any]) -> None:
         name = None if environment_id is None else EnvironmentId(environment_id)
         self._start_timeout_s = float(prepare["start_timeout_s"])
-        if keep > 0 and name not in self.parked and name != self.environment_id and not _memory_is_short():
-            self.parked[name] = await self._start_standby(name)
-            if self._watcher is None or self._watcher.done():
-                self._watcher = self.in_background(self._watch_memory())
-        while len(self.parked) > keep:
-            _, standby = self.parked.popitem(last=False)
-            await standby.discard()
+        if name != self.environment_id:
+            await self.standbys.park(name, keep)
 
     async def conform(self, target: EnvironmentId | None, manifest: bytes | None, options: Mapping[str, Any]) -> None:
         """Bring a nanny that came late, and was told to `hold`, into the environment *target*."""
@@ -161,8 +144,7 @@ class NannyAgent(Agent):
 
     async def close(self) -> None:
         await super().close()
-        for standby in [*self.parked.values(), *self._prepared.values()]:
-            await standby.discard()
+        await self.standbys.close()
 
     def _take_process(self) -> Any:
         """Take the worker's process away from the nanny; its end no longer concerns the nanny."""
@@ -179,7 +161,7 @@ class NannyAgent(Agent):
             interpreter,
             start_standby=functools.partial(self._start_standby, name),
             on_exit=self.server._on_worker_exit_sync,
-            standby=self._prepared.pop(name, None),
+            standby=self.standbys.take(name),
             override=self._remaining_lifetime(),
         )
 
@@ -240,14 +222,6 @@ class NannyAgent(Agent):
         ports = [str(kwargs.get(name) or "").rpartition(":")[2] for name in ("port", "dashboard_address")]
         return any(port not in ("", "0") for port in ports) or self.server.contact_address is not None
 
-    async def _watch_memory(self) -> None:
-        while self.parked:
-            await asyncio.sleep(MEMORY_CHECK_INTERVAL_S)
-            if self.parked and _memory_is_short():
-                name, standby = self.parked.popitem(last=False)
-                logger.info("memory is short: the parked standby of environment %s is given up", name or "base")
-                await standby.discard()
-
 
 async def _listens(host: str, port: int) -> bool:
     """Whether something accepts connections there; asked directly, because Dask's own back-off overshoots."""
@@ -257,14 +231,3 @@ async def _listens(host: str, port: int) -> bool:
         return False
     writer.close()
     return True
-
-
-def _memory_is_short() -> bool:
-    return bool(psutil.virtual_memory().percent > MEMORY_PRESSURE_PERCENT)
-
-
-def _resident_bytes(pid: int) -> int:
-    try:
-        return int(psutil.Process(pid).memory_info().rss)
-    except psutil.Error:
-        return 0

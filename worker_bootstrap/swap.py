@@ -172,15 +172,18 @@ class Swap(SwapAccount):
         self.note(host_id, "ready")
 
     async def _provide_and_start(self, cluster: Cluster, host_id: str, addresses: Sequence[str]) -> None:
+        options = self._plain_options()
         if self.environment_id is not None:
             provided = await self._provide(cluster, addresses)
-            for name, value in (provided or {}).get("seconds", {}).items():
+            seconds = (provided or {}).get("seconds", {})
+            options["built_anew"] = seconds.get("build", 0.0) > 0
+            for name, value in seconds.items():
                 self.seconds[name] = max(self.seconds.get(name, 0.0), value)
         if self.options.get("stage_only"):
             return
         self.note(host_id, "starting")
         started = time.perf_counter()
-        await asyncio.gather(*(self._prove(cluster, address) for address in addresses))
+        await asyncio.gather(*(self._prove(cluster, address, options) for address in addresses))
         self.seconds["start"] = max(self.seconds.get("start", 0.0), time.perf_counter() - started)
 
     async def _provide(self, cluster: Cluster, addresses: Sequence[str]) -> dict[str, Any] | None:
@@ -201,11 +204,9 @@ class Swap(SwapAccount):
                 continue
         return None
 
-    async def _prove(self, cluster: Cluster, address: str) -> None:
+    async def _prove(self, cluster: Cluster, address: str, options: Mapping[str, Any]) -> None:
         try:
-            await cluster.roster.ask(
-                address, "envship_prepare", environment_id=self.environment_id, options=self._plain_options()
-            )
+            await cluster.roster.ask(address, "envship_prepare", environment_id=self.environment_id, options=options)
         except Gone:
             logger.info("agent %s left while the swap was prepared", address)
 

@@ -1,0 +1,117 @@
+"""The standbys of one nanny.
+
+One is *prepared* for the swap that is under way, and *parked* ones are of environments left a moment ago.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Awaitable, Mapping
+from typing import Any, Callable, Optional
+
+import psutil
+
+from worker_bootstrap.digest import EnvironmentId
+from worker_bootstrap.standby import Standby
+
+logger = logging.getLogger("envship.nanny")
+
+MEMORY_PRESSURE_PERCENT = 90.0
+"""Parked standbys are given up when this much of the machine's memory is used."""
+MEMORY_CHECK_INTERVAL_S = 5.0
+
+Name = Optional[EnvironmentId]
+"""None is the base environment."""
+
+
+class StandbyPool:
+    """Standbys by the environment that they run in.
+
+    Parameters
+    ----------
+    start
+        Starts one of an environment.
+    in_background
+        Runs a coroutine that nobody waits for.
+    """
+
+    def __init__(
+        self, start: Callable[[Name], Awaitable[Standby]], in_background: Callable[[Any], asyncio.Task[Any]]
+    ) -> None:
+        self._start = start
+        self._in_background = in_background
+        self._parked: OrderedDict[Name, Standby] = OrderedDict()
+        self._prepared: dict[Name, Standby] = {}
+        self._watcher: asyncio.Task[Any] | None = None
+
+    async def prepare(self, name: Name) -> Standby:
+        """Have a standby of *name* for `take`, and of no other environment.
+
+        Raises
+        ------
+        StartError
+            If it does not start.
+        """
+        standby = self._parked.pop(name, None) or self._prepared.pop(name, None)
+        if standby is None or not standby.alive:
+            standby = await self._start(name)
+        abandoned, self._prepared = self._prepared, {name: standby}
+        for other in abandoned.values():
+            await other.discard()
+        return standby
+
+    def take(self, name: Name) -> Standby | None:
+        """The prepared standby of *name*, which belongs to the caller now."""
+        return self._prepared.pop(name, None)
+
+    async def discard(self, name: Name) -> None:
+        """End every standby of *name*."""
+        for standby in (self._prepared.pop(name, None), self._parked.pop(name, None)):
+            if standby is not None:
+                await standby.discard()
+
+    async def park(self, name: Name, keep: int) -> None:
+        """Keep a standby of *name*, unless memory is short, and in all not more than *keep* parked ones."""
+        if keep > 0 and name not in self._parked and not _memory_is_short():
+            self._parked[name] = await self._start(name)
+            if self._watcher is None or self._watcher.done():
+                self._watcher = self._in_background(self._watch_memory())
+        while len(self._parked) > keep:
+            _, standby = self._parked.popitem(last=False)
+            await standby.discard()
+
+    @property
+    def parked(self) -> Mapping[Name, Standby]:
+        """The parked standbys that live."""
+        return {name: standby for name, standby in self._parked.items() if standby.alive}
+
+    @property
+    def parked_bytes(self) -> int:
+        """Their resident memory."""
+        return sum(_resident_bytes(standby.pid) for standby in self.parked.values())
+
+    async def close(self) -> None:
+        """End them all."""
+        for standby in [*self._parked.values(), *self._prepared.values()]:
+            await standby.discard()
+
+    async def _watch_memory(self) -> None:
+        while self._parked:
+            await asyncio.sleep(MEMORY_CHECK_INTERVAL_S)
+            if self._parked and _memory_is_short():
+                name, standby = self._parked.popitem(last=False)
+                logger.info("memory is short: the parked standby of environment %s is given up", name or "base")
+                await standby.discard()
+
+
+def _memory_is_short() -> bool:
+    return bool(psutil.virtual_memory().percent > MEMORY_PRESSURE_PERCENT)
+
+
+def _resident_bytes(pid: int) -> int:
+    try:
+        return int(psutil.Process(pid).memory_info().rss)
+    except psutil.Error:
+        return 0
