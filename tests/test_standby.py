@@ -6,6 +6,7 @@ import asyncio
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -22,6 +23,7 @@ from worker_bootstrap.errors import StartError
 from worker_bootstrap.interpreter import Interpreter
 from worker_bootstrap.lock import Lease
 from worker_bootstrap.standby import Standby, StartRequest, exit_text
+from worker_bootstrap.standby_main import HEADER, STUB
 from worker_bootstrap.store import Store
 
 from .cluster import eventually
@@ -343,6 +345,27 @@ def test_byte_code_that_is_cut_short_is_not_kept(code: str) -> None:
     compiled = [path.name for path in Path(code).rglob("__pycache__/*")]
     assert len(compiled) < len(list(Path(code).rglob("*.py")))
     assert all(name.endswith(".pyc") for name in compiled)
+    started(code)
+
+
+def test_a_stub_on_a_full_disk_leaves_no_byte_code_cut_short(code: str) -> None:
+    """Whoever starts it may let Python write byte code; Python itself does not look whether that was written whole."""
+    program = (
+        "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096));"
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    allowed = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    here, there = socket.socketpair()
+    with here, there:
+        command = [sys.executable, "-c", program, sys.executable, "-c", STUB, str(there.fileno()), code]
+        with subprocess.Popen(command, env=allowed, pass_fds=(there.fileno(),)) as process:
+            request = {"lease": None, "modules": [], "argv": ["x"], "sys_path": [], "plugins": [], "worker": None}
+            data = pickle.dumps({**request, "stderr": 2})
+            here.sendall(HEADER.pack(len(data)) + data)
+            assert b"ready" in here.recv(4096)
+            process.kill()
+    whole = len(list(Path(code).rglob("*.pyc")))
+    assert whole < len(list(Path(code).rglob("*.py")))
     started(code)
 
 

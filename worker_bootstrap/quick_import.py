@@ -7,6 +7,7 @@ import gc
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 
 HEADER_BYTES = 16
@@ -47,16 +48,19 @@ def compile_ours(code: str) -> None:
     """Write the byte code of this package below the folder *code*, unless this version of Python has it there.
 
     Whoever sets ``PYTHONDONTWRITEBYTECODE`` (most container images do) means other folders than the store's own: each
-    scheduler that moves would compile it again.
+    scheduler that moves would compile it again. The stubs keep Python itself from writing any while they import us;
+    from here on it may again, unless the disk is full.
     """
     package = os.path.join(code, "worker_bootstrap")
-    last = max(name for name in os.listdir(package) if name.endswith(".py"))
-    compiled = importlib.util.cache_from_source(os.path.join(package, last))
-    if os.access(package, os.W_OK) and not os.path.exists(compiled):
-        with contextlib.suppress(OSError, EOFError, ValueError):  # the disk is full: then without
-            for name in sorted(os.listdir(package)):
-                if name.endswith(".py"):
-                    _compile(os.path.join(package, name))
+    sources = sorted(name for name in os.listdir(package) if name.endswith(".py"))
+    compiled = importlib.util.cache_from_source(os.path.join(package, sources[-1]))
+    try:
+        if os.access(package, os.W_OK) and not os.path.exists(compiled):
+            for name in sources:
+                _compile(os.path.join(package, name))
+    except (OSError, EOFError, ValueError):
+        return
+    sys.dont_write_bytecode = bool(sys.flags.dont_write_bytecode)
 
 
 def _compile(source: str) -> None:

@@ -22,7 +22,7 @@ from typing import NamedTuple, NoReturn
 
 from worker_bootstrap.interpreter import ENVIRONMENT_VARIABLE, FAILED_VARIABLE, Interpreter, with_base
 from worker_bootstrap.launch import Launch, recognise
-from worker_bootstrap.quick_import import import_dask, quickly
+from worker_bootstrap.quick_import import compile_ours, import_dask, quickly
 
 logger = logging.getLogger("envship.reexec")
 
@@ -31,7 +31,8 @@ STATE_VARIABLE = "ENVSHIP_SCHEDULER_STATE"
 CARRIED_VARIABLES = (STATE_VARIABLE,)
 """What every re-executed process takes along, whatever its environment."""
 STUB = (
-    "import gc, sys; gc.disable(); sys.path[:1] = [sys.argv.pop(1)]; from worker_bootstrap.reexec import main; main()"
+    "import gc, sys; gc.disable(); sys.dont_write_bytecode = True; sys.path[:1] = [sys.argv.pop(1)];"
+    "from worker_bootstrap.reexec import main; main()"
 )
 WAIT_INTERVAL_S = 0.02
 
@@ -85,6 +86,7 @@ def main() -> None:
     assert launch is not None
     sys.path.append(sys.path.pop(0))
     try:
+        compile_ours(orders.code)
         _hold(orders.lease)
         with quickly():
             import_dask()

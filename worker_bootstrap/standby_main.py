@@ -29,7 +29,8 @@ logger = logging.getLogger("envship.standby")
 
 HEADER = struct.Struct(">Q")
 STUB = (
-    "import gc, sys; gc.disable(); sys.path[:1] = [sys.argv[2]]; from worker_bootstrap.standby_main import main; main()"
+    "import gc, sys; gc.disable(); sys.dont_write_bytecode = True; sys.path[:1] = [sys.argv[2]];"
+    "from worker_bootstrap.standby_main import main; main()"
 )
 """What ``python -c`` is given, followed by the number of our socket and the folder of this code."""
 
