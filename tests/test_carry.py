@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import glob
-import os
 import pickle
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -20,6 +17,8 @@ from worker_bootstrap import carry
 from worker_bootstrap.carry import Carried, package_digest, package_sources, publish
 from worker_bootstrap.errors import StoreFull
 from worker_bootstrap.store import Store
+
+from .interpreters import other_minors
 
 
 class Parcel(Carried):
@@ -48,22 +47,6 @@ class _Reduced:
         return self.reduced
 
 
-def interpreters() -> list[str]:
-    """This interpreter, and one of every other version that there is."""
-    versions = os.environ.get("PYENV_ROOT", os.path.expanduser("~/.pyenv"))
-    found = [sys.executable]
-    for minor in (9, 10, 11, 12, 13, 14):
-        there = [shutil.which(f"python3.{minor}"), *sorted(glob.glob(f"{versions}/versions/3.{minor}.*/bin/python"))]
-        started = [python for python in there if python and _starts(python)]
-        if minor != sys.version_info[1]:
-            found += started[:1]
-    return found
-
-
-def _starts(python: str) -> bool:
-    return subprocess.run([python, "-I", "-S", "-c", ""], capture_output=True).returncode == 0
-
-
 def unpickle(data: bytes, then: str, folder: Path, python: str = sys.executable, before: str = "") -> str:
     """What a fresh interpreter prints that unpickles *data* with nothing but the standard library."""
     script = f"import pickle, sys\n{before}\nthing = pickle.loads(sys.stdin.buffer.read())\n{textwrap.dedent(then)}"
@@ -72,7 +55,7 @@ def unpickle(data: bytes, then: str, folder: Path, python: str = sys.executable,
     return done.stdout.decode()
 
 
-@pytest.mark.parametrize("python", interpreters(), ids=lambda path: path if path != sys.executable else "this")
+@pytest.mark.parametrize("python", [sys.executable, *other_minors().values()])
 def test_the_standard_library_is_enough(python: str, tmp_path: Path) -> None:
     sent = Parcel(StoreFull, "/store", 2_000_000, 1_000_000)
     then = """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ from worker_bootstrap.materialise import materialise
 from worker_bootstrap.store import Store
 
 from .contents import package
+from .interpreters import interpreters, makes_venvs
 from .prefixes import install, onlyhere_wheel, said, small_venv
 
 SCRIPTS = Path(sysconfig.get_path("scripts"))
@@ -42,22 +42,6 @@ def by_uv(python: str, prefix: Path) -> None:
 
 
 MAKERS: dict[str, Callable[[str, Path], None]] = {"venv": by_venv, "virtualenv": by_virtualenv, "uv": by_uv}
-
-
-def interpreters() -> dict[str, str]:
-    """The interpreters of this machine besides the one that runs the tests: name to executable."""
-    found: dict[str, str] = {}
-    pyenv = os.environ.get("PYENV_ROOT", os.path.expanduser("~/.pyenv"))
-    standalone = os.path.expanduser("~/.local/share/uv/python")
-    patterns = {"system": "/usr/bin/python3.*[0-9]", "pyenv": f"{pyenv}/versions/3.*/bin/python3.*[0-9]"}
-    patterns["standalone"] = f"{standalone}/cpython-3.*/bin/python3.*[0-9]"
-    for kind, pattern in patterns.items():
-        for executable in sorted(glob.glob(pattern)):
-            version = os.path.basename(executable).removeprefix("python3.")
-            is_this = os.path.realpath(executable) == os.path.realpath(sys.executable)
-            if version.isdigit() and int(version) >= 9 and not is_this:
-                found[f"{kind}-3.{version}"] = executable
-    return found
 
 
 def check(prefix: Path, store: Store) -> None:
@@ -97,8 +81,7 @@ def test_the_installer_makes_no_difference(store: Store, tmp_path: Path) -> None
 @pytest.mark.heavy
 def test_venvs_of_other_interpreters_run_where_these_are_not(store: Store, tmp_path: Path, name: str) -> None:
     python = interpreters()[name]
-    has_venv = subprocess.run([python, "-c", "import venv, ensurepip"], capture_output=True, check=False)
-    makers = [make for maker, make in MAKERS.items() if maker != "venv" or has_venv.returncode == 0]
+    makers = [make for maker, make in MAKERS.items() if maker != "venv" or makes_venvs(python)]
     for number, make in enumerate(makers):
         prefix = tmp_path / str(number)
         make(python, prefix)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import glob
-import os
 import pkgutil
 import shutil
 import subprocess
@@ -15,6 +13,8 @@ from pathlib import Path
 import pytest
 
 import worker_bootstrap
+
+from .interpreters import OLDEST_MINOR, makes_venvs, other_minors
 
 PACKAGE = Path(worker_bootstrap.__file__).parent
 WITHOUT_DASK = (
@@ -77,18 +77,10 @@ print(*codec.available())
 """
 
 
-def interpreters() -> list[str]:
-    """This interpreter, and the oldest one that a cluster may have, where there is one."""
-    versions = os.environ.get("PYENV_ROOT", os.path.expanduser("~/.pyenv"))
-    oldest = shutil.which("python3.9") or next(iter(sorted(glob.glob(f"{versions}/versions/3.9.*/bin/python"))), None)
-    return [sys.executable, *([oldest] if oldest and starts(oldest) else [])]
+OLDEST = [python for minor, python in other_minors().items() if minor == OLDEST_MINOR and makes_venvs(python)]
 
 
-def starts(python: str) -> bool:
-    return subprocess.run([python, "-c", "import venv"], capture_output=True).returncode == 0
-
-
-@pytest.mark.parametrize("python", interpreters(), ids=lambda path: "this" if path == sys.executable else "oldest")
+@pytest.mark.parametrize("python", [sys.executable, *OLDEST])
 def test_every_module_imports_where_only_distributed_is(python: str, base_venv: Path, tmp_path: Path) -> None:
     if python == sys.executable:
         bare = base_venv / "bin/python"

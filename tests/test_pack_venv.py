@@ -12,7 +12,6 @@ import pytest
 
 from envship.options import PackOptions
 from envship.pack import pack
-from envship.sources.interpreter import ask
 from worker_bootstrap.errors import NotAnEnvironment, SourceProblems
 from worker_bootstrap.manifest import File, Link
 from worker_bootstrap.materialise import materialise
@@ -178,19 +177,3 @@ def test_unreadable_files_are_all_named(store: Store, tmp_path: Path) -> None:
     (mine / "secret").chmod(0)
     with pytest.raises(SourceProblems, match="secret cannot be read"):
         pack(mine, store=store)
-
-
-def test_other_interpreters_of_this_machine_can_be_packed(store: Store, tmp_path: Path) -> None:
-    """Whatever is on PATH besides the one that runs the tests: its venv runs from where it is built."""
-    found = [shutil.which(f"python3.{minor}") for minor in range(10, 15) if minor != sys.version_info.minor]
-    others = [executable for executable in found if executable and _has_venv(executable)]
-    if not others:
-        pytest.skip("no other interpreter")
-    prefix = tmp_path / "env"
-    subprocess.run([others[-1], "-m", "venv", "--without-pip", str(prefix)], check=True)
-    built = materialise(store, pack(prefix, store=store).id)
-    assert ask(str(built / "bin" / "python"), "").base_prefix == str(built)
-
-
-def _has_venv(executable: str) -> bool:
-    return subprocess.run([executable, "-c", "import venv"], capture_output=True, check=False).returncode == 0

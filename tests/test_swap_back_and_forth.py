@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,11 +19,15 @@ from worker_bootstrap.errors import IncompatibleEnvironment
 from worker_bootstrap.store import Store
 
 from .cluster import DASK_VERSIONS, ONLYHERE, SWAP_MARKS, Cluster, eventually, places, variant
+from .interpreters import makes_venvs, other_minors
 
 if TYPE_CHECKING:
     from envship.environment import Environment
 
 pytestmark = SWAP_MARKS
+
+OTHERS = {minor: python for minor, python in other_minors().items() if minor >= 10 and makes_venvs(python)}
+"""Interpreters that the client's version of Dask runs on."""
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +94,6 @@ def test_tasks_survive_swaps_under_load(
     """Even where Dask allows no task to lose its worker: a swap is not a task's fault."""
 
     def work(number: int) -> tuple[int, str]:
-        import sys
         import time
 
         time.sleep(0.05)
@@ -118,31 +120,17 @@ def test_environments_left_behind_stay_warm(client: Client, packed: Environment,
     assert before.isdisjoint(place.pid for place in places(client).values())
 
 
-def _other_python() -> str | None:
-    """An interpreter of another minor version, where this machine has one on its PATH or names one."""
-    mine = f"{sys.version_info.major}.{sys.version_info.minor}"
-    candidates = [os.environ.get("ENVSHIP_TEST_PYTHON"), *(shutil.which(f"python3.{n}") for n in (10, 11, 12, 13))]
-    for candidate in candidates:
-        if candidate:
-            asked = [candidate, "-c", "import sys, venv, ensurepip; print('%d.%d' % sys.version_info[:2])"]
-            answer = subprocess.run(asked, capture_output=True, text=True, check=False)
-            if answer.returncode == 0 and answer.stdout.strip() not in ("", mine):
-                return candidate
-    return None
-
-
 @pytest.mark.heavy
+@pytest.mark.skipif(not OTHERS, reason="no other Python that Dask's packages are made for is here")
+@pytest.mark.parametrize("minor", OTHERS)
 def test_between_python_versions(
-    client: Client, cluster: Cluster, client_store: Store, tmp_path: Path, onlyhere: ModuleType
+    client: Client, cluster: Cluster, client_store: Store, tmp_path: Path, onlyhere: ModuleType, minor: int
 ) -> None:
     """Refused, because functions pickled by another Python kill workers; possible for who says so."""
     from envship.pack import pack
 
-    python = _other_python()
-    if python is None:
-        pytest.skip("no other Python here")
     prefix = tmp_path / "other"
-    subprocess.run([python, "-m", "venv", str(prefix)], check=True)
+    subprocess.run([OTHERS[minor], "-m", "venv", str(prefix)], check=True)
     subprocess.run([str(prefix / "bin" / "pip"), "install", "-q", *DASK_VERSIONS], check=True)
     [site] = prefix.glob("lib/python*/site-packages")
     (site / "onlyhere.py").write_text(ONLYHERE)
@@ -151,6 +139,5 @@ def test_between_python_versions(
         client.use_environment(environment)
     client.use_environment(environment, ignore_versions=True)
     assert client.submit(onlyhere.where, pure=False).result(timeout=60).endswith(environment.id[:16])
-    minor = ".".join(environment.python.split(".")[:2])
     versions = {process.python.rsplit(".", 1)[0] for process in client.environment_status().workers.values()}
-    assert versions == {minor}
+    assert versions == {f"3.{minor}"}
