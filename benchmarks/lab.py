@@ -53,6 +53,10 @@ def obstacle(programs: Sequence[str] = ("ip", "tc", "iperf3")) -> str | None:
     return None
 
 
+class LabTimeout(LabError):
+    """A process of the laboratory took too long, and was ended."""
+
+
 class Lab:
     """Hosts behind links of equal rate.
 
@@ -128,7 +132,9 @@ class Lab:
         Raises
         ------
         LabError
-            If it fails, or takes longer than *timeout_s*.
+            If it fails.
+        LabTimeout
+            If it takes longer than *timeout_s*.
         """
         process = self.start(label, host, command, environ)
         self.wait(label, process, timeout_s)
@@ -139,7 +145,7 @@ class Lab:
         try:
             code = process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            raise LabError(f"{label} is not done after {timeout_s:.0f} s:\n{self.log(label)[-2000:]}") from None
+            raise LabTimeout(f"{label} is not done after {timeout_s:.0f} s:\n{self.log(label)[-2000:]}") from None
         finally:
             self.stop(label)
         if code:

@@ -16,6 +16,7 @@ Nothing outside of the namespaces is changed, and all that was made is removed a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(CHECKOUT))
 
 from benchmarks import spread_report, spread_rivals  # noqa: E402  # a script has no package
-from benchmarks.lab import Lab, LabError, obstacle  # noqa: E402
+from benchmarks.lab import Lab, LabError, LabTimeout, obstacle  # noqa: E402
 from benchmarks.lab_cluster import LabCluster, host_names  # noqa: E402
 
 PARTS = ("spread", "change", "tasks", "rivals", "simulation")
@@ -163,8 +164,10 @@ class Bench:
                 self.samples["ours at 4 hosts"] = self._stage(cluster, rate)
         seconds["envship"] = self.samples["ours at 4 hosts"]["seconds"]
         for name in ("scatter", "upload_file", "upload_directory"):
-            with self._cluster(4, self._options.fast_rate) as (cluster, _):
-                seconds[name] = cluster.client(name, str(self._bundle))["seconds"]
+            with self._cluster(4, self._options.fast_rate) as (cluster, _), self._limited(name):
+                limit_s = spread_rivals.TIMEOUT_S
+                seconds[name] = cluster.client(name, str(self._bundle), timeout_s=limit_s)["seconds"]
+        hosts = host_names(4)
         for name, rival, programs in (
             ("scp", spread_rivals.copy_to_each, ("ssh", "scp", "sshd", "ssh-keygen")),
             ("bittorrent", spread_rivals.torrent, ("aria2c",)),
@@ -173,18 +176,25 @@ class Bench:
             if missing:
                 say(f"{name} is left out: {', '.join(missing)} not installed")
                 continue
-            hosts = host_names(4)
-            with self._lab(["client", *hosts], self._options.fast_rate) as lab:
-                say(f"{name}")
+            with self._lab(["client", *hosts], self._options.fast_rate) as lab, self._limited(name):
                 seconds[name] = rival(lab, hosts, self._bundle)
         if (python := self._ray()) is not None:
-            hosts = host_names(4)
-            with self._lab(["client", *hosts], self._options.fast_rate) as lab:
-                say("ray")
+            with self._lab(["client", *hosts], self._options.fast_rate) as lab, self._limited("ray"):
                 seconds["ray"] = spread_rivals.ray_tree(lab, hosts, self._bundle, python)
         for name, value in seconds.items():
             if name != "envship":
                 self.metrics[f"ahead_of_{name}"] = value / seconds["envship"]
+
+    @contextlib.contextmanager
+    def _limited(self, name: str) -> Iterator[None]:
+        """A rival that takes too long is not waited for: what it took is then at least that."""
+        say(name)
+        try:
+            yield
+        except LabTimeout:
+            say(f"{name} was ended after {spread_rivals.TIMEOUT_S:.0f} s")
+            self.samples["rivals"][name] = spread_rivals.TIMEOUT_S
+            self.samples.setdefault("unfinished", []).append(name)
 
     def _ray(self) -> Path | None:
         """The interpreter of an environment that holds Ray, or None where it cannot be installed."""

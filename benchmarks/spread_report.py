@@ -55,7 +55,11 @@ def print_tables(report: Mapping[str, Any]) -> None:
     if rows:
         out.print(table(heads, rows, right=heads))
     if "rivals" in samples:
-        rivals = [(name, f"{seconds:.1f}") for name, seconds in samples["rivals"].items()]
+        unfinished = samples.get("unfinished", ())
+        rivals = [
+            (name, f"not done after {seconds:.0f}" if name in unfinished else f"{seconds:.1f}")
+            for name, seconds in samples["rivals"].items()
+        ]
         out.print(table(("4 hosts", "seconds"), rivals, right=("seconds",)))
     for row in samples.get("simulation", ()):
         out.print(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
