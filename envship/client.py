@@ -16,18 +16,19 @@ from dask.utils import parse_timedelta
 from distributed import Client
 
 from envship import config
-from envship.environment import Environment
+from envship.environment import versions_of
 from envship.journey import Journey
 from envship.options import NO_OPTIONS, PackOptions
 from envship.progress import open_display
 from envship.result import EnvironmentStatus, StagedResult, SwapResult
 from envship.status import status_of
 from worker_bootstrap.digest import EnvironmentId
-from worker_bootstrap.errors import IncompatibleEnvironment
+from worker_bootstrap.errors import IncompatibleEnvironment, NotSwappable
 from worker_bootstrap.interpreter import PROCESS_TOKEN
+from worker_bootstrap.manifest import Manifest
 
 Source = Any
-"""None (the environment of this process), a conda environment's name, a prefix, a bundle, an id, an `Environment`."""
+"""What to move into: None, a name, a path, an id, an `envship.Environment`; see `use_environment`."""
 
 
 def use_environment(
@@ -45,8 +46,9 @@ def use_environment(
     Parameters
     ----------
     source
-        None for the environment that this process runs in; a conda environment's name; a prefix; a bundle
-        (``.envship``); an environment id that the cluster or the local store holds; an `envship.Environment`.
+        None for the environment that this process runs in; a conda environment's name; a prefix; an archive that
+        conda-pack made; a bundle (``.envship``, a path or a URL); an environment id that the cluster or the local store
+        holds; an `envship.Environment`.
     scheduler
         Whether the scheduler moves as well. None: it does if it is a process of its own. Futures do not survive that.
     ignore_versions
@@ -66,14 +68,22 @@ def use_environment(
     ------
     PackError
         The source does not exist, or cannot be packed.
+    BundleInvalid
+        The bundle is damaged.
+    EnvironmentMissing
+        Nobody holds the environment with this id, or not in full.
     IncompatibleEnvironment
         Versions or platform do not fit.
     NotSwappable
         Something in the cluster cannot be moved. Nothing was touched.
+    TransferError, ChunkMissing, ChunkInvalid
+        The cluster does not take what is uploaded, or this machine's store has lost or damaged it. Nothing was touched.
     PrepareFailed
         A host could not get ready. Nothing was touched; tasks went on.
     CommitFailed
         Workers did not come up in the environment. The cluster was moved back.
+    SettingInvalid
+        Dask's configuration holds a setting of ours that means nothing.
 
     Notes
     -----
@@ -135,12 +145,14 @@ async def _use(
 ) -> SwapResult:
     with open_display(show) as display:
         journey = Journey(client, display)
-        environment_id, environment = await journey.find(source, options)
-        if environment is not None and not ignore_versions:
-            _check_fit(environment)
+        # First of all: nobody shall pack for a minute to be told that the cluster cannot move.
+        _check_processes(client)
         await journey.connect()
+        manifest, environment = await journey.find(source, options)
+        if not ignore_versions:
+            _check_fit(manifest)
         return await journey.with_chunks(
-            environment_id, environment, lambda: _move(journey, environment_id, scheduler, timeout)
+            manifest.id, environment, lambda: _move(journey, manifest.id, scheduler, timeout)
         )
 
 
@@ -155,17 +167,17 @@ async def _reset(client: Client, timeout: str | float | None, show: bool | None)
 async def _stage(client: Client, source: Source, options: PackOptions, build: bool, show: bool | None) -> StagedResult:
     with open_display(show) as display:
         journey = Journey(client, display)
-        environment_id, environment = await journey.find(source, options)
         await journey.connect()
+        manifest, environment = await journey.find(source, options)
         terms = {**_terms(None, None), "chunks_only": not build}
 
         async def stage() -> Mapping[str, Any]:
-            swap_id = await journey.ask("envship_stage", environment_id=environment_id, options=terms)
+            swap_id = await journey.ask("envship_stage", environment_id=manifest.id, options=terms)
             return await journey.follow(swap_id)
 
-        status = await journey.with_chunks(environment_id, environment, stage)
+        status = await journey.with_chunks(manifest.id, environment, stage)
         return StagedResult(
-            environment_id=environment_id,
+            environment_id=manifest.id,
             hosts=len(status["hosts"]),
             uploaded_bytes=journey.uploaded_bytes,
             uploaded_chunks=journey.uploaded_chunks,
@@ -221,17 +233,26 @@ def _terms(scheduler: bool | None, timeout: str | float | None) -> dict[str, Any
     }
 
 
-def _check_fit(environment: Environment) -> None:
+def _check_processes(client: Client) -> None:
+    """Refuse a cluster whose scheduler, and so all of it, lives in threads of this very process."""
+    address = client.scheduler.address
+    if address.startswith("inproc://"):
+        reason = "its workers are threads of this process, as with LocalCluster(processes=False)"
+        raise NotSwappable(f"the cluster of {address}", reason, "Start it with processes=True.")
+
+
+def _check_fit(manifest: Manifest) -> None:
     """Refuse what would break later: functions pickled by another Python kill workers, and Dask retries that."""
     mine = {"python": platform.python_version(), "dask": dask.__version__, "distributed": distributed.__version__}
     mismatches = []
+    theirs = versions_of(manifest)
     for name, expected in mine.items():
-        actual = environment.versions.get(name)
+        actual = theirs.get(name)
         if actual is None or _compared(name, actual) != _compared(name, expected):
             mismatches.append((name, expected, actual or "not installed"))
     if mismatches:
         raise IncompatibleEnvironment(
-            environment.id,
+            manifest.id,
             mismatches,
             "Install the client's versions there, run the client from it, or pass ignore_versions=True.",
         )

@@ -115,12 +115,8 @@ class Environment:
 
     @property
     def versions(self) -> dict[str, str | None]:
-        """Versions of what has to agree across a Dask cluster; None for what is not installed."""
-        return {
-            "python": self.python,
-            "dask": self.manifest.version_of("dask") or self.manifest.version_of("dask-core"),
-            "distributed": self.manifest.version_of("distributed"),
-        }
+        """As `versions_of` its manifest."""
+        return versions_of(self.manifest)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write a bundle to *path*, all or nothing; return the path.
@@ -195,6 +191,15 @@ class Environment:
     @property
     def _named(self) -> list[Package]:
         return [package for package in self.packages if package.kind != "files"]
+
+
+def versions_of(manifest: Manifest) -> dict[str, str | None]:
+    """Versions of what has to agree across a Dask cluster; None for what is not installed."""
+    return {
+        "python": manifest.python,
+        "dask": manifest.version_of("dask") or manifest.version_of("dask-core"),
+        "distributed": manifest.version_of("distributed"),
+    }
 
 
 def resolve(

@@ -91,8 +91,16 @@ class Journey:
             raise EnvshipError(f"the coordinator on {self.client.scheduler.address}: {answer['error']}")
         return answer["ok"]
 
-    async def find(self, source: Any, options: PackOptions) -> tuple[EnvironmentId, Environment | None]:
-        """The environment that *source* names; None if only the cluster can hold it."""
+    async def find(self, source: Any, options: PackOptions) -> tuple[Manifest, Environment | None]:
+        """The environment that *source* names; None beside its manifest if only the cluster holds it.
+
+        Raises
+        ------
+        PackError, BundleInvalid
+            As `envship.environment.resolve`.
+        EnvironmentMissing
+            If it is an id that nobody holds.
+        """
 
         def report(stage: str, done_bytes: int, total_bytes: int) -> None:
             self.show(stage, done_bytes, total_bytes, "building")
@@ -102,23 +110,28 @@ class Journey:
             manifest, extents = await self._survey(where)
             self._bundle = where, extents
             self.lap("pack")
-            return manifest.id, Environment(manifest, await asyncio.to_thread(open_store))
+            return manifest, Environment(manifest, await asyncio.to_thread(open_store))
         try:
             environment = await asyncio.to_thread(resolve, source, options=options, report=report)
         except (EnvironmentMissing, SourceNotFound):
             if not is_digest(source):
                 raise
             self.lap("pack")
-            return EnvironmentId(source), None
+            return await self._of_cluster(EnvironmentId(source)), None
         self.lap("pack")
-        return environment.id, environment
+        return environment.manifest, environment
+
+    async def _of_cluster(self, environment_id: EnvironmentId) -> Manifest:
+        data = await self.ask("envship_find_manifest", environment_id=environment_id)
+        if data is None:
+            raise EnvironmentMissing(environment_id, "the store here, and not on the cluster")
+        return Manifest.from_bytes(data, environment_id)
 
     async def _survey(self, where: str) -> tuple[Manifest, Extents]:
         """What lies in the bundle at *where*, on this machine, or as the hosts of the cluster see it."""
         try:
             return await asyncio.to_thread(survey_bundle, where)
         except SourceNotFound:
-            await self.connect()
             found = await self.ask("envship_survey_bundle", where=where)
             if found is None:
                 raise

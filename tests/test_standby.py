@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+from distributed import Worker
 
 from worker_bootstrap import carry
 from worker_bootstrap.digest import EnvironmentId, digest_of
@@ -252,6 +253,12 @@ def test_a_preload_that_is_not_there(code: str, worker: Callable[..., bytes]) ->
     assert "'no_such_preload'" in error.reason
 
 
+def test_an_option_that_its_dask_does_not_know(code: str, worker: Callable[..., bytes]) -> None:
+    given = {"class": Worker, "kwargs": {"nthreads": 1, "option_of_tomorrow": 1}}
+    error = refused(THIS, StartRequest(code, None, worker(**given)))
+    assert error.reason == "TypeError: the Worker of this environment's Dask does not know option_of_tomorrow"
+
+
 def test_a_scheduler_plugin_that_does_not_load(code: str) -> None:
     plugin = b"cno_such_module\nPlugin\n)R."
     error = refused(THIS, StartRequest(code, None, plugins=[("the user's", plugin)]))
@@ -359,7 +366,15 @@ def test_a_stub_on_a_full_disk_leaves_no_byte_code_cut_short(code: str) -> None:
     with here, there:
         command = [sys.executable, "-c", program, sys.executable, "-c", STUB, str(there.fileno()), code]
         with subprocess.Popen(command, env=allowed, pass_fds=(there.fileno(),)) as process:
-            request = {"lease": None, "modules": [], "argv": ["x"], "sys_path": [], "plugins": [], "worker": None}
+            request = {
+                "lease": None,
+                "modules": [],
+                "checks_command": False,
+                "argv": ["x"],
+                "sys_path": [],
+                "plugins": [],
+                "worker": None,
+            }
             data = pickle.dumps({**request, "stderr": 2})
             here.sendall(HEADER.pack(len(data)) + data)
             assert b"ready" in here.recv(4096)

@@ -38,7 +38,7 @@ logger = logging.getLogger("envship.coordinator")
 
 RELEASE_TIMEOUT_S = 2.0
 """A worker that was told to close and has not said so by then hangs; the scheduler lets go of it anyway."""
-PROTOCOL = 3
+PROTOCOL = 4
 """Of the operations that clients and agents call; a client of another one is told so."""
 POLL_INTERVAL_S = 0.005
 SUCCESSION_TIMEOUT_S = 60.0
@@ -134,6 +134,7 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
         answered: dict[str, Callable[..., Awaitable[Any]]] = {
             "envship_protocol": self.protocol,
             "envship_survey_bundle": self.exchange.survey,
+            "envship_find_manifest": self.exchange.find_manifest,
             "envship_offer": self.exchange.offer,
             "envship_uploaded": self.exchange.uploaded,
             "envship_withdraw": self.exchange.withdraw,

@@ -107,6 +107,15 @@ class Exchange:
                 return found
         return None
 
+    async def find_manifest(self, environment_id: str) -> bytes | None:
+        """The canonical bytes of a manifest that anybody here holds; None if nobody does."""
+        wanted = EnvironmentId(environment_id)
+        try:
+            await self._find_manifest(wanted)
+        except EnvironmentMissing:
+            return None
+        return (await asyncio.to_thread(self._store.read_manifest, wanted)).to_bytes()
+
     async def uploaded(self, address: str, digests: list[Digest], size_bytes: int = 0) -> None:
         """The client has brought these chunks, *size_bytes* of them over the network, to the agent at *address*."""
         member = self._roster.members.get(address)

@@ -69,7 +69,7 @@ class WorkerAgent(ExecAgent):
 
     async def prepare(self, environment_id: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
         interpreter = await self.interpreter(environment_id)
-        request = self.start_request(interpreter, modules=["distributed.cli.dask_worker"])
+        request = self.start_request(interpreter, modules=["distributed.cli.dask_worker"], checks_command=True)
         return await self.probe(interpreter, request, float(options["start_timeout_s"]))
 
     async def commit(self, environment_id: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,7 +145,7 @@ class SchedulerAgent(ExecAgent):
         plugins = scheduler_state.dump_plugins(self.server)
         if plugins or environment_id not in self.proven:
             modules = ["distributed.cli.dask_scheduler", "cloudpickle"]
-            request = self.start_request(interpreter, modules=modules, plugins=plugins)
+            request = self.start_request(interpreter, modules=modules, plugins=plugins, checks_command=True)
             await self.probe(interpreter, request, float(options["start_timeout_s"]))
             self.proven.add(environment_id)
         return {}

@@ -24,13 +24,17 @@ from worker_bootstrap.standby_main import HEADER, STUB
 
 
 class StartRequest(NamedTuple):
-    """What a new interpreter is asked to get ready for. *worker* is None for a mere probe."""
+    """What a new interpreter is asked to get ready for.
+
+    *worker* is None for a mere probe; *checks_command*: of whether it understands this process's own command line.
+    """
 
     code: str
     lease: str | None
     worker: bytes | None = None
     modules: Sequence[str] = ()
     plugins: Sequence[tuple[str, bytes]] = ()
+    checks_command: bool = False
 
 
 class Standby:
@@ -152,6 +156,7 @@ class Standby:
             "modules": list(request.modules),
             "plugins": list(request.plugins),
             "lease": request.lease,
+            "checks_command": request.checks_command,
             "argv": sys.argv,
             "sys_path": _own_sys_path(),
             "stderr": stderr,

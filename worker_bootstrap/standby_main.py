@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import importlib.util
+import inspect
 import json
 import logging
 import os
@@ -23,6 +23,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from worker_bootstrap import launch
 from worker_bootstrap.quick_import import compile_ours, import_dask, quickly
 
 logger = logging.getLogger("envship.standby")
@@ -98,6 +99,10 @@ def _enter(options: dict[str, Any]) -> None:
     import_dask()
     for name in options["modules"]:
         importlib.import_module(name)
+    if options["checks_command"]:
+        command = launch.own()
+        assert command is not None
+        launch.check(command)
 
 
 def _hold_lease(path: str | None) -> None:
@@ -112,23 +117,25 @@ def _hold_lease(path: str | None) -> None:
 def _checked_worker(data: bytes) -> dict[str, Any]:
     """The worker's options, unpickled here to prove that this environment understands them."""
     worker: dict[str, Any] = pickle.loads(data)
-    preload = worker["kwargs"].get("preload") or []
-    for name in [preload] if isinstance(preload, str) else preload:
-        if not _can_preload(name):
-            raise ModuleNotFoundError(f"the worker is to preload {name!r}, which this environment lacks")
+    _check_keywords(worker["class"], worker["kwargs"])
+    launch.check_preloads(worker["kwargs"].get("preload") or ())
     _warm_up(worker)
     return worker
 
 
-def _can_preload(name: str) -> bool:
-    if "\n" in name or name.startswith(("http://", "https://")):
-        return True
-    if name.endswith(".py"):
-        return Path(name).exists()
-    try:
-        return importlib.util.find_spec(name) is not None
-    except (ImportError, ValueError):
-        return False
+def _check_keywords(worker_class: type, kwargs: dict[str, Any]) -> None:
+    """See that this Dask's worker knows its options; a class of somebody else may take whatever it likes."""
+    if not worker_class.__module__.startswith("distributed."):
+        return
+    known = {
+        name
+        for base in worker_class.__mro__
+        if "__init__" in vars(base)
+        for name in inspect.signature(vars(base)["__init__"]).parameters
+    }
+    unknown = sorted(set(kwargs) - known)
+    if unknown:
+        raise TypeError(f"the {worker_class.__name__} of this environment's Dask does not know {', '.join(unknown)}")
 
 
 def _warm_up(worker: dict[str, Any]) -> None:
