@@ -71,9 +71,9 @@ class Journey:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._mark
         self._mark = now
 
-    def show(self, phase: str, done_bytes: int, total_bytes: int, state: str = "fetching") -> None:
+    def show(self, phase: str, done_bytes: int, total_bytes: int, detail: str = "", *, state: str = "fetching") -> None:
         """Show how far this machine is; while the cluster is at work, in one list with its hosts."""
-        here = HostProgress("this machine", state, done_bytes, total_bytes, "")
+        here = HostProgress("this machine", state, done_bytes, total_bytes, detail)
         of_cluster, hosts = self._shown
         self._shown = (of_cluster, {**hosts, "here": here})
         self.display.update(of_cluster if len(hosts) > 1 else phase, self._shown[1])
@@ -103,7 +103,7 @@ class Journey:
         """
 
         def report(stage: str, done_bytes: int, total_bytes: int) -> None:
-            self.show(stage, done_bytes, total_bytes, "building")
+            self.show(stage, done_bytes, total_bytes, state="building")
 
         if (where := bundle_at(source)) is not None:
             # Not read into the store here: perhaps the hosts see it, too.

@@ -33,7 +33,7 @@ CONNECT_TIMEOUT_S = 5.0
 
 Extents = Mapping[Digest, Extent]
 Ask = Callable[..., Awaitable[Any]]
-Show = Callable[[str, int, int], None]
+Show = Callable[[str, int, int, str], None]
 
 
 class Seeding:
@@ -46,7 +46,7 @@ class Seeding:
     ask
         Asks the coordinator.
     show
-        Shows a phase, and the bytes done and in total.
+        Shows a phase, the bytes done and in total, and what else there is to say.
     environment_id
         The environment.
     environment
@@ -182,9 +182,10 @@ class Seeding:
 
     async def _upload(self, environment: Environment, plan: Sequence[Upload]) -> list[Digest]:
         sizes = environment.manifest.chunks
-        total = sum(sizes[digest] for upload in plan for digest in upload.digests)
+        digests = [digest for upload in plan for digest in upload.digests]
+        total = sum(sizes[digest] for digest in digests)
         pace = Pace(config.rate_limit())
-        done = 0
+        done = there = 0
 
         def road(address: str) -> PeerChunks:
             return self._direct if self._reached[address] else self._relayed
@@ -200,9 +201,10 @@ class Seeding:
             return kept
 
         async def report(outcome: Outcome) -> None:
-            nonlocal done
+            nonlocal done, there
             done += sum(sizes[digest] for digest in outcome.received)
-            self._show("upload", done, total)
+            there += len(outcome.received)
+            self._show("upload", done, total, f"{there:,} of {len(digests):,} chunks")
             if outcome.failed:
                 self._avoid.add(outcome.source)
             await self._ask(

@@ -213,7 +213,7 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
 
     async def report(self, host_id: str, state: str, done_bytes: int, total_bytes: int) -> None:
         """A host tells how far it is."""
-        detail = self.exchange.ledger.describe(host_id) if state == "fetching" else ""
+        detail = self.exchange.describe(host_id) if state == "fetching" else ""
         self.queue.report(host_id, state, done_bytes, total_bytes, detail)
 
     # -- what the client asks

@@ -189,6 +189,12 @@ class Exchange:
         self._stir()
         return self.tracker.progress(host_id)
 
+    def describe(self, host_id: str) -> str:
+        """What a host still waits for and what it receives now, for people."""
+        left = self.tracker.outstanding(host_id)
+        flow = self.ledger.describe(host_id)
+        return ", ".join([f"{left:,} chunk{'s' if left != 1 else ''} to come", *([flow] if flow else [])])
+
     async def withdraw(self, client: str) -> None:
         """A client gives up, or is gone: nobody waits any more for what it was about to upload."""
         self.tracker.withdraw(client)

@@ -14,12 +14,13 @@ from typing import Any, Callable, Optional
 import psutil
 
 from worker_bootstrap.digest import EnvironmentId
+from worker_bootstrap.memory import used_percent
 from worker_bootstrap.standby import Standby
 
 logger = logging.getLogger("envship.nanny")
 
 MEMORY_PRESSURE_PERCENT = 90.0
-"""Parked standbys are given up when this much of the machine's memory is used."""
+"""Parked standbys are given up when this much of the memory is used, of the machine or of the container."""
 MEMORY_CHECK_INTERVAL_S = 5.0
 
 Name = Optional[EnvironmentId]
@@ -107,7 +108,7 @@ class StandbyPool:
 
 
 def _memory_is_short() -> bool:
-    return bool(psutil.virtual_memory().percent > MEMORY_PRESSURE_PERCENT)
+    return used_percent() > MEMORY_PRESSURE_PERCENT
 
 
 def _resident_bytes(pid: int) -> int:
