@@ -165,7 +165,6 @@ def measure_swaps(kept: Measured, prefixes: list[Path], note: Callable[[str, flo
     # The one parked environment is b, so that c, built on every host as all are, must be started.
     result, seconds = timed(lambda: client.use_environment(c, scheduler=False))
     note("call", seconds)
-    note("commit, as the call reports it", result.downtime_s)
     kept.settle(at_a)
     note("back", timed(lambda: client.use_environment(a, scheduler=False))[1])
     kept.settle(result.environment_id)
@@ -191,6 +190,7 @@ def measure_with_scheduler(
     result, seconds = timed(lambda: whole.client.use_environment(target))
     assert result.scheduler_swapped
     note("call with scheduler", seconds)
+    note("downtime with scheduler", result.downtime_s)
     whole.settle(result.previous_id)
 
 
@@ -290,6 +290,7 @@ def print_tables(samples: dict[str, list[float]], medians: dict[str, float], met
         "downtime": "… from the last task in the old environment to the first in the new",
         "silence": "… the longest time in which no task was completed",
         "call with scheduler": "use_environment, scheduler moves as well",
+        "downtime with scheduler": "… from the commit to the last worker's report",
         "back": "use_environment, back to the one left a moment ago",
         "noop": "use_environment, there already",
         "first call": "use_environment, environment unknown to the cluster",
@@ -297,8 +298,10 @@ def print_tables(samples: dict[str, list[float]], medians: dict[str, float], met
     rows = []
     for name, text in explained.items():
         figures = (medians[name], min(samples[name]), max(samples[name]))
-        rows.append((text, *(f"{figure:.3f}" for figure in figures), str(len(samples[name]))))
-    out.print(table(("seconds", "median", "min", "max", "n"), rows, right=("median", "min", "max", "n")))
+        over_restart = f"{medians[name] / medians['restart']:.2f}"
+        rows.append((text, *(f"{figure:.3f}" for figure in figures), str(len(samples[name])), over_restart))
+    heads = ("seconds", "median", "min", "max", "n", "over restart")
+    out.print(table(heads, rows, right=heads[1:]))
     aims = [(name, f"{value:.3f}", f"≤ {AIMS[name]:g}") for name, value in metrics.items()]
     out.print(table(("metric", "value", "aim"), aims, right=("value", "aim")))
     out.print(", ".join(f"{name} {value}" for name, value in machine().items()))
