@@ -16,6 +16,7 @@ from worker_bootstrap.assignments import (
     BATCH_LIMIT_CHUNKS,
     BATCH_TARGET_BYTES,
     LENIENCY_LIMIT,
+    PARALLEL,
     Assignments,
     Batch,
     Host,
@@ -58,7 +59,9 @@ class Tracker:
     A decision looks at no more than `TRIES` chunks and as many sources, however many there are.
     """
 
-    def __init__(self, *, clock: Callable[[], float], uploads_per_source: int = 4, patience_s: float = 60.0) -> None:
+    def __init__(
+        self, *, clock: Callable[[], float], uploads_per_source: int = PARALLEL, patience_s: float = 60.0
+    ) -> None:
         self._hosts: dict[str, Host] = {}
         self._numbered: dict[int, Host] = {}
         self._host_of: dict[str, Host] = {}

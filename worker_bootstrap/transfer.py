@@ -12,6 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import NamedTuple, Optional
 
+from worker_bootstrap.assignments import PARALLEL
 from worker_bootstrap.chunk_service import ChunkServer, EncodedChunk, Held, PeerChunks, read_chunks, write_chunks
 from worker_bootstrap.digest import Digest
 from worker_bootstrap.errors import ChunkMissing, ProtocolBroken, TransferError
@@ -23,10 +24,8 @@ __all__ = ["ChunkServer", "EncodedChunk", "Held", "Outcome", "PeerChunks", "fetc
 
 logger = logging.getLogger(__name__)
 
-PARALLEL = 3
-"""Batches that a host fetches at the same time."""
-UPLOADS = 4
-"""Messages that the client sends at the same time."""
+UPLOADS = PARALLEL + 1
+"""Messages that the client sends at the same time: everybody waits for them, so they get more than one share."""
 
 
 class Outcome(NamedTuple):
