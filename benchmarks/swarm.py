@@ -5,8 +5,10 @@ Events in virtual time; nothing is random but what a seed decides. Assumptions, 
 - Every host, and the client, has a link of its own, of the same rate in each direction; what lies between is not the
   limit (a switch that carries all links at once). A transfer goes at the rate of the fullest of its two link ends,
   which its transfers share evenly.
-- Whoever asks the scheduler gets its answer after `CALL_S`, plus the time for which the scheduler, one process, is busy
-  with those before: `SERVICE_S` for each call, as measured on the real one (Dask's own handling included).
+- Whoever asks another machine gets its answer after *call_s*; the scheduler, one process, is besides busy with those
+  who asked before: `SERVICE_S` for each call, as measured on the real one (Dask's own handling included). A link in use
+  keeps calls waiting behind what is queued there, so *call_s* of slow links is large: see `queueing_s`.
+- No packet is lost: TCP fills a link.
 - A message costs `MESSAGE_S` on both ends beside its bytes: reading, hashing and writing go on at the same time as the
   next transfers, and disks and processors keep up with the link.
 - Chunks are of the sizes of a real environment: half to one and a half MiB, compressed to a third.
@@ -30,6 +32,7 @@ from worker_bootstrap.tracker import Batch, Tracker, Upload
 from worker_bootstrap.transfer import UPLOADS
 
 CALL_S = 0.001
+"""On a fast network."""
 SERVICE_S = 0.0004
 MESSAGE_S = 0.002
 LINGER_S = 1.0
@@ -42,6 +45,12 @@ def chunks_of(count: int, seed: int = 0) -> dict[Digest, int]:
     """So many chunks, of 0.5 to 1.5 MiB."""
     sizes = random.Random(seed)
     return {digest_of(f"{seed} {n}".encode()): sizes.randrange(1 << 19, 3 << 19) for n in range(count)}
+
+
+def queueing_s(rate: float, queue_bytes: int) -> float:
+    """What a call takes there and back, where each of the two links on its way has *queue_bytes* before it half of the
+    time."""
+    return CALL_S + 2 * (queue_bytes / 2) / rate
 
 
 @dataclass(eq=False)
@@ -109,6 +118,7 @@ class Swarm:
         rate: float = 125e6,
         place: Callable[[int], Sequence[str]] = lambda number: (),
         service_s: float = SERVICE_S,
+        call_s: float = CALL_S,
         **options: Any,
     ) -> None:
         self.now_s = 0.0
@@ -125,7 +135,7 @@ class Swarm:
         self.uploaded_bytes = 0.0
         self.wasted_bytes = 0.0
         self.lost: set[str] = set()
-        self._service_s = service_s
+        self._service_s, self._call_s = service_s, call_s
         self._free_s = 0.0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._sequence = 0
@@ -237,7 +247,7 @@ class Swarm:
     def _call(self, then: Callable[[], None]) -> None:
         """A call reaches the scheduler, waits for its turn, and is worked on."""
         self.calls += 1
-        self._free_s = max(self._free_s, self.now_s + CALL_S / 2) + self._service_s
+        self._free_s = max(self._free_s, self.now_s + self._call_s / 2) + self._service_s
         self.at(self._free_s, then)
 
     def _ask(self, host: SwarmHost, settle: Callable[[], None] | None = None) -> None:
@@ -247,14 +257,14 @@ class Swarm:
             if settle is not None:
                 self._timed(settle)
                 self._stir()
-            self._look(host, lambda batch: self._begin(host, batch), self.now_s + LINGER_S)
+            self._look(host, lambda batch: self._request(host, batch), self.now_s + LINGER_S)
 
         self._call(answer)
 
     def _look(self, host: SwarmHost, use: Callable[[Batch | None], None], until_s: float) -> None:
         batch = self._timed(lambda: self.tracker.next_batch(host.name)) if host.alive else None
         if batch is not None:
-            self.at(self.now_s + CALL_S / 2, lambda: use(batch))
+            self.at(self.now_s + self._call_s / 2, lambda: use(batch))
         elif host.alive and self._timed(lambda: self.tracker.outstanding(host.name)):
             if self._timed(lambda: self.tracker.lost(host.name)):
                 self.lost.add(host.name)
@@ -281,6 +291,10 @@ class Swarm:
             self._look(host, use, max(until_s, self.now_s + LINGER_S) if until_s <= self.now_s else until_s)
 
     # -- the hosts
+
+    def _request(self, host: SwarmHost, batch: Batch | None) -> None:
+        """The host asks its source, which begins to send when it hears of it."""
+        self.at(self.now_s + self._call_s / 2, lambda: self._begin(host, batch))
 
     def _begin(self, host: SwarmHost, batch: Batch | None) -> None:
         if batch is None or not host.alive:
@@ -343,10 +357,13 @@ class Swarm:
             self._call(self._kept(host, upload))
             self._send_next(pending)
 
-        if host.alive:
-            self._send(self.client_up, host.down, size_bytes, arrived)
-        else:  # whoever is dead stays busy, so the rest goes to others
-            self.at(self.now_s + CALL_S, lambda: self._send_next(pending))
+        def send() -> None:
+            if host.alive:
+                self._send(self.client_up, host.down, size_bytes, arrived)
+            else:  # whoever is dead stays busy, so the rest goes to others
+                self._send_next(pending)
+
+        self.at(self.now_s + self._call_s, send)  # it asks first what the host holds already
 
     def _kept(self, host: SwarmHost, upload: Upload) -> Callable[[], None]:
         def tell() -> None:

@@ -15,7 +15,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.swarm import Swarm, chunks_of  # a script has no package
+from benchmarks.lab import QUEUE_BYTES  # a script has no package
+from benchmarks.swarm import CALL_S, Swarm, chunks_of, queueing_s  # a script has no package
 
 SIZES = (2, 4, 8, 16, 64, 256, 1000)
 GIGABIT = 125e6
@@ -28,16 +29,18 @@ def simulate(
     rows = []
     for size in sizes:
         real = (measured or {}).get(str(size))
-        row = run_once(size, chunks, real["rate"] if real else GIGABIT)
-        if real:
+        if real is None:
+            row = run_once(size, chunks, GIGABIT)
+        else:
+            row = run_once(size, chunks, real["rate"], queueing_s(real["rate"], QUEUE_BYTES))
             row["measured max"] = real["hosts_over_limit"][-1]
         rows.append(row)
     return rows
 
 
-def run_once(hosts: int, chunks: int, rate: float) -> dict[str, float]:
+def run_once(hosts: int, chunks: int, rate: float, call_s: float = CALL_S) -> dict[str, float]:
     """So many hosts, which all want everything, from the client's first byte on."""
-    swarm = Swarm(hosts, chunks_of(chunks), rate=rate)
+    swarm = Swarm(hosts, chunks_of(chunks), rate=rate, call_s=call_s)
     for host in list(swarm.hosts.values()):
         swarm.start(host)
     swarm.upload()
