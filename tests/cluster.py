@@ -60,6 +60,13 @@ def f(x):
 def where():
     return sys.prefix
 '''
+PRELOAD = """
+import pathlib, sys
+
+def dask_setup(worker):
+    pathlib.Path(worker.local_directory).parent.joinpath("preloaded").write_text(sys.prefix)
+"""
+"""For ``--preload``: leaves the prefix in which it ran in the worker's local directory."""
 TLS_FOLDER = Path(__file__).parent / "tls"
 
 SWAP_MARKS = [

@@ -29,8 +29,9 @@ class Lab(StandbyPool):
     """A pool, and how often a standby was started for it; every name is this test's own interpreter."""
 
     def __init__(self, code: str) -> None:
-        super().__init__(self._started, asyncio.ensure_future)
+        super().__init__(self._started, asyncio.ensure_future, lambda standby: standby not in self.outdated)
         self.code = code
+        self.outdated: list[Standby] = []
         self.starts: list[Name] = []
 
     async def _started(self, name: Name) -> Standby:
@@ -94,6 +95,20 @@ async def test_a_parked_one_that_died_is_started_anew(pool: Lab) -> None:
     assert not pool.parked
     assert (await pool.prepare(A)).alive
     assert pool.starts == [A, A]
+
+
+@with_pool
+async def test_one_that_is_out_of_date_is_started_anew(pool: Lab) -> None:
+    """Its options are those of the time when it was started, and the nanny has been told others since."""
+    await pool.park(A, keep=1)
+    pool.outdated.append(pool.parked[A])
+    prepared = await pool.prepare(A)
+    assert prepared.alive
+    assert not pool.outdated[0].alive
+    assert pool.starts == [A, A]
+    pool.outdated.append(prepared)
+    assert pool.take(A) is None
+    await asyncio.wait_for(prepared.process.wait(), TIMEOUT_S)
 
 
 @with_pool

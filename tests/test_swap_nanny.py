@@ -10,24 +10,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 from distributed import Client
+from distributed.diagnostics.plugin import Environ
 
 import envship  # noqa: F401  adds the methods to the client
 
-from .cluster import SWAP_MARKS, Cluster, eventually, places
+from .cluster import PRELOAD, SWAP_MARKS, Cluster, eventually, places
 
 if TYPE_CHECKING:
     from envship.environment import Environment
 
 pytestmark = SWAP_MARKS
-
-PRELOAD = """
-import pathlib, sys
-
-def dask_setup(worker):
-    pathlib.Path(worker.local_directory).parent.joinpath("preloaded").write_text(sys.prefix)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +129,36 @@ def test_variables_are_those_of_the_environment_and_of_the_user(
         assert folders[0] == f"{place.prefix}/bin"
         assert str(base_venv / "bin") not in folders
     assert [p.environ["MY_VARIABLE"] for p in places(client).values() if "MY_VARIABLE" in p.environ] == ["mine"]
+
+
+def left(client: Client, environment: Environment) -> None:
+    """Go to *environment* and back, and wait until each nanny has parked a standby of it."""
+    client.use_environment(environment, scheduler=False)
+    client.reset_environment()
+    hosts = [host_id for host_id, host in client.environment_status().hosts.items() if environment.id in host.built]
+
+    def parked() -> bool:
+        now = client.environment_status().hosts
+        return all(now[host_id].warm == (environment.id,) for host_id in hosts)
+
+    eventually(parked, "each nanny has parked a standby")
+
+
+def test_variables_set_after_an_environment_was_left_hold_when_it_is_back(client: Client, packed: Environment) -> None:
+    """A standby that was parked before knows nothing of them."""
+    left(client, packed)
+    client.register_plugin(Environ({"SET_LATER": "yes"}), name="environ")
+    client.use_environment(packed, scheduler=False)
+    assert [place.environ.get("SET_LATER") for place in places(client).values()] == ["yes", "yes"]
+    client.unregister_worker_plugin("environ", nanny=True)
+
+
+def test_the_way_back_takes_the_parked_process(client: Client, packed: Environment) -> None:
+    left(client, packed)
+    nannies = [psutil.Process(place.pid).parent() for place in places(client).values()]
+    there = {child.pid for nanny in nannies for child in nanny.children()}
+    client.use_environment(packed, scheduler=False)
+    assert {place.pid for place in places(client).values()} <= there
 
 
 def test_the_status_says_who_runs_what(client: Client, cluster: Cluster, packed: Environment) -> None:

@@ -12,7 +12,7 @@ from distributed import Client
 
 import envship  # noqa: F401  adds the methods to the client
 
-from .cluster import SWAP_MARKS, Cluster, places
+from .cluster import PRELOAD, SWAP_MARKS, Cluster, places
 
 if TYPE_CHECKING:
     from envship.environment import Environment
@@ -24,11 +24,13 @@ pytestmark = SWAP_MARKS
 def cluster(base_venv: Path, lab: Path, warm_stores: Path) -> Iterator[Cluster]:
     """Two workers without a nanny, one of which has much to remember."""
     with Cluster(base_venv, lab / "no-nanny", stores=warm_stores) as cluster:
+        preload = cluster.folder / "preload.py"
+        preload.write_text(PRELOAD)
         cluster.start_scheduler()
         cluster.start_worker("plain", "--no-nanny", host="a")
         cluster.start_worker(
             "told", "--no-nanny", "--nthreads", "3", "--resources", "GPU=2", "--memory-limit", "512MiB",
-            "--lifetime", "1 hour", host="b",
+            "--lifetime", "1 hour", "--preload", str(preload), host="b",
             environ={"MY_VARIABLE": "with spaces and = signs"},
         )  # fmt: skip
         yield cluster
@@ -62,6 +64,8 @@ def test_arguments_and_variables_are_kept(client: Client, cluster: Cluster, pack
     assert workers["told"]["local_directory"].startswith(str(cluster.scratch("told")))
     variables = [place.environ["MY_VARIABLE"] for place in places(client).values() if "MY_VARIABLE" in place.environ]
     assert variables == ["with spaces and = signs"]
+    [preloaded] = cluster.scratch("told").rglob("preloaded")
+    assert preloaded.read_text() == str(cluster.store("b") / "envs" / packed.id[:16])
 
 
 def test_a_lifetime_goes_on_and_does_not_begin_anew(client: Client, cluster: Cluster, packed: Environment) -> None:

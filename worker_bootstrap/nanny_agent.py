@@ -44,7 +44,7 @@ class NannyAgent(Agent):
 
     def __init__(self, server: Any, store: Store, call: Call) -> None:
         super().__init__(server, store, call)
-        self.standbys = StandbyPool(self._start_standby, self.in_background)
+        self.standbys = StandbyPool(self._start_standby, self.in_background, self._is_current)
         self._start_timeout_s = 60.0
         self._held: Any = None
         self._moving = asyncio.Lock()
@@ -171,6 +171,10 @@ class NannyAgent(Agent):
         interpreter = interpreter._replace(environ={**interpreter.environ, **options.env})
         request = self.start_request(interpreter, worker=options.pickled())
         return await Standby.start(interpreter, request, self._start_timeout_s)
+
+    def _is_current(self, standby: Standby) -> bool:
+        """Whether it would start the worker that the nanny would: plugins change that, Dask's `Environ` for one."""
+        return standby.worker == WorkerOptions.of_nanny(self.server).pickled()
 
     async def _start(self, new: HostedProcess) -> None:
         self.server.process = new

@@ -40,12 +40,16 @@ class StartRequest(NamedTuple):
 class Standby:
     """A process of an environment's interpreter that has imported Dask, checked its options, and waits.
 
-    Make one with `start`. Owns the process: `discard` it, or `run` it and `wait` for its end.
+    Make one with `start`. Owns the process: `discard` it, or `run` it and `wait` for its end. *worker* are the options
+    that it was started with.
     """
 
-    def __init__(self, interpreter: Interpreter, process: asyncio.subprocess.Process) -> None:
+    def __init__(
+        self, interpreter: Interpreter, process: asyncio.subprocess.Process, worker: bytes | None = None
+    ) -> None:
         self.interpreter = interpreter
         self.process = process
+        self.worker = worker
         self.description: Mapping[str, Any] = {}
         self._reader: asyncio.StreamReader
         self._writer: asyncio.StreamWriter
@@ -77,7 +81,7 @@ class Standby:
                 here.close()
                 raise StartError(interpreter.environment_id, interpreter.prefix, str(error), "") from error
             there.close()
-            standby = cls(interpreter, process)
+            standby = cls(interpreter, process, request.worker)
             try:
                 standby._reader, standby._writer = await asyncio.open_connection(sock=here)
                 await asyncio.wait_for(standby._get_ready(request, stderr), timeout_s)

@@ -36,13 +36,19 @@ class StandbyPool:
         Starts one of an environment.
     in_background
         Runs a coroutine that nobody waits for.
+    is_current
+        Whether a standby is what *start* would start now. One that is not is never handed out.
     """
 
     def __init__(
-        self, start: Callable[[Name], Awaitable[Standby]], in_background: Callable[[Any], asyncio.Task[Any]]
+        self,
+        start: Callable[[Name], Awaitable[Standby]],
+        in_background: Callable[[Any], asyncio.Task[Any]],
+        is_current: Callable[[Standby], bool],
     ) -> None:
         self._start = start
         self._in_background = in_background
+        self._is_current = is_current
         self._parked: OrderedDict[Name, Standby] = OrderedDict()
         self._prepared: dict[Name, Standby] = {}
         self._watcher: asyncio.Task[Any] | None = None
@@ -56,7 +62,10 @@ class StandbyPool:
             If it does not start.
         """
         standby = self._parked.pop(name, None) or self._prepared.pop(name, None)
-        if standby is None or not standby.alive:
+        if standby is not None and not (standby.alive and self._is_current(standby)):
+            await standby.discard()
+            standby = None
+        if standby is None:
             standby = await self._start(name)
         abandoned, self._prepared = self._prepared, {name: standby}
         for other in abandoned.values():
@@ -64,8 +73,12 @@ class StandbyPool:
         return standby
 
     def take(self, name: Name) -> Standby | None:
-        """The prepared standby of *name*, which belongs to the caller now."""
-        return self._prepared.pop(name, None)
+        """The prepared standby of *name*, which belongs to the caller now; None if there is none that is current."""
+        standby = self._prepared.pop(name, None)
+        if standby is not None and not self._is_current(standby):
+            self._in_background(standby.discard())
+            return None
+        return standby
 
     async def discard(self, name: Name) -> None:
         """End every standby of *name*."""
