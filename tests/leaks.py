@@ -34,8 +34,11 @@ def descriptors() -> dict[int, str]:
 
 
 def children() -> dict[int, str]:
-    """Children of this process, those too that have ended and were not waited for."""
-    return {child.pid: f"{child.status()} {child.name()}" for child in psutil.Process().children(recursive=True)}
+    """Children of this process, those too that have ended and were not waited for.
+
+    Not theirs: where one is left, it is named itself, and a cluster that was there before starts processes as it likes.
+    """
+    return {child.pid: f"{child.status()} {child.name()}" for child in psutil.Process().children()}
 
 
 def threads() -> dict[int, str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +14,7 @@ import dask
 import dask.array
 import pytest
 import zstandard
-from distributed import Client, SchedulerPlugin, WorkerPlugin
+from distributed import Client, NannyPlugin, SchedulerPlugin, WorkerPlugin
 
 import envship  # noqa: F401  adds the methods to the client
 from worker_bootstrap.store import Store
@@ -86,35 +88,54 @@ def test_pid_and_address_stay(client: Client, cluster: Cluster, packed: Environm
     assert names == {"nanny", "bare"}
 
 
-def test_the_client_is_usable_when_the_call_returns(client: Client, packed: Environment, onlyhere: ModuleType) -> None:
-    client.use_environment(packed)
-    assert client.status == "running"
-    assert client.submit(onlyhere.f, 0, pure=False).result(timeout=10) == 41
-    client.reset_environment()
-    assert client.status == "running"
-    assert client.submit(int, "7", pure=False).result(timeout=10) == 7
+def test_the_client_is_usable_when_the_call_returns(
+    cluster: Cluster, packed: Environment, onlyhere: ModuleType, no_leaks: None
+) -> None:
+    """And leaves no connection to either scheduler, and no thread, once it is closed."""
+    with cluster.client(workers=2) as client:
+        client.use_environment(packed)
+        assert client.status == "running"
+        assert client.submit(onlyhere.f, 0, pure=False).result(timeout=10) == 41
+        client.reset_environment()
+        assert client.status == "running"
+        assert client.submit(int, "7", pure=False).result(timeout=10) == 7
 
 
-def test_plugins_of_users_are_still_there(client: Client, packed: Environment) -> None:
-    scheduler_plugin, worker_plugin = _plugins()
-    client.register_plugin(scheduler_plugin, name="users-scheduler-plugin")
-    client.register_plugin(worker_plugin, name="users-worker-plugin")
+def test_plugins_of_users_are_still_there(
+    base_venv: Path, tmp_path: Path, warm_stores: Path, packed: Environment, onlyhere: ModuleType
+) -> None:
+    """Also for a nanny and a worker that join the scheduler's successor."""
 
-    def there(dask_scheduler: object) -> tuple[bool, bool]:
-        plugin = dask_scheduler.plugins.get("users-scheduler-plugin")  # type: ignore[attr-defined]
-        return plugin is not None and plugin.kept == 17, "users-worker-plugin" in dask_scheduler.worker_plugins  # type: ignore[attr-defined]
+    def kept(dask_scheduler: object) -> int | None:
+        return getattr(dask_scheduler.plugins.get("users-scheduler-plugin"), "kept", None)  # type: ignore[attr-defined]
 
-    def marked(dask_worker: object) -> bool:
-        return getattr(dask_worker, "users_mark", None) == 23
+    def mark(dask_worker: object) -> int | None:
+        return getattr(dask_worker, "users_mark", None)
 
-    client.use_environment(packed)
-    assert tuple(client.run_on_scheduler(there)) == (True, True)
-    assert all(client.run(marked).values())
-    client.unregister_worker_plugin("users-worker-plugin")
-    client.unregister_scheduler_plugin("users-scheduler-plugin")
+    def variable() -> str | None:
+        return os.environ.get("USERS_MARK")
+
+    with Cluster(base_venv, tmp_path / "c", stores=warm_stores) as cluster:
+        cluster.start_scheduler()
+        cluster.start_worker("early")
+        cluster.start_worker("bare", "--no-nanny")
+        with cluster.client(workers=2) as client:
+            scheduler_plugin, worker_plugin, nanny_plugin = _plugins()
+            client.register_plugin(scheduler_plugin, name="users-scheduler-plugin")
+            client.register_plugin(worker_plugin, name="users-worker-plugin")
+            client.register_plugin(nanny_plugin, name="users-nanny-plugin")
+            client.use_environment(packed)
+            cluster.start_worker("late")
+            cluster.wait_for_workers(client, 3)
+            workers = client.scheduler_info(n_workers=-1)["workers"]
+            with_nanny = [address for address, info in workers.items() if info["nanny"]]
+            assert client.run_on_scheduler(kept) == 17
+            assert list(client.run(mark).values()) == [23] * 3
+            assert list(client.run(mark, workers=with_nanny, nanny=True).values()) == [29] * 2
+            assert list(client.run(variable, workers=with_nanny).values()) == ["29"] * 2
 
 
-def _plugins() -> tuple[SchedulerPlugin, WorkerPlugin]:
+def _plugins() -> tuple[SchedulerPlugin, WorkerPlugin, NannyPlugin]:
     # Made in here so that they are pickled by value, as those of a notebook are.
     class UsersSchedulerPlugin(SchedulerPlugin):
         def __init__(self) -> None:
@@ -124,7 +145,12 @@ def _plugins() -> tuple[SchedulerPlugin, WorkerPlugin]:
         def setup(self, worker: object) -> None:
             worker.users_mark = 23  # type: ignore[attr-defined]
 
-    return UsersSchedulerPlugin(), UsersWorkerPlugin()
+    class UsersNannyPlugin(NannyPlugin):
+        def setup(self, nanny: object) -> None:
+            nanny.users_mark = 29  # type: ignore[attr-defined]
+            nanny.env["USERS_MARK"] = "29"  # type: ignore[attr-defined]
+
+    return UsersSchedulerPlugin(), UsersWorkerPlugin(), UsersNannyPlugin()
 
 
 def test_datasets_and_variables_without_futures_survive(client: Client, packed: Environment) -> None:
@@ -158,6 +184,31 @@ def test_an_asynchronous_client(client: Client, cluster: Cluster, packed: Enviro
             assert status.target_id == packed.id
 
     asyncio.run(main())
+
+
+def test_restarts_and_deaths_afterwards_stay_in_the_environment(
+    base_venv: Path, tmp_path: Path, warm_stores: Path, packed: Environment, onlyhere: ModuleType
+) -> None:
+    """Of two workers of one command, which have a nanny each."""
+    with Cluster(base_venv, tmp_path / "c", stores=warm_stores) as cluster:
+        cluster.start_scheduler()
+        several = cluster.start_worker("several", "--nworkers", "2")
+        with cluster.client(workers=2) as client:
+            client.use_environment(packed)
+            moved = places(client)
+            client.restart()
+            restarted = places(client)
+            address, victim = min(restarted.items())
+            os.kill(victim.pid, signal.SIGKILL)
+            eventually(lambda: address not in client.scheduler_info(n_workers=-1)["workers"], "the killed one leaves")
+            cluster.wait_for_workers(client, 2)
+            back = places(client)
+            for after in (moved, restarted, back):
+                assert [Path(place.prefix).name for place in after.values()] == [packed.id[:16]] * 2
+            assert {p.pid for p in moved.values()}.isdisjoint(p.pid for p in restarted.values())
+            assert len({p.pid for p in restarted.values()} & {p.pid for p in back.values()}) == 1
+            assert client.submit(onlyhere.f, 1).result(timeout=30) == 42
+            assert several.alive
 
 
 def test_an_encrypted_cluster(
