@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,6 @@ import pytest
 from distributed import Client, WorkerPlugin
 
 import envship  # noqa: F401  adds the methods to the client
-from worker_bootstrap.lock import Lock
 from worker_bootstrap.store import Store
 
 from .cluster import SWAP_MARKS, Cluster, eventually, places
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 pytestmark = SWAP_MARKS
 
 DEATH_TIMEOUT_S = 3
+ARRIVAL_S = 10
 
 
 @pytest.fixture
@@ -67,41 +68,47 @@ def test_no_task_of_a_late_worker_runs_outside(client: Client, cluster: Cluster,
 @pytest.mark.parametrize(
     "options", [(), pytest.param(("--no-nanny",), marks=pytest.mark.heavy)], ids=["nanny", "no-nanny"]
 )
-def test_an_environment_that_takes_long_holds_up_nobody(
+def test_an_environment_that_takes_long_to_arrive_holds_up_nobody(
     client: Client, cluster: Cluster, packed: Environment, options: tuple[str, ...], tmp_path: Path
 ) -> None:
     """Not ``register_plugin``, not other tasks; and ``--death-timeout`` does not count the waiting.
 
-    Another process that builds on the same host (here: this one, which only holds the lock) makes it last.
+    The late host limits the rate at which it receives, so that the chunks are ten seconds on their way.
     """
     late = Store(tmp_path / "late")
-    with Lock(late.layout.lock(packed.id)):
-        member = cluster.start_worker(
-            "late",
-            "--death-timeout",
-            str(DEATH_TIMEOUT_S),
-            "--resources",
-            "late=1",
-            *options,
-            environ={"ENVSHIP_STORE": str(late.layout.root)},
-        )
-        waiting = client.submit(_prefix(), resources={"late": 1}, pure=False)
-        eventually(lambda: list(late.layout.manifests.iterdir()), "the late worker has heard of the environment")
-        plugin = _plugin()
-        client.register_plugin(plugin, name="meanwhile")
-        assert client.submit(_prefix(), workers=["early"], pure=False).result(timeout=30).endswith(packed.id[:16])
-        # This is about time that passes: longer than the worker's patience.
-        time.sleep(DEATH_TIMEOUT_S + 2)
-        assert member.alive, member.log
-        assert not waiting.done()
+    chunks = set(packed.manifest.chunks)
+    there = [path for path in cluster.store("a").glob("chunks/*/*") if path.name.partition(".")[0] in chunks]
+    assert len(there) == len(chunks)
+    member = cluster.start_worker(
+        "late",
+        "--death-timeout",
+        str(DEATH_TIMEOUT_S),
+        "--resources",
+        "late=1",
+        *options,
+        environ={
+            "ENVSHIP_STORE": str(late.layout.root),
+            "DASK_ENVSHIP__RATE_LIMIT": str(sum(path.stat().st_size for path in there) // ARRIVAL_S),
+        },
+    )
+    waiting = client.submit(_prefix(), resources={"late": 1}, pure=False)
+    eventually(lambda: list(late.layout.manifests.iterdir()), "the late worker has heard of the environment")
+    started = time.monotonic()
+    client.register_plugin(_plugin(), name="meanwhile")
+    assert client.submit(_prefix(), workers=["early"], pure=False).result(timeout=30).endswith(packed.id[:16])
+    assert late.missing(packed.manifest.chunks), "it is still on its way"
+    assert not waiting.done()
+    eventually(lambda: not late.missing(packed.manifest.chunks), "all chunks are there")
+    assert time.monotonic() - started > 2 * DEATH_TIMEOUT_S, "or the worker's patience was not tried"
+    assert member.alive, member.log
     assert waiting.result(timeout=90).endswith(packed.id[:16])
     assert Path(waiting.result()).is_relative_to(late.layout.root)
     assert client.run(_has_mark(), workers=addresses(client, "late")) == {addresses(client, "late")[0]: True}
 
 
-@pytest.mark.parametrize("options", [(), ("--no-nanny",)], ids=["nanny", "no-nanny"])
+@pytest.mark.parametrize(("options", "who"), [((), "nanny"), (("--no-nanny",), "worker")], ids=["nanny", "no-nanny"])
 def test_a_worker_that_cannot_have_the_environment_leaves_and_says_why(
-    client: Client, cluster: Cluster, options: tuple[str, ...], tmp_path: Path
+    client: Client, cluster: Cluster, packed: Environment, options: tuple[str, ...], who: str, tmp_path: Path
 ) -> None:
     store = tmp_path / "not a folder"
     store.write_text("")
@@ -110,7 +117,10 @@ def test_a_worker_that_cannot_have_the_environment_leaves_and_says_why(
     )
     waiting = client.submit(_prefix(), resources={"unlucky": 1}, pure=False)
     eventually(lambda: not member.alive, "the worker leaves")
-    assert str(store) in member.log
+    [line] = [line for line in member.log.splitlines() if " leaves: " in line]
+    assert re.search(rf"{who} tcp://\S+ leaves: ", line)
+    assert packed.id in line
+    assert str(store) in line, "why"
     assert not addresses(client, "unlucky")
     assert not waiting.done()
 

@@ -40,7 +40,9 @@ class NannyAgentPlugin(Carried, NannyPlugin):  # type: ignore[misc]  # distribut
             await self.agent.join()
         except Exception as error:
             # The nanny only logs what a plugin raises, and would start its worker in the base environment.
-            if await call("envship_target") is not None:
+            target = await call("envship_target")
+            if target is not None:
+                logger.error("nanny %s leaves: its worker must run in environment %s: %s", nanny.address, target, error)
                 nanny.process = RefusedProcess(error)
             raise
 
