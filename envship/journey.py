@@ -83,10 +83,14 @@ class Journey:
 
         Raises
         ------
+        EnvironmentMissing
+            No host holds the environment that *arguments* name.
         EnvshipError
             What it answers if it cannot.
         """
         answer: dict[str, Any] = await getattr(self.client.scheduler, operation)(**arguments)
+        if answer.get("type") == "EnvironmentMissing" and "environment_id" in arguments:
+            raise EnvironmentMissing(arguments["environment_id"], f"the cluster of {self.client.scheduler.address}")
         if "error" in answer:
             raise EnvshipError(f"the coordinator on {self.client.scheduler.address}: {answer['error']}")
         return answer["ok"]
