@@ -38,19 +38,24 @@ NO_DISTRIBUTED = b"import sys\nsys.modules['distributed'] = None\n"
 HANGS = b"import time\ntime.sleep(3600)\n"
 ONLY_ON_B = b"import os, sys\nif os.environ['ENVSHIP_STORE'].endswith('/b'): sys.modules['distributed'] = None\n"
 CRASHES_LATER = b"""
-import sys, threading, time
+import os, sys, threading, time
 
 def arm():
-    while not hasattr(sys.modules.get("distributed.worker"), "Worker"):
+    while not hasattr(sys.modules.get("distributed.%(module)s"), "%(kind)s"):
         time.sleep(0.001)
 
     async def start_unsafe(self):
-        raise RuntimeError("no worker ever starts in here")
+        raise RuntimeError("no %(module)s ever starts in here")
 
-    sys.modules["distributed.worker"].Worker.start_unsafe = start_unsafe
+    sys.modules["distributed.%(module)s"].%(kind)s.start_unsafe = start_unsafe
 
-threading.Thread(target=arm, daemon=True).start()
+if os.environ["ENVSHIP_STORE"].endswith("%(where)s"):
+    threading.Thread(target=arm, daemon=True).start()
 """
+NO_WORKER = CRASHES_LATER % {b"module": b"worker", b"kind": b"Worker", b"where": b""}
+NO_WORKER_ON_B = CRASHES_LATER % {b"module": b"worker", b"kind": b"Worker", b"where": b"/b"}
+NO_SCHEDULER = CRASHES_LATER % {b"module": b"scheduler", b"kind": b"Scheduler", b"where": b""}
+"""Everything can be imported, and what is imported does not start."""
 
 
 def at_start(code: bytes) -> dict[str, bytes]:
@@ -193,22 +198,54 @@ def test_a_scheduler_that_refuses_plugins(
             assert client.gather(kept) == value
 
 
-def test_workers_that_crash_after_the_swap_began_bring_the_old_environment_back(
-    base_venv: Path, tmp_path: Path, warm_stores: Path, packed: Environment, client_store: Store, onlyhere: ModuleType
+@pytest.mark.parametrize(
+    ("crash", "workers", "scheduler", "named"),
+    [
+        (NO_WORKER, {"nanny": "a"}, False, "no worker ever starts in here"),
+        (NO_WORKER, {"bare": "a"}, False, "the worker does not start; see its log"),
+        (NO_SCHEDULER, {"nanny": "a", "bare": "a"}, None, "it does not start in environment"),
+        (NO_WORKER_ON_B, {"nanny": "a", "bare": "a", "bad-nanny": "b"}, None, "no worker ever starts in here"),
+    ],
+    ids=["nanny", "no-nanny", "scheduler", "one of several"],
+)
+def test_what_crashes_after_the_swap_began_brings_the_old_environment_back(
+    base_venv: Path,
+    tmp_path: Path,
+    warm_stores: Path,
+    packed: Environment,
+    client_store: Store,
+    onlyhere: ModuleType,
+    crash: bytes,
+    workers: dict[str, str],
+    scheduler: bool | None,
+    named: str,
 ) -> None:
-    """From the base environment, and from another one; the cluster works afterwards."""
-    crashing = variant(client_store, packed.manifest, at_start(CRASHES_LATER))
+    """From the base environment, and from another one; the processes are the same, and work."""
+    crashing = variant(client_store, packed.manifest, at_start(crash))
+
+    def where() -> tuple[str, int]:
+        return sys.prefix, os.getpid()
+
     with Cluster(base_venv, tmp_path / "c", stores=warm_stores) as cluster:
         cluster.start_scheduler()
-        cluster.start_worker("w1")
-        with cluster.client(workers=1) as client:
+        for name, host in workers.items():
+            cluster.start_worker(name, *(["--no-nanny"] if name == "bare" else []), host=host)
+        with cluster.client(workers=len(workers)) as client:
             for previous in (str(base_venv), packed.id[:16]):
-                with pytest.raises(CommitFailed, match="back"):
-                    client.use_environment(crashing, scheduler=False, timeout="10s")
-                cluster.wait_for_workers(client, 1)
-                assert all(place.prefix.endswith(previous) for place in places(client).values())
-                assert client.submit(int, "4", pure=False).result(timeout=30) == 4
-                client.use_environment(packed, scheduler=False)
+                before = client.run_on_scheduler(where)
+                with pytest.raises(CommitFailed, match=named) as caught:
+                    client.use_environment(crashing, scheduler=scheduler, timeout="30s")
+                assert "moved back" in str(caught.value)
+                assert "not all of it" not in str(caught.value)
+                assert client.run_on_scheduler(where) == before
+                assert all(member.alive for member in cluster.members.values())
+                names = {a: info["name"] for a, info in client.scheduler_info(n_workers=-1)["workers"].items()}
+                assert sorted(names.values()) == sorted(workers)
+                for address, name in names.items():
+                    prefix, pid = client.submit(where, workers=[address], pure=False).result(timeout=30)
+                    assert prefix.endswith(previous)
+                    assert (pid == cluster.members[name].pid) is (name == "bare")
+                client.use_environment(packed, scheduler=scheduler)
 
 
 def test_a_chunk_damaged_on_a_host_is_never_used(

@@ -162,10 +162,14 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
         return {"target": self.target, "manifest": manifest and manifest.to_bytes(), "options": self.options}
 
     async def hello(self, report: dict[str, Any]) -> dict[str, Any]:
-        """A worker says where it runs, before its first task; ``welcome`` tells whether it may stay."""
+        """A worker says where it runs, before its first task; ``welcome`` tells whether it may stay.
+
+        One that may not shall wait while the cluster is ``moving``: its nanny is asked to fetch it.
+        """
         self.reports[report["address"]] = report
         self._reported.set()
-        return {"welcome": report["environment_id"] == self.target, "target": self.target}
+        welcome = report["environment_id"] == self.target
+        return {"welcome": welcome, "target": self.target, "moving": self.queue.moving}
 
     async def trouble(self, address: str, cause: str) -> None:
         """An agent could not start its worker in the target environment."""

@@ -73,6 +73,8 @@ class WorkerAgent(ExecAgent):
         return await self.probe(interpreter, request, float(options["start_timeout_s"]))
 
     async def commit(self, environment_id: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+        if environment_id == self.environment_id and not options["scheduler_moves"]:
+            return {}  # It did not start where it was sent, and is back before the cluster is; see `_stand_aside`.
         interpreter = await self.interpreter(environment_id)
         # The answer must have left before the process is replaced, or the coordinator sees a broken connection.
         self.in_background(self._leave(interpreter, options["scheduler_moves"]))

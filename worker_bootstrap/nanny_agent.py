@@ -183,10 +183,17 @@ class NannyAgent(Agent):
             await new.kill()
 
     async def _start_when_scheduler_is_back(self, new: HostedProcess, timeout_s: float) -> None:
-        if await self._successor(timeout_s) is None:
+        answer = await self._successor(timeout_s)
+        if answer is None:
             return
         try:
             async with self._moving:
+                if not isinstance(self.server.process, PendingProcess):
+                    await new.kill()  # The cluster has turned back, and this nanny was asked to.
+                    return
+                if answer["target"] != new.interpreter.environment_id:
+                    await new.kill()  # It has, before this nanny joined, so that it may never be asked.
+                    new = await self._process_for(answer["target"])
                 await self._start(new)
         except Exception as error:
             await self.call("envship_trouble", address=self.server.address, cause=str(error))

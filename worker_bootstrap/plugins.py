@@ -6,6 +6,8 @@ operations to the server, and let it ask the coordinator where its process shoul
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import os
 import sys
@@ -19,6 +21,8 @@ from worker_bootstrap.interpreter import own_environment_id
 from worker_bootstrap.reexec import Arrival
 
 logger = logging.getLogger("envship.plugins")
+
+ASIDE_INTERVAL_S = 0.1
 
 
 class NannyAgentPlugin(Carried, NannyPlugin):  # type: ignore[misc]  # distributed is not typed
@@ -74,14 +78,9 @@ class WorkerAgentPlugin(Carried, WorkerPlugin):  # type: ignore[misc]  # distrib
             raise
         Arrival.done = True
         if not answer["welcome"] and worker.nanny is not None:
-            logger.error(
-                "worker %s leaves: it runs in %s, the cluster in environment %s",
-                worker.address,
-                own_environment_id() or "the base environment",
-                answer["target"],
-            )
             worker.status = Status.closing_gracefully
-            await worker.close(nanny=True, reason="envship-wrong-environment")
+            # Not in here: the nanny that is to fetch this worker waits until it has started.
+            self._aside = asyncio.ensure_future(_stand_aside(worker, call, answer))
 
     async def _make_agent(self, worker: Any, call: Any) -> None:
         from worker_bootstrap.exec_agent import WorkerAgent
@@ -94,6 +93,26 @@ class WorkerAgentPlugin(Carried, WorkerPlugin):  # type: ignore[misc]  # distrib
     async def teardown(self, worker: Any) -> None:
         if self.agent is not None and worker.status not in (Status.closing, Status.closed):
             await self.agent.close()
+
+
+async def _stand_aside(worker: Any, call: Any, answer: dict[str, Any]) -> None:
+    """Run no task: a cluster that turned back while this worker started has its nanny fetch it; else it leaves."""
+    with contextlib.suppress(OSError):  # the worker is closed while it asks
+        while answer["moving"] and not answer["welcome"]:
+            await asyncio.sleep(ASIDE_INTERVAL_S)
+            answer = await call("envship_hello", report=_report(worker))
+    if worker.status != Status.closing_gracefully:
+        return
+    if answer["welcome"]:
+        worker.status = Status.running
+        return
+    logger.error(
+        "worker %s leaves: it runs in %s, the cluster in environment %s",
+        worker.address,
+        own_environment_id() or "the base environment",
+        answer["target"],
+    )
+    await worker.close(nanny=True, reason="envship-wrong-environment")
 
 
 def _report(worker: Any) -> dict[str, Any]:

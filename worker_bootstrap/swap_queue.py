@@ -53,6 +53,11 @@ class SwapQueue:
         self._log = log
         self._turn = asyncio.Lock()
 
+    @property
+    def moving(self) -> bool:
+        """Whether a swap is under way."""
+        return self._turn.locked()
+
     def begin(self, environment_id: EnvironmentId | None, options: Mapping[str, Any]) -> str:
         """Begin a swap, or (``stage_only``) a staging; returns its id."""
         swap = Swap(environment_id, self._cluster.target, options)
