@@ -8,8 +8,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+import psutil
 import pytest
 from distributed import Client
 
@@ -28,6 +29,15 @@ pytestmark = SWAP_MARKS
 
 OTHERS = {minor: python for minor, python in other_minors().items() if minor >= 10 and makes_venvs(python)}
 """Interpreters that the client's version of Dask runs on."""
+RESERVE = 1
+"""Connections that a pool of Dask's may have in reserve, or not, after a turn; what four swaps leave behind is more."""
+
+
+class InUse(NamedTuple):
+    """What a process holds."""
+
+    descriptors: int
+    children: int
 
 
 @pytest.fixture(scope="module")
@@ -56,17 +66,24 @@ def other(packed: Environment, client_store: Store) -> EnvironmentId:
     return variant(client_store, packed.manifest, {"{site}/another.py": b"VALUE = 7\n"})
 
 
-@pytest.mark.parametrize("turns", [1, pytest.param(5, marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("turns", [2, pytest.param(5, marks=pytest.mark.heavy)])
 def test_there_and_back_many_times(
-    client: Client, base_venv: Path, packed: Environment, other: EnvironmentId, onlyhere: ModuleType, turns: int
+    client: Client,
+    cluster: Cluster,
+    base_venv: Path,
+    packed: Environment,
+    other: EnvironmentId,
+    onlyhere: ModuleType,
+    turns: int,
 ) -> None:
-    """A → B → A → base, again and again, with the scheduler; after the first time no byte is uploaded."""
+    """A → B → A → base, again and again, with the scheduler; after the first turn nothing is uploaded, nor grows."""
 
     def value() -> int:
         import another
 
         return int(another.VALUE)
 
+    in_use: list[dict[str, InUse]] = []
     for turn in range(turns):
         for target in (packed.id, other, packed.id, None):
             result = client.reset_environment() if target is None else client.use_environment(target)
@@ -78,6 +95,29 @@ def test_there_and_back_many_times(
             if target == other:
                 assert client.submit(value, pure=False).result(timeout=30) == 7
             assert turn == 0 or result.uploaded_bytes == 0
+        eventually(lambda: _warm(client) == {(packed.id,)}, "each host keeps what it left last")
+        in_use.append(_in_use(cluster))
+
+    def no_more() -> bool:
+        now = _in_use(cluster)
+        return all(
+            now[name].descriptors <= before.descriptors + RESERVE and now[name].children <= before.children
+            for name, before in in_use[0].items()
+        )
+
+    eventually(no_more, f"no process has more descriptors and children than after the first turn: {in_use}")
+
+
+def _warm(client: Client) -> set[tuple[str, ...]]:
+    """What the hosts that have nannies keep warm."""
+    return {host.warm for host in client.environment_status().hosts.values() if host.built}
+
+
+def _in_use(cluster: Cluster) -> dict[str, InUse]:
+    """Of each process that stays: client, scheduler, nannies."""
+    stay = {"client": os.getpid(), **{name: member.pid for name, member in cluster.members.items()}}
+    processes = {name: psutil.Process(pid) for name, pid in stay.items()}
+    return {name: InUse(process.num_fds(), len(process.children())) for name, process in processes.items()}
 
 
 def test_a_small_change_uploads_about_what_changed(client: Client, packed: Environment, client_store: Store) -> None:
