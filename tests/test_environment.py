@@ -36,6 +36,16 @@ def test_it_says_what_it_is(little: Environment) -> None:
     assert "2 packages" in repr(little)
 
 
+def test_dask_may_be_there_without_the_package_of_that_name(store: Store) -> None:
+    """conda-forge has its code in ``dask-core``; its ``dask`` only asks for that and for all that is optional."""
+    packages = [
+        package_of(store, {f"{name}.py": b"x = 1\n"}, name=name, version=version)._replace(kind="conda")
+        for name, version in (("dask-core", "2026.8.0"), ("dask", "2026.8.1"))
+    ]
+    assert Environment(environment_of(store, packages[:1]), store).versions["dask"] == "2026.8.0"
+    assert Environment(environment_of(store, packages), store).versions["dask"] == "2026.8.1"
+
+
 def test_its_html_escapes_what_packages_call_themselves(little: Environment) -> None:
     text = little._repr_html_()
     assert "&lt;script&gt;" in text
