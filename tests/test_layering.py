@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,21 +19,12 @@ from .interpreters import OLDEST_MINOR, makes_venvs, other_minors
 
 PACKAGE = Path(worker_bootstrap.__file__).parent
 WITHOUT_DASK = (
-    *("errors", "digest", "manifest", "layout", "codec", "lock", "relocate", "blueprint", "activation"),
-    *(
-        "store",
-        "location",
-        "donor",
-        "durable",
-        "mounts",
-        "ready_mark",
-        "arrivals",
-        "relocated_code",
-        "writer",
-        "materialise",
-        "verify",
-        "tracker",
-    ),
+    *("errors", "digest", "paths", "layout", "manifest", "codec", "lock", "durable", "mounts"),
+    *("ready_mark", "store", "location", "staging"),
+    *("relocate", "relocated_code", "blueprint", "arrivals", "donor", "crew", "writer", "materialise", "build"),
+    *("soundness", "repair", "verify", "stock", "holdings", "evict", "shared", "carry"),
+    *("interpreter", "activation", "launch", "standby", "worker_options"),
+    *("tracker", "assignments", "promises", "mistrust", "ledger", "swap_account"),
 )
 """Modules that must not import Dask: they run in processes that have to start at once, and in tests without it."""
 DASK = {"distributed", "dask", "tornado", "psutil", "cloudpickle", "click", "msgpack", "fsspec", "yaml"}
@@ -62,6 +54,56 @@ def test_no_module_is_forgotten() -> None:
     assert set(WITHOUT_DASK) <= set(MODULES)
 
 
+def test_what_needs_no_dask_imports_nothing_that_does(tmp_path: Path) -> None:
+    """Each of them, with all that it imports, where there is no Dask."""
+    command = [sys.executable, "-c", IMPORT_WITHOUT, str(PACKAGE.parent), " ".join(DASK), *WITHOUT_DASK]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
+
+
+IMPORT_WITHOUT = """
+import importlib, sys
+sys.path.insert(0, sys.argv[1])
+for name in sys.argv[2].split():
+    sys.modules[name] = None
+for module in sys.argv[3:]:
+    try:
+        importlib.import_module("worker_bootstrap." + module)
+    except ImportError as error:
+        print(module, error)
+"""
+
+
+# -- with the oldest Python
+
+
+@pytest.mark.parametrize("module", ["__init__", *MODULES])
+def test_what_travels_is_written_for_the_oldest_python(module: str) -> None:
+    """Also where there is none to try it. Annotations are never evaluated, so they may be newer than the rest."""
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"), feature_version=(3, OLDEST_MINOR))
+    postponed = any(isinstance(node, ast.ImportFrom) and node.module == "__future__" for node in tree.body)
+    assert postponed or module == "__init__"
+    assert [node.lineno for node in evaluated(tree) if is_union(node)] == [], "`X | Y` of types needs Python 3.10"
+
+
+def evaluated(node: ast.AST) -> Iterator[ast.AST]:
+    """*node* and all that lies in it, without annotations."""
+    yield node
+    for name, value in ast.iter_fields(node):
+        if name not in ("annotation", "returns"):
+            for child in value if isinstance(value, list) else [value]:
+                if isinstance(child, ast.AST):
+                    yield from evaluated(child)
+
+
+def is_union(node: ast.AST) -> bool:
+    """Whether *node* is ``X | Y`` with a side that can only be a type, or None."""
+    if not (isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr)):
+        return False
+    sides = {ast.unparse(side) for side in (node.left, node.right)}
+    return not sides.isdisjoint({"None", "Any", "bool", "bytes", "float", "int", "str", "dict", "list", "set", "tuple"})
+
+
 # -- with nothing but Dask installed
 
 IMPORT_ALL = """
@@ -77,10 +119,16 @@ print(*codec.available())
 """
 
 
-OLDEST = [python for minor, python in other_minors().items() if minor == OLDEST_MINOR and makes_venvs(python)]
+def pythons() -> Iterator[Any]:
+    """This interpreter and the oldest, which is missed aloud."""
+    yield sys.executable
+    oldest = other_minors().get(OLDEST_MINOR)
+    missing = f"there is no Python 3.{OLDEST_MINOR} here that makes venvs"
+    usable = oldest is not None and makes_venvs(oldest)
+    yield pytest.param(oldest, marks=pytest.mark.skipif(not usable, reason=missing), id=f"3.{OLDEST_MINOR}")
 
 
-@pytest.mark.parametrize("python", [sys.executable, *OLDEST])
+@pytest.mark.parametrize("python", [*pythons()])
 def test_every_module_imports_where_only_distributed_is(python: str, base_venv: Path, tmp_path: Path) -> None:
     if python == sys.executable:
         bare = base_venv / "bin/python"
