@@ -1,4 +1,4 @@
-"""Whatever names an environment moves a cluster there; versions that differ."""
+"""Whatever names an environment moves a cluster there; versions that differ, and manifests that were damaged."""
 
 from __future__ import annotations
 
@@ -206,3 +206,53 @@ def test_another_dask_is_refused_unless_that_is_overridden(
     assert client.environment_status().target_id is None
     client.use_environment(other, ignore_versions=True)
     moved(client, other, onlyhere)
+
+
+# -- manifests
+
+
+def damage(cluster: Cluster, environment_id: EnvironmentId, hosts: str, data: bytes) -> None:
+    for host in hosts:
+        manifest = Store(cluster.store(host)).layout.manifest(environment_id)
+        assert manifest.exists()
+        manifest.write_bytes(data)
+
+
+@pytest.mark.parametrize("build", [True, False], ids=["built", "fetched"])
+def test_a_damaged_manifest_is_sent_again(
+    client: Client,
+    cluster: Cluster,
+    packed: Environment,
+    fresh: EnvironmentId,
+    build: bool,
+    request: pytest.FixtureRequest,
+) -> None:
+    """And never used, whether it is rubbish or that of another environment."""
+    client.stage_environment(fresh, build=build)
+    damage(cluster, fresh, "a", packed.manifest.to_bytes())
+    damage(cluster, fresh, "b", b"{rubbish")
+    assert client.use_environment(fresh).environment_id == fresh
+    assert in_fresh(client) == {request.node.name}
+    for host in "ab":
+        assert Store(cluster.store(host)).read_manifest(fresh).id == fresh
+
+
+@pytest.mark.parametrize("hosts", ["a", "b"], ids=["the scheduler's", "a worker's"])
+def test_a_damaged_manifest_is_sent_again_by_those_who_have_it(
+    client: Client, cluster: Cluster, fresh: EnvironmentId, hosts: str, empty_store: Store, client_store: Store
+) -> None:
+    """Where the user has only the id."""
+    client.stage_environment(envship.Environment.open(fresh, client_store))
+    damage(cluster, fresh, hosts, b"{rubbish")
+    assert client.use_environment(fresh).environment_id == fresh
+    assert all(place.prefix.endswith(fresh[:16]) for place in places(client).values())
+
+
+def test_a_manifest_that_is_damaged_everywhere_is_missing(
+    client: Client, cluster: Cluster, base_venv: Path, fresh: EnvironmentId, empty_store: Store, client_store: Store
+) -> None:
+    client.stage_environment(envship.Environment.open(fresh, client_store))
+    damage(cluster, fresh, "ab", b"{rubbish")
+    with pytest.raises(envship.EnvshipError, match=fresh):
+        client.use_environment(fresh)
+    assert {place.prefix for place in places(client).values()} == {str(base_venv)}

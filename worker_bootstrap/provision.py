@@ -75,11 +75,17 @@ class Provision:
         With *chunks_only*, nothing is built, and the prefix is None.
 
         Asked again while it is at it, it waits for what is under way: two clients may want the same environment.
+
+        Raises
+        ------
+        EnvironmentMissing
+            If *manifest* is not given, and this host does not hold it intact. Also where the environment is built:
+            its interpreter cannot be started without.
         """
         if manifest is not None:
             await asyncio.to_thread(self._store.write_manifest, Manifest.from_bytes(manifest, environment_id))
+        found = await asyncio.to_thread(self._store.read_manifest, environment_id)
         if chunks_only:
-            found = await asyncio.to_thread(self._store.read_manifest, environment_id)
             started = time.perf_counter()
             await self._fetch(found, found.chunks, lambda digests: None)
             return {"prefix": None, "seconds": {"fetch": time.perf_counter() - started}}
