@@ -11,11 +11,13 @@ from pathlib import Path
 
 import conda_pack
 import pytest
+from click.testing import CliRunner
 
+from envship.cli import main
 from envship.options import PackOptions
 from envship.pack import pack
 from envship.sources.conda import canonical_conda_meta
-from worker_bootstrap.errors import NotAnEnvironment, SourceProblems
+from worker_bootstrap.errors import NotAnEnvironment, SourceNotFound, SourceProblems
 from worker_bootstrap.manifest import File, Link
 from worker_bootstrap.materialise import materialise
 from worker_bootstrap.relocate import PLACEHOLDER
@@ -41,6 +43,21 @@ def test_the_same_packages_at_two_prefixes_are_the_same_environment(
     assert [p.name for p in one.packages] == ["", "libmini", "mininoarch", "python"]
     assert one.python == ".".join(map(str, sys.version_info[:3]))
     assert one.platform == "linux-64"
+
+
+def test_an_environment_is_packed_by_its_name(
+    conda_pair: tuple[Path, Path], shared_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As conda knows it; in Python and in a terminal."""
+    prefix = conda_pair[1]
+    expected = pack(prefix, store=shared_store).id
+    with pytest.raises(SourceNotFound):
+        pack(prefix.name, store=shared_store)
+    monkeypatch.setenv("CONDA_ENVS_PATH", str(prefix.parent))
+    assert pack(prefix.name, store=shared_store).id == expected
+    done = CliRunner().invoke(main, ["pack", prefix.name, "--store", str(shared_store.layout.root), "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["id"] == expected
 
 
 def test_relocation_is_undone_to_what_the_package_recorded(conda_pair: tuple[Path, Path], shared_store: Store) -> None:
