@@ -259,7 +259,7 @@ class Cluster:
 
     def _survivors(self) -> list[str]:
         deadline = time.monotonic() + 5
-        while (left := _marked(self._mark)) and time.monotonic() < deadline:
+        while (left := marked(f"{MARK}={self._mark}")) and time.monotonic() < deadline:
             time.sleep(POLL_S)
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
@@ -311,12 +311,12 @@ def _security() -> Security:
     return Security(tls_ca_file=cert, tls_client_cert=cert, tls_client_key=key, require_encryption=True)
 
 
-def _marked(mark: str) -> dict[int, str]:
-    """Processes that carry *mark* in their variables, with their command lines. Empty where there is no ``/proc``."""
+def marked(mark: str) -> dict[int, str]:
+    """Processes with *mark* (``NAME=value``) among their variables: their command lines. Empty without ``/proc``."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes():
+            if mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
                 command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
                 if command:  # empty: a zombie, whose parent is about to fetch it
                     found[int(folder.name)] = command

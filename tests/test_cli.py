@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from click.testing import CliRunner, Result
 
 from envship.cli import main
 
-from .cluster import SWAP_MARKS, TLS_FOLDER, Cluster, Prefixes
+from .cluster import SWAP_MARKS, TLS_FOLDER, Cluster, Prefixes, eventually, marked, variant
 
 if TYPE_CHECKING:
     from envship.environment import Environment
@@ -123,6 +124,19 @@ def test_use_status_and_reset_move_a_cluster(cluster: Cluster, packed: Environme
     assert envship_json("status", *at)["scheduler"]["environment_id"] is None
 
 
+def test_use_goes_on_in_spite_of_versions_if_it_is_told_to(
+    cluster: Cluster, packed: Environment, client_store: Store
+) -> None:
+    other = variant(client_store, packed.manifest, versions={"dask": "2000.1.0"})
+    at = ("--scheduler", cluster.address)
+    assert "2000.1.0" in envship("use", other, *at, code=1).stderr
+    assert envship_json("status", *at)["target_id"] is None
+    assert envship_json("use", other, *at, "--ignore-versions")["environment_id"] == other
+    told = envship_json("status", *at)
+    assert [worker["environment_id"] for worker in told["workers"].values()] == [other]
+    envship("reset", *at)
+
+
 def test_failure_on_the_cluster_is_a_message(cluster: Cluster, tmp_path: Path) -> None:
     unknown = "0" * 64
     assert unknown[:16] in envship("use", unknown, "-s", cluster.address, code=1).stderr
@@ -177,13 +191,27 @@ def test_interrupt_ends_with_130_and_no_traceback() -> None:
 
 
 @pytest.mark.heavy
-def test_demo_moves_a_cluster_and_leaves_nothing() -> None:
+def test_demo_moves_a_cluster_there_and_back_and_leaves_nothing() -> None:
+    """No file, no process; and it says what it took."""
+    mark = f"MARK_OF_A_TEST={uuid.uuid4().hex}"
     with tempfile.TemporaryDirectory(prefix="es-") as folder:
-        command = [sys.executable, "-m", "envship.cli", "demo"]
-        environ = {**os.environ, "TMPDIR": folder}
-        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert done.stdout.count("✗ ModuleNotFoundError: No module named 'teapot'") == 2
-        assert done.stdout.count("✓ 3 cups of tea") == 2
-        assert done.stderr == ""
+        command = ["env", mark, f"TMPDIR={folder}", sys.executable, "-m", "envship.cli", "demo"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as demo:
+            # All that it starts inherit the mark.
+            eventually(lambda: "dask worker" in " ".join(marked(mark).values()), "the demo's workers", timeout_s=180)
+            output, errors = demo.communicate(timeout=240)
+        assert demo.returncode == 0, output + errors
+        assert errors == ""
         assert list(Path(folder).iterdir()) == []
+    eventually(lambda: not marked(mark), "every process of the demo has ended", timeout_s=5)
+    failure, success = "✗ ModuleNotFoundError: No module named 'teapot'", "✓ 3 cups of tea"
+    assert re.findall(f"{failure}|{success}", output) == [failure, success, failure, success]
+    assert re.search(r"moved from environment [0-9a-f]{16} to the base environment", output)
+    seconds, size = r"(\d+ min )?[\d.]+ s", r"[\d.]+ MiB"
+    for row in (
+        rf"base → mine +{seconds} +{seconds} +{size} +moved too",
+        rf"mine → base +{seconds} +{seconds} +nothing +moved too",
+        rf"base → mine again +{seconds} +{seconds} +nothing +moved too",
+        rf"mine → mine +{seconds} +none +nothing +stayed",
+    ):
+        assert re.search(row, output), row
