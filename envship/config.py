@@ -96,12 +96,17 @@ def link_mode() -> LinkMode:
 
 
 def keep_warm() -> int:
-    """How many environments left behind keep a parked interpreter on each host.
+    """How many environments left behind keep a parked interpreter: one for each worker that has a nanny.
 
     Raises
     ------
     SettingInvalid
         If ``envship.keep-warm`` is not a whole number of at least 0.
+
+    Notes
+    -----
+    Resident memory of one, and what of it no other process shares (Linux, Python 3.11): 50 and 38 MB where the
+    environment holds nothing but ``distributed``, 87 and 80 MB with numpy, pandas and bokeh.
     """
     value = _get("keep-warm")
     if type(value) is not int or value < 0:
