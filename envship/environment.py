@@ -216,7 +216,7 @@ def resolve(
     source
         An `Environment`; None for the one that this process runs in; a bundle (``*.envship``); an environment id that
         the store holds, or at least eight digits that only one id begins with; the name of a conda environment; the
-        path of a prefix.
+        path of a prefix; an archive that conda-pack made.
     store, options, report
         As for `envship.pack.pack`.
 

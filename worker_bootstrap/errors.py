@@ -88,7 +88,7 @@ class SourceNotFound(PackError):
         places = ", ".join(self.looked_in or ()) or "nowhere"
         return (
             f"no environment {self.source!r}: looked in {places}. Give the name of a conda environment, the path of a "
-            "prefix, a bundle (.envship), or the id of an environment that the store holds."
+            "prefix, an archive of conda-pack, a bundle (.envship), or the id of an environment that the store holds."
         )
 
 

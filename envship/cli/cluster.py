@@ -130,8 +130,8 @@ def use(
 ) -> None:
     """Move a running cluster into the environment SOURCE.
 
-    SOURCE is a conda environment's name, the path of a prefix, a bundle (.envship) or an environment id; without it,
-    the environment that envship itself runs in.
+    SOURCE is a conda environment's name, the path of a prefix, an archive that conda-pack made, a bundle (.envship) or
+    an environment id; without it, the environment that envship itself runs in.
     """
     with connection.open() as client:
         result = client.use_environment(source, ignore_versions=ignore_versions, options=packed_as, timeout=timeout)

@@ -35,7 +35,7 @@ def show(source: str, packed_as: PackOptions, store_path: Path | None, show_all:
     """Show what SOURCE holds: versions, packages by size, where the bytes are, what could be left out.
 
     SOURCE is a bundle (.envship), an environment id that the store holds, a conda environment's name, the path of a
-    prefix, or an archive of conda-pack. An environment that is not packed yet is packed first.
+    prefix, or an archive that conda-pack made. An environment that is not packed yet is packed first.
     """
     from envship.environment import resolve
     from envship.usage import usage

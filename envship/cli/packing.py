@@ -30,8 +30,8 @@ def pack(
 ) -> None:
     """Pack SOURCE into the store of this machine, and into a bundle with -o.
 
-    SOURCE is a conda environment's name or the path of a prefix (conda or venv); without it, the environment that
-    envship itself runs in.
+    SOURCE is a conda environment's name, the path of a prefix (conda or venv) or an archive that conda-pack made
+    (.tar.gz, .zip and the like); without it, the environment that envship itself runs in.
     """
     from envship.pack import pack as pack_environment
 

@@ -205,7 +205,7 @@ def stage(source: str, store_path: Path | None, link_mode: str | None, connectio
 
     With --store, into a store on this machine: chunks, manifest and the built prefix, all on disk when this returns,
     readable for everybody. With --scheduler, to every machine of a running cluster. SOURCE is a bundle (.envship), an
-    environment id, a conda environment's name or the path of a prefix.
+    environment id, a conda environment's name, the path of a prefix or an archive that conda-pack made.
     """
     if (store_path is None) == (connection.scheduler is None and connection.scheduler_file is None):
         raise click.UsageError("stage where? Give either --store PATH or --scheduler ADDRESS.")
