@@ -1,7 +1,8 @@
 """Bringing a client back to a scheduler that was re-executed, at once.
 
 `distributed.Client` reconnects by itself, but sleeps in a random back-off of up to a second between two attempts; a
-scheduler is back in a third of that. So the port is watched here, and Dask's attempt started anew when it answers.
+scheduler is back in a third of that. So the port is watched here, and when it answers, Dask's next attempt is begun at
+once.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import logging
 import time
 from contextlib import suppress
+from typing import Any
 
 from distributed import Client
 
@@ -51,15 +53,25 @@ async def reconnect(client: Client) -> None:
         If it is not connected within a minute.
     """
     name = next((name for name in _LISTENING_TASKS if getattr(client, name, None) is not None), None)
-    if client.status == "connecting" and name is not None:
-        await _end(getattr(client, name))
-        await client._ensure_connected(timeout=TIMEOUT_S)
-        setattr(client, name, asyncio.ensure_future(client._handle_report()))
     deadline = time.monotonic() + TIMEOUT_S
     while client.status == "connecting":
         if time.monotonic() > deadline:
             raise EnvshipError(f"this client did not get back to {client.scheduler.address}; make a new one")
-        await asyncio.sleep(INTERVAL_S)
+        if name is not None and _backs_off(getattr(client, name)):
+            await _end(getattr(client, name))
+            with suppress(OSError):  # it is gone again: the next round tries once more
+                await client._ensure_connected(timeout=TIMEOUT_S)
+                setattr(client, name, asyncio.ensure_future(client._handle_report()))
+        if client.status == "connecting":
+            await asyncio.sleep(INTERVAL_S)
+
+
+def _backs_off(listening: asyncio.Task[None]) -> bool:
+    """Whether Dask is between two attempts, or has none: within one, it may have a connection that would be lost."""
+    waiting: Any = listening.get_coro()
+    while waiting is not None and getattr(waiting, "cr_code", None) is not asyncio.sleep.__code__:
+        waiting = getattr(waiting, "cr_await", None)
+    return waiting is not None or listening.done()
 
 
 async def _end(listening: asyncio.Task[None]) -> None:
