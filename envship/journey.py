@@ -121,15 +121,10 @@ class Journey:
             if not is_digest(source):
                 raise
             self.lap("pack")
-            return await self._of_cluster(EnvironmentId(source)), None
+            data = await self.ask("envship_find_manifest", environment_id=source)
+            return Manifest.from_bytes(data, EnvironmentId(source)), None
         self.lap("pack")
         return environment.manifest, environment
-
-    async def _of_cluster(self, environment_id: EnvironmentId) -> Manifest:
-        data = await self.ask("envship_find_manifest", environment_id=environment_id)
-        if data is None:
-            raise EnvironmentMissing(environment_id, "the store here, and not on the cluster")
-        return Manifest.from_bytes(data, environment_id)
 
     async def _survey(self, where: str) -> tuple[Manifest, Extents]:
         """What lies in the bundle at *where*, on this machine, or as the hosts of the cluster see it."""

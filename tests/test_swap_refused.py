@@ -12,7 +12,7 @@ import pytest
 from distributed import Client, LocalCluster
 
 import envship  # noqa: F401  adds the methods to the client
-from worker_bootstrap.errors import EnvironmentMissing, IncompatibleEnvironment, NotSwappable, PrepareFailed
+from worker_bootstrap.errors import IncompatibleEnvironment, NotSwappable, PrepareFailed
 from worker_bootstrap.store import Store
 
 from .cluster import SWAP_MARKS, Cluster, Prefixes, places, variant
@@ -85,11 +85,6 @@ def test_versions_are_compared_also_where_only_the_cluster_holds_the_environment
     monkeypatch.setenv("ENVSHIP_STORE", str(tmp_path / "empty"))
     with pytest.raises(IncompatibleEnvironment, match=r"2000\.1\.0"):
         client.use_environment(other)
-
-
-def test_an_id_that_nobody_holds(client: Client) -> None:
-    with pytest.raises(EnvironmentMissing, match="not on the cluster"):
-        client.use_environment("0" * 64)
 
 
 def test_a_worker_whose_preload_is_gone(client: Client, packed: Environment, lab: Path) -> None:

@@ -256,3 +256,14 @@ def test_a_manifest_that_is_damaged_everywhere_is_missing(
     with pytest.raises(envship.EnvshipError, match=fresh):
         client.use_environment(fresh)
     assert {place.prefix for place in places(client).values()} == {str(base_venv)}
+
+
+def test_the_status_passes_a_damaged_manifest_over(
+    client: Client, cluster: Cluster, packed: Environment, fresh: EnvironmentId, client_store: Store
+) -> None:
+    for environment_id in (packed.id, fresh):
+        client.stage_environment(envship.Environment.open(environment_id, client_store), build=False)
+    damage(cluster, fresh, "ab", b"{rubbish")
+    known = client.environment_status().environments
+    assert packed.id in known
+    assert fresh not in known

@@ -24,6 +24,7 @@ from worker_bootstrap import metrics
 from worker_bootstrap.agent import answering
 from worker_bootstrap.carry import Carried
 from worker_bootstrap.digest import EnvironmentId
+from worker_bootstrap.errors import EnvshipError
 from worker_bootstrap.exchange import Exchange
 from worker_bootstrap.exec_agent import SchedulerAgent
 from worker_bootstrap.location import open_store
@@ -342,6 +343,10 @@ def _parameters_of(function: Any) -> frozenset[str]:
 def _describe_all(store: Any) -> dict[str, dict[str, Any]]:
     found = {}
     for environment_id in store.environments():
-        manifest = store.read_manifest(environment_id)
+        try:
+            manifest = store.read_manifest(environment_id)
+        except EnvshipError as error:  # damaged, or evicted in this moment
+            logger.info("environment %s is not shown: %s", environment_id[:16], error)
+            continue
         found[environment_id] = {"packages": len(manifest.packages), "size_bytes": manifest.size_bytes}
     return found

@@ -107,13 +107,16 @@ class Exchange:
                 return found
         return None
 
-    async def find_manifest(self, environment_id: str) -> bytes | None:
-        """The canonical bytes of a manifest that anybody here holds; None if nobody does."""
+    async def find_manifest(self, environment_id: str) -> bytes:
+        """The canonical bytes of a manifest that anybody here holds.
+
+        Raises
+        ------
+        EnvironmentMissing
+            If nobody does.
+        """
         wanted = EnvironmentId(environment_id)
-        try:
-            await self._find_manifest(wanted)
-        except EnvironmentMissing:
-            return None
+        await self._find_manifest(wanted)
         return (await asyncio.to_thread(self._store.read_manifest, wanted)).to_bytes()
 
     async def uploaded(self, address: str, digests: list[Digest], size_bytes: int = 0) -> None:
