@@ -238,7 +238,7 @@ def test_what_crashes_after_the_swap_began_brings_the_old_environment_back(
                 assert "moved back" in str(caught.value)
                 assert "not all of it" not in str(caught.value)
                 assert client.run_on_scheduler(where) == before
-                assert all(member.alive for member in cluster.members.values())
+                assert all(member.alive and " leaves: " not in member.log for member in cluster.members.values())
                 names = {a: info["name"] for a, info in client.scheduler_info(n_workers=-1)["workers"].items()}
                 assert sorted(names.values()) == sorted(workers)
                 for address, name in names.items():
