@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import inspect
 import json
 import logging
 import os
@@ -100,9 +99,11 @@ def _enter(options: dict[str, Any]) -> None:
     for name in options["modules"]:
         importlib.import_module(name)
     if options["checks_command"]:
+        from worker_bootstrap import option_check
+
         command = launch.own()
         assert command is not None
-        launch.check(command)
+        option_check.check_command(command)
 
 
 def _hold_lease(path: str | None) -> None:
@@ -117,25 +118,12 @@ def _hold_lease(path: str | None) -> None:
 def _checked_worker(data: bytes) -> dict[str, Any]:
     """The worker's options, unpickled here to prove that this environment understands them."""
     worker: dict[str, Any] = pickle.loads(data)
-    _check_keywords(worker["class"], worker["kwargs"])
-    launch.check_preloads(worker["kwargs"].get("preload") or ())
+    from worker_bootstrap import option_check
+
+    option_check.check_keywords(worker["class"], worker["kwargs"])
+    option_check.check_preloads(worker["kwargs"].get("preload") or ())
     _warm_up(worker)
     return worker
-
-
-def _check_keywords(worker_class: type, kwargs: dict[str, Any]) -> None:
-    """See that this Dask's worker knows its options; a class of somebody else may take whatever it likes."""
-    if not worker_class.__module__.startswith("distributed."):
-        return
-    known = {
-        name
-        for base in worker_class.__mro__
-        if "__init__" in vars(base)
-        for name in inspect.signature(vars(base)["__init__"]).parameters
-    }
-    unknown = sorted(set(kwargs) - known)
-    if unknown:
-        raise TypeError(f"the {worker_class.__name__} of this environment's Dask does not know {', '.join(unknown)}")
 
 
 def _warm_up(worker: dict[str, Any]) -> None:
