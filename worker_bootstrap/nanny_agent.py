@@ -34,7 +34,10 @@ logger = logging.getLogger("envship.nanny")
 
 STOP_TIMEOUT_S = 5.0
 """A worker that has not closed by then is killed; the scheduler has let go of it long before."""
-RETRY_INTERVAL_S = 0.02
+RETRY_INTERVAL_S = 0.004
+RETRY_SHARE = 0.03
+"""A scheduler that has been waited for is looked for again after this share of that time: a short wait stays short, and
+a thousand nannies do not knock at the port of a slow one two hundred times a second each."""
 
 
 class NannyAgent(Agent):
@@ -201,9 +204,9 @@ class NannyAgent(Agent):
     async def _successor(self, timeout_s: float) -> dict[str, Any] | None:
         """What the scheduler's successor answers to our joining it; None, and the nanny leaves, if none comes."""
         host, port = dialled(self.server.scheduler.address)
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            await asyncio.sleep(RETRY_INTERVAL_S)
+        began = time.monotonic()
+        while (waited_s := time.monotonic() - began) < timeout_s:
+            await asyncio.sleep(max(RETRY_INTERVAL_S, RETRY_SHARE * waited_s))
             if not await _listens(host, port):
                 continue
             with contextlib.suppress(OSError):
