@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from distributed import Client
     from rich.console import Console
 
+    from envship.cli.machines import LittleCluster
     from envship.result import SwapResult
 
 PACKAGE = "teapot"
@@ -60,7 +61,7 @@ def demo() -> None:
         story = _Story(Console(highlight=False), Path(folder))
         base, mine = story.install()
         with LittleCluster(base, Path(folder), workers=WORKERS) as cluster, _client_side(Path(folder) / "client"):
-            story.tell(cluster.address, mine)
+            story.tell(cluster, mine)
     story.conclude(time.monotonic() - began)
 
 
@@ -89,17 +90,17 @@ class _Story:
         self._say(f"mine  {dask} and {PACKAGE} 1.0: what you work in")
         return made
 
-    def tell(self, address: str, mine: Path) -> None:
-        """Move the cluster at *address* into *mine* and back, with a task in between."""
+    def tell(self, cluster: LittleCluster, mine: Path) -> None:
+        """Move the cluster into *mine* and back, with a task in between."""
         from distributed import Client
 
         import envship  # noqa: F401  adds the methods to the client
 
         teapot = importlib.import_module(PACKAGE)
-        with Client(address, set_as_default=False) as client:
-            client.wait_for_workers(WORKERS)
+        with Client(cluster.address, set_as_default=False) as client:
+            cluster.wait_for_workers(client)
             self._heading(f"A scheduler and {WORKERS} workers, started from base")
-            self._say(f"scheduler {address}, each worker on a machine (a store) of its own")
+            self._say(f"scheduler {cluster.address}, each worker on a machine (a store) of its own")
             self._task(client, teapot)
 
             self._heading("Move the whole cluster into mine: pack, upload, build, start, swap")

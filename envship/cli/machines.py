@@ -20,8 +20,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
@@ -120,6 +124,23 @@ class LittleCluster:
         arguments = ["--name", name, "--nthreads", "1", *options]
         self._start(name, number, ["worker", self.address, *arguments])
         return name
+
+    def wait_for_workers(self, client: Client) -> None:
+        """Wait until *client* sees every worker that was started.
+
+        Raises
+        ------
+        MachinesError
+            If one has ended, or they take too long; with what it printed.
+        """
+        deadline = time.monotonic() + START_TIMEOUT_S
+        workers = [name for name in self.processes if name != "scheduler"]
+        while len(client.nthreads()) < len(workers):
+            for name in workers:
+                self._check_alive(name)
+            if time.monotonic() > deadline:
+                raise MachinesError(f"not all workers registered:\n{self.log(workers[-1])[-2000:]}")
+            time.sleep(POLL_S)
 
     def stop_worker(self, number: int) -> None:
         """End the worker with that number."""
