@@ -169,8 +169,9 @@ def test_what_comes_back_after_an_eviction_is_whole(store: Store) -> None:
 
 def test_what_a_process_runs_from_stays_also_across_exec(store: Store) -> None:
     old, new = two(store)
-    program = "import sys, os; from pathlib import Path; from worker_bootstrap.lock import Lease; "
-    program += "Lease(Path(sys.argv[1])).hold(); os.execv('/bin/sh', ['sh', '-c', 'echo held; exec cat'])"
+    program = "import sys, os; from pathlib import Path; from worker_bootstrap.lock import Lease, passed_on\n"
+    program += "Lease(Path(sys.argv[1])).hold()\n"
+    program += "with passed_on(): os.execv('/bin/sh', ['sh', '-c', 'echo held; exec cat'])"
     process = subprocess.Popen(
         [sys.executable, "-c", program, store.lease(old)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -312,7 +313,7 @@ def test_reading_serving_and_building_miss_what_is_evicted_meanwhile(store: Stor
     def build() -> None:
         prefix = materialise(store, environment_id)
         lease = Lease(store.layout.lease(environment_id))
-        lease.hold(alone=False)
+        lease.hold()
         try:
             if store.built(environment_id) is not None:  # leased, so it stays now
                 assert len(list(prefix.iterdir())) == 60

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from worker_bootstrap.errors import StoreBusy
-from worker_bootstrap.lock import Lease, Lock
+from worker_bootstrap.lock import Lease, Lock, passed_on
 
 HOLD_LOCK = "import sys; from pathlib import Path; from worker_bootstrap.lock import Lock; "
 HOLD_LOCK += "Lock(Path(sys.argv[1])).acquire(); print('held', flush=True); sys.stdin.read()"
@@ -138,22 +138,33 @@ def test_several_hold_one_lease(tmp_path: Path) -> None:
         assert Lease(path).is_free()
 
 
-def test_a_lease_survives_exec(tmp_path: Path) -> None:
+PASS_ON = "from worker_bootstrap.lock import passed_on\nwith passed_on() as leases: "
+
+
+def test_a_lease_ends_with_exec(tmp_path: Path) -> None:
     path = tmp_path / "lease"
     program = HOLD_LEASE + "sys.stdout.flush(); os.execv('/bin/sh', ['sh', '-c', 'echo held; exec cat'])"
+    with Holder(program, path):
+        assert Lease(path).is_free()
+
+
+def test_a_lease_that_is_passed_on_survives_exec(tmp_path: Path) -> None:
+    path = tmp_path / "lease"
+    program = HOLD_LEASE + "sys.stdout.flush()\n" + PASS_ON + "os.execv('/bin/sh', ['sh', '-c', 'echo held; exec cat'])"
     with Holder(program, path):
         assert not Lease(path).is_free()
     assert Lease(path).is_free()
 
 
-def test_the_lease_of_the_environment_left_ends_when_the_next_is_held(tmp_path: Path) -> None:
-    """Else a process that goes from A to B would keep A from being evicted for as long as it lives."""
-    old, new = tmp_path / "old", tmp_path / "new"
-    then = f"{HOLD_LEASE}{WAIT}"
-    program = HOLD_LEASE + f"os.execv(sys.executable, [sys.executable, '-c', {then!r}, sys.argv[2]])"
-    with Holder(program, old, new):
-        assert Lease(old).is_free()
-        assert not Lease(new).is_free()
+def test_a_lease_is_not_passed_on_after_an_exec_that_failed(tmp_path: Path) -> None:
+    lease = Lease(tmp_path / "lease")
+    lease.hold()
+    with passed_on() as leases:
+        assert [os.get_inheritable(handle) for handle in leases] == [True]
+    assert [os.get_inheritable(handle) for handle in leases] == [False]
+    lease.release()
+    with passed_on() as leases:
+        assert leases == []
 
 
 def test_a_process_may_hold_several_that_it_took_itself(tmp_path: Path) -> None:

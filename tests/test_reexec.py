@@ -19,7 +19,8 @@ from worker_bootstrap import carry, reexec
 from worker_bootstrap.digest import EnvironmentId, digest_of
 from worker_bootstrap.interpreter import Interpreter
 from worker_bootstrap.launch import Launch
-from worker_bootstrap.reexec import ORDERS_VARIABLE, STATE_VARIABLE, Orders, dialled, execute, pinned
+from worker_bootstrap.lock import Lease
+from worker_bootstrap.reexec import ORDERS_VARIABLE, STATE_VARIABLE, Arrival, Orders, dialled, execute, pinned
 from worker_bootstrap.store import Store
 
 NAME = EnvironmentId(digest_of(b"environment"))
@@ -64,9 +65,9 @@ def test_a_scheduler_comes_back_with_its_dashboard(arguments: Sequence[str], add
 
 
 def test_orders_survive_the_file() -> None:
-    orders = Orders("/code", ["--port", "1"], ("10.0.0.1", 8786), 5.0, "/lease", ("/base/bin/python", {"A": "b"}))
+    orders = Orders("/code", ["--port", "1"], ("10.0.0.1", 8786), 5.0, "/lease", ("/python", {"A": "b"}, "/old"), [7])
     again = Orders(**json.loads(json.dumps(orders._asdict())))
-    assert again._replace(wait_for=("10.0.0.1", 8786), fallback=("/base/bin/python", {"A": "b"})) == orders
+    assert again._replace(wait_for=("10.0.0.1", 8786), fallback=("/python", {"A": "b"}, "/old")) == orders
 
 
 @pytest.mark.parametrize(
@@ -114,6 +115,32 @@ def test_what_is_left_for_the_stub_is_private_and_complete(tmp_path: Path, monke
     assert "OF_THE_OLD_ENVIRONMENT" not in seen["environ"]
 
 
+def test_leases_go_along_and_end_on_arrival(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a process that goes from A to B would keep A from being evicted for as long as it lives."""
+    seen: dict[str, Any] = {}
+
+    def look(python: str, argv: list[str], environ: dict[str, str]) -> None:
+        seen.update(json.loads(Path(environ[ORDERS_VARIABLE]).read_text()))
+        seen["inheritable"] = [os.get_inheritable(handle) for handle in seen["inherited"]]
+        raise OSError("seen enough")
+
+    monkeypatch.setattr(os, "execve", look)
+    lease = Lease(tmp_path / "lease")
+    lease.hold()
+    with pytest.raises(OSError, match="seen enough"):
+        execute(
+            Interpreter(NAME, "/e", "/e/bin/python", {}), BASE, Launch("worker", "dask", ()), Orders("/c"), tmp_path
+        )
+    assert seen["inheritable"] == [True]
+    monkeypatch.setattr(Arrival, "done", False)
+    monkeypatch.setattr(Arrival, "inherited", [os.dup(handle) for handle in seen["inherited"]])
+    lease.release()
+    assert not Lease(lease.path).is_free(), "the successor still holds it"
+    Arrival.arrive()
+    assert Lease(lease.path).is_free()
+    assert Arrival.done
+
+
 def test_waiting_ends_when_somebody_listens() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         host, port = server.getsockname()
@@ -131,7 +158,7 @@ from worker_bootstrap.reexec import Orders, execute
 
 here = Interpreter(None, sys.prefix, sys.executable, dict(os.environ))
 there = Interpreter("ab" * 32, sys.prefix, sys.executable, {**os.environ, "ENVSHIP_ENVIRONMENT": "ab" * 32, **BROKEN})
-orders = Orders(CODE, EXTRA, fallback=(here.python, dict(here.environ)))
+orders = Orders(CODE, EXTRA, fallback=(here.python, dict(here.environ), None))
 execute(there, here, recognise(["dask", "worker", *ARGUMENTS]), orders, Path(FOLDER))
 """
 

@@ -254,10 +254,13 @@ class Agent:
 
     def start_request(self, interpreter: Interpreter, **more: Any) -> StartRequest:
         """What every interpreter that this agent starts is given; *more* are fields of `StartRequest`."""
-        lease = None
-        if interpreter.environment_id is not None:
-            lease = str(self.store.lease(interpreter.environment_id))
-        return StartRequest(code=self.code, lease=lease, **more)
+        return StartRequest(code=self.code, lease=self.lease_of(interpreter), **more)
+
+    def lease_of(self, interpreter: Interpreter) -> str | None:
+        """The file that whoever runs *interpreter* holds; None for the base environment."""
+        if interpreter.environment_id is None:
+            return None
+        return str(self.store.lease(interpreter.environment_id))
 
     def in_background(self, work: Any) -> asyncio.Task[Any]:
         """Run a coroutine that nobody waits for; its failure is logged."""

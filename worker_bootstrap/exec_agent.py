@@ -45,9 +45,9 @@ class ExecAgent(Agent):
         return None
 
     def _orders(self, interpreter: Interpreter, **more: Any) -> reexec.Orders:
-        fallback = (self._current.python, dict(self._current.environ))
-        lease = self.start_request(interpreter).lease
-        return reexec.Orders(code=self.code, lease=lease, fallback=fallback, **more)
+        current = self._current
+        fallback = (current.python, dict(current.environ), self.lease_of(current))
+        return reexec.Orders(code=self.code, lease=self.lease_of(interpreter), fallback=fallback, **more)
 
     @property
     def _current(self) -> Interpreter:

@@ -99,8 +99,7 @@ class Lock:
 class Lease:
     """A shared lock on *path* that says: somebody runs from this environment.
 
-    It is held by the process itself and survives ``exec``, so there is no moment between an old interpreter and a new
-    one in which the environment looks unused. It ends with the process.
+    It ends with the process, or with the interpreter that an ``exec`` replaces, unless it is `passed_on`.
 
     Parameters
     ----------
@@ -113,13 +112,8 @@ class Lease:
         self.path = path
         self._handle: int | None = None
 
-    def hold(self, *, alone: bool = True) -> None:
+    def hold(self) -> None:
         """Hold the lease from now on, and note when.
-
-        Parameters
-        ----------
-        alone
-            This process runs from this environment and no other: leases that it inherited through ``exec`` end.
 
         Raises
         ------
@@ -148,14 +142,11 @@ class Lease:
         try:
             with contextlib.suppress(OSError):  # in a store of somebody else
                 os.utime(handle)
-            os.set_inheritable(handle, alone)
         except BaseException:
             os.close(handle)
             raise
         self._handle = handle
         _own_leases.add(handle)
-        if alone:
-            _end_inherited(self.path.parent)
 
     def release(self) -> None:
         """End the lease; does nothing if it is not held."""
@@ -219,22 +210,24 @@ def check_locks(folder: Path) -> None:
 
 
 _own_leases: set[int] = set()
-"""File descriptors of the leases that this interpreter took itself, as opposed to inherited ones."""
+"""Descriptors of the leases that this process holds."""
 
 
-def _end_inherited(folder: Path) -> None:
-    """Close leases in *folder* that the interpreter before this one left open across ``exec``."""
-    leases = set()
-    with contextlib.suppress(OSError):
-        leases = {(entry.stat().st_dev, entry.inode()) for entry in os.scandir(folder)}
-    for name in os.listdir("/dev/fd"):
-        handle = int(name)
-        if handle in _own_leases:
-            continue
-        with contextlib.suppress(OSError):  # the descriptor of the listing itself is closed by now
-            found = os.fstat(handle)
-            if (found.st_dev, found.st_ino) in leases:
-                os.close(handle)
+@contextlib.contextmanager
+def passed_on() -> Iterator[list[int]]:
+    """In the block, an ``exec`` leaves the leases of this process open; gives their descriptors.
+
+    So there is no moment between an old interpreter and a new one in which the environment of either looks unused.
+    Whoever runs then closes them when it holds a lease of its own and does not want to go back.
+    """
+    leases = sorted(_own_leases)
+    try:
+        for lease in leases:
+            os.set_inheritable(lease, True)
+        yield leases
+    finally:
+        for lease in leases:
+            os.set_inheritable(lease, False)
 
 
 def _open(path: Path) -> int:

@@ -76,7 +76,7 @@ class WorkerAgentPlugin(Carried, WorkerPlugin):  # type: ignore[misc]  # distrib
                 worker.status = Status.closing_gracefully
                 await worker.close(nanny=True, reason="envship-environment-unavailable")
             raise
-        Arrival.done = True
+        Arrival.arrive()
         if not answer["welcome"] and worker.nanny is not None:
             worker.status = Status.closing_gracefully
             # Not in here: the nanny that is to fetch this worker waits until it has started.

@@ -1,8 +1,8 @@
 """Re-executing this process inside an environment: same PID, same arguments.
 
-``execve`` replaces the interpreter; the kernel closes our sockets, the descriptors that are meant to survive (leases)
-survive. The stub that runs first in the new interpreter imports everything before it gives up the way back: if the
-import fails, it executes the interpreter that we came from.
+``execve`` replaces the interpreter; the kernel closes our sockets, and leases survive until the process has arrived.
+The stub that runs first in the new interpreter imports everything before it gives up the way back: if the import fails,
+it executes the interpreter that we came from.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Orders(NamedTuple):
     """What the stub is to do.
 
     *extra* arguments are appended to the command line; *wait_for* is a (host, port) that must accept a connection
-    first; *lease* is the file that holds the environment; *fallback* is the way back, as (python, variables).
+    first; *lease* is the file that holds the environment; *fallback* is the way back, as (python, variables, lease);
+    *inherited* are the descriptors of leases that the process held before.
     """
 
     code: str
@@ -49,7 +50,8 @@ class Orders(NamedTuple):
     wait_for: tuple[str, int] | None = None
     wait_timeout_s: float = 60.0
     lease: str | None = None
-    fallback: tuple[str, dict[str, str]] | None = None
+    fallback: tuple[str, dict[str, str], str | None] | None = None
+    inherited: Sequence[int] = ()
 
 
 def execute(interpreter: Interpreter, base: Interpreter, launch: Launch, orders: Orders, folder: Path) -> NoReturn:
@@ -71,9 +73,22 @@ def execute(interpreter: Interpreter, base: Interpreter, launch: Launch, orders:
 
 
 class Arrival:
-    """Whether this process has got where it was sent: a worker is registered, a scheduler has taken over."""
+    """Whether this process has got where it was sent: a worker is registered, a scheduler has taken over.
+
+    Until then, it holds the environment that it came from as well.
+    """
 
     done = False
+    inherited: Sequence[int] = ()
+
+    @classmethod
+    def arrive(cls) -> None:
+        """It has: there is no way back any more, and what lies there may be evicted."""
+        cls.done = True
+        for lease in cls.inherited:
+            with contextlib.suppress(OSError):
+                os.close(lease)
+        cls.inherited = ()
 
 
 def main() -> None:
@@ -81,6 +96,7 @@ def main() -> None:
     path = Path(os.environ.pop(ORDERS_VARIABLE))
     orders = Orders(**json.loads(path.read_text()))
     path.unlink()
+    Arrival.inherited = orders.inherited
     sys.argv[:1] = []
     launch = recognise(sys.argv)
     assert launch is not None
@@ -114,26 +130,31 @@ def _import_services(kind: str) -> None:
 def _go_back(orders: Orders, launch: Launch, error: BaseException, folder: Path) -> NoReturn:
     """Execute the interpreter that we came from: this one cannot run what it should."""
     assert orders.fallback is not None
-    python, environ = orders.fallback
+    python, environ, lease = orders.fallback
     logger.error("%s does not work for `dask %s` (%r): back to %s", sys.prefix, launch.kind, error, python)
-    again = orders._replace(fallback=None, lease=None)
+    again = orders._replace(fallback=None, lease=lease)
     environ = {**environ, FAILED_VARIABLE: os.environ.get(ENVIRONMENT_VARIABLE, "")}
     _replace_process(python, environ, launch, again, folder)
 
 
 def _replace_process(python: str, environ: Mapping[str, str], launch: Launch, orders: Orders, folder: Path) -> NoReturn:
-    handle, path = tempfile.mkstemp(dir=folder, suffix=".orders")
-    with os.fdopen(handle, "w") as file:
-        json.dump(orders._asdict(), file)
-    kept = {name: os.environ[name] for name in CARRIED_VARIABLES if name in os.environ}
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    try:
-        os.execve(python, [python, "-c", STUB, orders.code, *launch.argv], {**environ, **kept, ORDERS_VARIABLE: path})
-    except OSError:
-        Path(path).unlink()
-        raise
+    from worker_bootstrap.lock import passed_on
+
+    with passed_on() as leases:
+        orders = orders._replace(inherited=[*Arrival.inherited, *leases])
+        handle, path = tempfile.mkstemp(dir=folder, suffix=".orders")
+        with os.fdopen(handle, "w") as file:
+            json.dump(orders._asdict(), file)
+        kept = {name: os.environ[name] for name in CARRIED_VARIABLES if name in os.environ}
+        variables = {**environ, **kept, ORDERS_VARIABLE: path}
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        try:
+            os.execve(python, [python, "-c", STUB, orders.code, *launch.argv], variables)
+        except OSError:
+            Path(path).unlink()
+            raise
 
 
 def _hold(lease: str | None) -> None:

@@ -84,7 +84,7 @@ async def dask_setup(scheduler: Any) -> None:
     coordinator = Coordinator()
     coordinator.take_over(scheduler, state["coordinator"])
     await scheduler.register_scheduler_plugin(coordinator, name=COORDINATOR, idempotent=False)
-    Arrival.done = True
+    Arrival.arrive()
     for name, data in state["scheduler_plugins"]:
         try:
             plugin = load_plugin(data, scheduler)
