@@ -98,6 +98,32 @@ class Place(NamedTuple):
     environ: Mapping[str, str]
 
 
+def processes(client: Client) -> dict[str, int]:
+    """The PID of every worker, by address."""
+    return {address: place.pid for address, place in places(client).items()}
+
+
+@contextlib.contextmanager
+def client_in_base(cluster: Cluster, workers: int = 2) -> Iterator[Client]:
+    """A client of a cluster in its base environment, where it is brought back to."""
+    with cluster.client(workers=workers) as client:
+        yield client
+        client.reset_environment()
+        cluster.wait_for_workers(client, workers)
+
+
+@contextlib.contextmanager
+def client_of_unmoved(cluster: Cluster, workers: int = 2) -> Iterator[Client]:
+    """A client of a cluster whose processes are the same, with their data, at the end."""
+    with cluster.client(workers=workers) as client:
+        kept = client.submit(os.urandom, 16, pure=False)
+        value = kept.result(timeout=30)
+        before = processes(client)
+        yield client
+        assert processes(client) == before
+        assert client.gather(kept) == value, "data was lost"
+
+
 def places(client: Client) -> dict[str, Place]:
     """Where every worker of the cluster runs, by address."""
     return {address: Place(*row) for address, row in client.run(_look()).items()}

@@ -19,7 +19,7 @@ from worker_bootstrap.digest import EnvironmentId
 from worker_bootstrap.errors import IncompatibleEnvironment
 from worker_bootstrap.store import Store
 
-from .cluster import DASK_VERSIONS, ONLYHERE, SWAP_MARKS, Cluster, eventually, places, variant
+from .cluster import DASK_VERSIONS, ONLYHERE, SWAP_MARKS, Cluster, client_in_base, eventually, places, variant
 from .interpreters import makes_venvs, other_minors
 
 if TYPE_CHECKING:
@@ -54,10 +54,8 @@ def cluster(base_venv: Path, lab: Path, warm_stores: Path) -> Iterator[Cluster]:
 @pytest.fixture
 def client(cluster: Cluster, onlyhere: ModuleType) -> Iterator[Client]:
     """A client of a cluster in its base environment."""
-    with cluster.client(workers=2) as client:
+    with client_in_base(cluster) as client:
         yield client
-        client.reset_environment()
-        cluster.wait_for_workers(client, 2)
 
 
 @pytest.fixture(scope="module")

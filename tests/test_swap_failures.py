@@ -21,13 +21,12 @@ from worker_bootstrap.errors import (
     EnvshipError,
     IncompatibleEnvironment,
     NotAnEnvironment,
-    NotSwappable,
     PrepareFailed,
     SourceNotFound,
 )
 from worker_bootstrap.store import Store
 
-from .cluster import SWAP_MARKS, Cluster, places, variant
+from .cluster import SWAP_MARKS, Cluster, client_of_unmoved, variant
 
 if TYPE_CHECKING:
     from envship.environment import Environment
@@ -76,17 +75,8 @@ def cluster(base_venv: Path, lab: Path, warm_stores: Path) -> Iterator[Cluster]:
 @pytest.fixture
 def client(cluster: Cluster, onlyhere: ModuleType) -> Iterator[Client]:
     """A client of a cluster whose processes are the same, with their data, when the test is over."""
-    with cluster.client(workers=2) as client:
-        kept = client.submit(os.urandom, 16, pure=False)
-        value = kept.result(timeout=30)
-        before = processes(client)
+    with client_of_unmoved(cluster) as client:
         yield client
-        assert processes(client) == before
-        assert client.gather(kept) == value, "data was lost"
-
-
-def processes(client: Client) -> dict[str, int]:
-    return {address: place.pid for address, place in places(client).items()}
 
 
 def test_no_such_environment(client: Client, tmp_path: Path) -> None:
@@ -176,26 +166,6 @@ def test_a_chunk_that_is_damaged_on_the_users_machine(client: Client, packed: En
     # Packing it again would bring the chunk back; here, this does.
     assert client_store.write_chunk(content) == chunk
     client.stage_environment(made)
-
-
-def test_a_scheduler_that_refuses_plugins(
-    base_venv: Path, tmp_path: Path, packed: Environment, onlyhere: ModuleType
-) -> None:
-    with Cluster(
-        base_venv,
-        tmp_path / "c",
-        environ={"DASK_DISTRIBUTED__SCHEDULER__BLOCKED_HANDLERS": "['register_scheduler_plugin']"},
-    ) as cluster:
-        cluster.start_scheduler()
-        cluster.start_worker("w1")
-        with cluster.client(workers=1) as client:
-            kept = client.submit(os.urandom, 16, pure=False)
-            value = kept.result(timeout=30)
-            before = processes(client)
-            with pytest.raises(NotSwappable, match="does not accept plugins"):
-                client.use_environment(packed)
-            assert processes(client) == before
-            assert client.gather(kept) == value
 
 
 @pytest.mark.parametrize(

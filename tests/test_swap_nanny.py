@@ -17,7 +17,7 @@ from distributed.diagnostics.plugin import Environ
 
 import envship  # noqa: F401  adds the methods to the client
 
-from .cluster import PRELOAD, SWAP_MARKS, Cluster, eventually, places
+from .cluster import PRELOAD, SWAP_MARKS, Cluster, client_in_base, eventually, places
 
 if TYPE_CHECKING:
     from envship.environment import Environment
@@ -38,10 +38,8 @@ def cluster(base_venv: Path, lab: Path, warm_stores: Path) -> Iterator[Cluster]:
 @pytest.fixture
 def client(cluster: Cluster, onlyhere: ModuleType) -> Iterator[Client]:
     """A client of a cluster in its base environment."""
-    with cluster.client(workers=2) as client:
+    with client_in_base(cluster) as client:
         yield client
-        client.reset_environment()
-        cluster.wait_for_workers(client, 2)
 
 
 def moved(client: Client, environment: Environment) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +14,7 @@ import envship  # noqa: F401  adds the methods to the client
 from worker_bootstrap.errors import IncompatibleEnvironment, NotSwappable, PrepareFailed
 from worker_bootstrap.store import Store
 
-from .cluster import SWAP_MARKS, Cluster, Prefixes, places, variant
+from .cluster import SWAP_MARKS, Cluster, Prefixes, client_of_unmoved, variant
 
 if TYPE_CHECKING:
     from envship.environment import Environment
@@ -47,13 +46,8 @@ def cluster(base_venv: Path, lab: Path, warm_stores: Path) -> Iterator[Cluster]:
 @pytest.fixture
 def client(cluster: Cluster, onlyhere: ModuleType) -> Iterator[Client]:
     """A client of a cluster whose processes, and data, are the same when the test is over."""
-    with cluster.client(workers=2) as client:
-        kept = client.submit(os.urandom, 16, pure=False)
-        value = kept.result(timeout=30)
-        before = {address: place.pid for address, place in places(client).items()}
+    with client_of_unmoved(cluster) as client:
         yield client
-        assert {address: place.pid for address, place in places(client).items()} == before
-        assert client.gather(kept) == value, "data was lost"
 
 
 @pytest.mark.usefixtures("nothing_is_packed")
@@ -68,12 +62,16 @@ def test_threads_of_this_process_are_refused_before_anything_is_packed(prefixes:
 
 @pytest.mark.usefixtures("nothing_is_packed")
 def test_a_scheduler_without_plugins_is_refused_before_anything_is_packed(
-    base_venv: Path, tmp_path: Path, prefixes: Prefixes
+    base_venv: Path, tmp_path: Path, prefixes: Prefixes, onlyhere: ModuleType
 ) -> None:
     blocked = {"DASK_DISTRIBUTED__SCHEDULER__BLOCKED_HANDLERS": "['register_scheduler_plugin']"}
     with Cluster(base_venv, tmp_path / "c", environ=blocked) as cluster:
         cluster.start_scheduler()
-        with cluster.client() as client, pytest.raises(NotSwappable, match="does not accept plugins"):
+        cluster.start_worker("w1")
+        with (
+            client_of_unmoved(cluster, workers=1) as client,
+            pytest.raises(NotSwappable, match="does not accept plugins"),
+        ):
             client.use_environment(str(prefixes.mine))
 
 

@@ -19,7 +19,7 @@ from distributed import Client, NannyPlugin, SchedulerPlugin, WorkerPlugin
 import envship  # noqa: F401  adds the methods to the client
 from worker_bootstrap.store import Store
 
-from .cluster import SWAP_MARKS, Cluster, eventually, places, variant
+from .cluster import SWAP_MARKS, Cluster, client_in_base, eventually, places, variant
 
 if TYPE_CHECKING:
     from envship.environment import Environment
@@ -40,10 +40,8 @@ def cluster(base_venv: Path, lab: Path, warm_stores: Path) -> Iterator[Cluster]:
 @pytest.fixture
 def client(cluster: Cluster, onlyhere: ModuleType) -> Iterator[Client]:
     """A client of a cluster in its base environment."""
-    with cluster.client(workers=2) as client:
+    with client_in_base(cluster) as client:
         yield client
-        client.reset_environment()
-        cluster.wait_for_workers(client, 2)
 
 
 def scheduler_place(client: Client) -> tuple[str, int]:
