@@ -26,9 +26,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from worker_bootstrap.assignments import PARALLEL
+from worker_bootstrap.assignments import PARALLEL, Batch, Upload
 from worker_bootstrap.digest import Digest, digest_of
-from worker_bootstrap.tracker import Batch, Tracker, Upload
+from worker_bootstrap.tracker import Tracker
 from worker_bootstrap.transfer import UPLOADS
 
 CALL_S = 0.001

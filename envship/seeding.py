@@ -19,13 +19,13 @@ from envship import config
 from envship.bundle import read_bundle
 from envship.environment import Environment
 from worker_bootstrap import mounts
+from worker_bootstrap.assignments import Upload
 from worker_bootstrap.bundle_index import Extent
 from worker_bootstrap.courtesy import Pace
 from worker_bootstrap.digest import Digest, EnvironmentId
 from worker_bootstrap.errors import EnvironmentMissing, EnvshipError, SourceNotFound, TransferError
 from worker_bootstrap.relay import RelayedChunks
 from worker_bootstrap.shared import Place
-from worker_bootstrap.tracker import Upload
 from worker_bootstrap.transfer import EncodedChunk, Held, Outcome, PeerChunks, upload_chunks
 
 UPLOAD_ATTEMPTS = 5

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 
 import pytest
 
+from worker_bootstrap.assignments import BATCH_LIMIT_BYTES, BATCH_LIMIT_CHUNKS
 from worker_bootstrap.digest import Digest, digest_of
-from worker_bootstrap.tracker import BATCH_LIMIT_BYTES, BATCH_LIMIT_CHUNKS, Tracker
+from worker_bootstrap.tracker import Tracker
 
 MIB = 1 << 20
 

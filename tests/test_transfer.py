@@ -20,10 +20,11 @@ from distributed.protocol import Serialized, ToPickle, to_serialize
 from distributed.security import Security
 
 from worker_bootstrap import codec, transfer, wire
+from worker_bootstrap.assignments import Batch, Offer, Upload
 from worker_bootstrap.digest import Digest, digest_of
 from worker_bootstrap.errors import ChunkMissing, StoreFull, TransferError
 from worker_bootstrap.store import Store
-from worker_bootstrap.tracker import Batch, Offer, Tracker, Upload
+from worker_bootstrap.tracker import Tracker
 from worker_bootstrap.transfer import ChunkServer, EncodedChunk, Held, Outcome, PeerChunks, fetch_chunks, upload_chunks
 
 TLS_FOLDER = Path(__file__).parent / "tls"

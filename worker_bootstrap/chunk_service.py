@@ -13,11 +13,11 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from worker_bootstrap import codec
+from worker_bootstrap.assignments import BATCH_LIMIT_CHUNKS
 from worker_bootstrap.courtesy import Pace, step_back
 from worker_bootstrap.digest import Digest, is_digest
 from worker_bootstrap.errors import ChunkInvalid, ChunkMissing, EnvshipError, ProtocolBroken, TransferError
 from worker_bootstrap.store import Store
-from worker_bootstrap.tracker import BATCH_LIMIT_CHUNKS
 from worker_bootstrap.wire import Payload, call, frame, payload_of
 
 logger = logging.getLogger(__name__)

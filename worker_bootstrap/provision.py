@@ -18,6 +18,7 @@ from typing import Any, Callable
 
 from distributed.core import ConnectionPool
 
+from worker_bootstrap.assignments import Batch, Offer
 from worker_bootstrap.build import Arrived, build
 from worker_bootstrap.courtesy import Pace, own_rate, slower_of
 from worker_bootstrap.digest import Digest, EnvironmentId
@@ -26,7 +27,6 @@ from worker_bootstrap.interpreter import python_of
 from worker_bootstrap.manifest import Manifest
 from worker_bootstrap.soundness import sound_prefix
 from worker_bootstrap.store import Store
-from worker_bootstrap.tracker import Batch, Offer
 from worker_bootstrap.transfer import Outcome, PeerChunks, fetch_chunks
 
 logger = logging.getLogger("envship.provision")

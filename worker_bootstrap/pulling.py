@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from worker_bootstrap.assignments import Upload
 from worker_bootstrap.bundle_index import CODECS
 from worker_bootstrap.digest import Digest
 from worker_bootstrap.ledger import SHARED, Ledger
 from worker_bootstrap.roster import Gone, Refused, Roster
-from worker_bootstrap.tracker import Tracker, Upload
+from worker_bootstrap.tracker import Tracker
 
 logger = logging.getLogger("envship.pulling")
 

@@ -36,8 +36,6 @@ CROWD = 16
 TRIES = 16
 """So many chunks, or sources, are looked at for one decision before the host is told to ask again."""
 
-__all__ = ["BATCH_LIMIT_BYTES", "BATCH_LIMIT_CHUNKS", "BATCH_TARGET_BYTES", "Batch", "Offer", "Tracker", "Upload"]
-
 
 class Tracker:
     """The exchange of chunks between the hosts of one cluster.

@@ -12,13 +12,12 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import NamedTuple, Optional
 
-from worker_bootstrap.assignments import PARALLEL
+from worker_bootstrap.assignments import PARALLEL, Batch, Offer, Upload
 from worker_bootstrap.chunk_service import ChunkServer, EncodedChunk, Held, PeerChunks, read_chunks, write_chunks
 from worker_bootstrap.digest import Digest
 from worker_bootstrap.errors import ChunkMissing, ProtocolBroken, TransferError
 from worker_bootstrap.mistrust import LACKS, LIED, SILENT
 from worker_bootstrap.store import Store
-from worker_bootstrap.tracker import Batch, Offer, Upload
 
 __all__ = ["ChunkServer", "EncodedChunk", "Held", "Outcome", "PeerChunks", "fetch_chunks", "upload_chunks"]
 
