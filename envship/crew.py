@@ -31,6 +31,8 @@ from worker_bootstrap.manifest import Chunk
 from worker_bootstrap.store import Store
 
 _READERS = 2
+_KEEPERS = 2
+"""Threads that read packages, and threads that compress what these have read; together, whatever their number."""
 _WAITING_CHUNKS = 4
 """Chunks of one writer that are read and not yet written: bounds memory."""
 _TELL_EVERY_BYTES = 8 << 20
@@ -55,7 +57,7 @@ class Written:
 def write_with_threads(
     drafts: Sequence[Draft], new_reader: Callable[[], Reader], store: Store, done: Callable[[int], None]
 ) -> Written:
-    """Write *drafts*, two at a time.
+    """Write *drafts*, two at a time; what one of them reads is compressed by two where it is the only one.
 
     Parameters
     ----------
@@ -76,8 +78,10 @@ def write_with_threads(
     for number in range(len(drafts)):
         numbers.put(number)
 
+    readers = min(_READERS, len(drafts))
+
     def work() -> None:
-        with new_reader() as reader, _Keeper(store) as keeper:
+        with new_reader() as reader, _Keeper(store, _KEEPERS // readers) as keeper:
             writer = PackageWriter(reader, keeper.keep, go_on)
             with contextlib.suppress(queue.Empty):
                 while not stopped.is_set():
@@ -87,7 +91,7 @@ def write_with_threads(
 
     pool = ThreadPoolExecutor(_READERS, "envship-read")
     try:
-        done_or_failed, _ = wait([pool.submit(work) for _ in range(min(_READERS, len(drafts)))], None, FIRST_EXCEPTION)
+        done_or_failed, _ = wait([pool.submit(work) for _ in range(readers)], None, FIRST_EXCEPTION)
         for future in done_or_failed:
             future.result()
     finally:
@@ -173,11 +177,11 @@ def die_with_parent() -> None:
 
 
 class _Keeper:
-    """Compresses and keeps chunks in a thread of its own, so that reading goes on meanwhile."""
+    """Compresses and keeps chunks in threads of its own, so that reading goes on meanwhile."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, threads: int = 1) -> None:
         self._store = store
-        self._pool = ThreadPoolExecutor(1, "envship-keep")
+        self._pool = ThreadPoolExecutor(threads, "envship-keep")
         self._room = threading.BoundedSemaphore(_WAITING_CHUNKS)
 
     def keep(self, data: bytes | memoryview, digest: Digest | None) -> Future[Chunk]:

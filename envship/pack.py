@@ -92,7 +92,7 @@ def _packed(place: Path, store: Store, options: PackOptions, report: Report | No
         read_only = [layout.root for layout in store.layouts[:-1]]
         environment_id = pack_in_processes(Job(place, store.layout.root, read_only, options), report)
     else:
-        environment_id = Packer(store, options, report).pack(place, trees if known is not None else Trees(), index)
+        environment_id = Packer(store, options, report).pack(place, Trees(trees), index)
     return Environment(store.read_manifest(environment_id), store), True
 
 

@@ -140,14 +140,14 @@ class Packer:
         root = next((root for root in index.roots if root.path == str(prefix)), None)
         if root is None or self._options.ignore_missing:
             return []
-        nodes = trees.walk(root)
+        nodes, marks = trees.walk(root), trees.marks(root)
         if SCRIPT in nodes:
             return []
         found = [
             each
             for each in index.known.whole
             if each.package.name != "python"
-            and fingerprint_of(each.paths, nodes) == each.fingerprint
+            and fingerprint_of(each.paths, marks) == each.fingerprint
             and not self._store.missing(_digests(each.package))
         ]
         hidden = {path for each in found for path in each.paths}
@@ -209,10 +209,10 @@ def _whole_of(prefix: Path, trees: Trees, packed: Sequence[tuple[Draft, Packed]]
     root = next((root for root in trees.roots if root.path == str(prefix)), None)
     if root is None:
         return
-    nodes = trees.walk(root)
+    marks = trees.marks(root)
     for draft, found in packed:
         paths = tuple(item.path for item in draft.items if not isinstance(item, (CodeItem, MadeItem)))
-        fingerprint = fingerprint_of(paths, nodes) if draft.is_whole else None
+        fingerprint = fingerprint_of(paths, marks) if draft.is_whole else None
         if fingerprint is not None:
             yield Whole(_package(draft, found), paths, fingerprint)
 

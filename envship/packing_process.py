@@ -32,6 +32,10 @@ from worker_bootstrap.store import Store
 WRITERS_LIMIT = 8
 """More would wait for the disk, and each needs memory."""
 
+# Buffers of whole chunks go back to the system when they are freed. By itself, glibc's malloc would take them for the
+# usual size after the first one, and keep the pages of all between other objects (mallopt(3)).
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+
 # The package as a mere folder of modules: importing it in the ordinary way imports Dask.
 _START = """
 import sys, types
@@ -62,7 +66,13 @@ def pack_in_processes(job: Job, report: Report | None) -> EnvironmentId:
         What went wrong there; also if they ended without a word.
     """
     command = [sys.executable, "-c", _START, str(Path(__file__).parent), *sys.path]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, **_MALLOC},
+        start_new_session=True,
+    )
     assert process.stdin is not None and process.stdout is not None
     try:
         with contextlib.suppress(BrokenPipeError):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,13 +130,13 @@ def context(plan: Plan) -> str:
     return repr((plan.python, plan.platform, plan.prefixes, plan.interpreter))
 
 
-def fingerprint_of(paths: Iterable[str], nodes: Mapping[str, os.stat_result]) -> str | None:
-    """A digest of what *nodes* tells of *paths*; None if it lacks one."""
+def fingerprint_of(paths: Iterable[str], marks: Mapping[str, str]) -> str | None:
+    """A digest of the *marks* of *paths*; None if one of them has none."""
     try:
-        marks = "".join([mark(path, nodes[path]) for path in paths])
+        text = "".join([marks[path] for path in paths])
     except KeyError:
         return None
-    return hashlib.sha256(marks.encode("utf-8", "surrogateescape")).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def signature(draft: Draft, plan: Plan, started_ns: int) -> str | None:

@@ -6,12 +6,14 @@ change of the environment. See also `envship.scan_index`, which compares walks.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import stat
 import sys
 import time
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 FINE_TICK_NS = 50_000_000
@@ -38,22 +40,53 @@ class Found(NamedTuple):
     node: os.stat_result
 
 
+@dataclass
+class Walk:
+    """What one walk of a root found.
+
+    Attributes
+    ----------
+    nodes
+        By relative path, sorted.
+    changed_ns
+        By absolute path of each folder: when an entry of it was last added, removed or replaced.
+    unreadable
+        One line for every folder that could not be looked into.
+    """
+
+    nodes: Mapping[str, os.stat_result] = field(default_factory=dict)
+    changed_ns: dict[str, int] = field(default_factory=dict)
+    unreadable: list[str] = field(default_factory=list)
+
+    @functools.cached_property
+    def marks(self) -> Mapping[str, str]:
+        """The `mark` of every path."""
+        return {path: mark(path, node) for path, node in self.nodes.items()}
+
+    @functools.cached_property
+    def fingerprint(self) -> bytes:
+        """A digest of all marks."""
+        return hashlib.sha256("".join(self.marks.values()).encode("utf-8", "surrogateescape")).digest()
+
+
 class Trees:
     """Walks of roots, each done once; together, what a pack has seen of the file system.
+
+    Parameters
+    ----------
+    earlier
+        Walks that need not be done again; they count from when they are asked for.
 
     Attributes
     ----------
     started_ns
         Wall clock before the first walk: whatever was changed later has a later time stamp.
-    unreadable
-        One line for every folder that could not be looked into.
     """
 
-    def __init__(self) -> None:
-        self.started_ns = time.time_ns()
-        self.unreadable: list[str] = []
-        self._walked: dict[Root, Mapping[str, os.stat_result]] = {}
-        self._folders: dict[Root, Mapping[str, int]] = {}
+    def __init__(self, earlier: Trees | None = None) -> None:
+        self.started_ns: int = earlier.started_ns if earlier else time.time_ns()
+        self._earlier: Mapping[Root, Walk] = earlier._walked if earlier else {}
+        self._walked: dict[Root, Walk] = {}
         self._visible: dict[Root, Mapping[str, os.stat_result]] = {}
 
     def walk(self, root: Root) -> Mapping[str, os.stat_result]:
@@ -61,9 +94,12 @@ class Trees:
 
         A root that does not exist has no files; a folder that cannot be read is `unreadable`.
         """
-        if root not in self._walked:
-            self._walked[root], self._folders[root] = _walk(root, self.unreadable)
-        return self._visible.get(root, self._walked[root])
+        nodes = self._walk(root).nodes
+        return self._visible.get(root, nodes)
+
+    def marks(self, root: Root) -> Mapping[str, str]:
+        """Relative path to `mark` of whatever `walk` finds, hidden or not."""
+        return self._walk(root).marks
 
     def found(self, root: Root, place: str = "") -> dict[str, Found]:
         """The walk of the folder *root* as paths in an environment where the folder lies at *place*."""
@@ -74,19 +110,23 @@ class Trees:
     def hide(self, root: Root, paths: Collection[str]) -> None:
         """Leave *paths* out of what `walk` and `found` tell of *root* from now on; they still count otherwise."""
         hidden = frozenset(paths)
-        self._visible[root] = {path: node for path, node in self._walked[root].items() if path not in hidden}
+        self._visible[root] = {path: node for path, node in self._walk(root).nodes.items() if path not in hidden}
 
     @property
     def roots(self) -> tuple[Root, ...]:
         """What has been walked so far, in that order."""
         return tuple(self._walked)
 
+    @property
+    def unreadable(self) -> list[str]:
+        """One line for every folder that could not be looked into."""
+        return [line for walk in self._walked.values() for line in walk.unreadable]
+
     def fingerprint(self) -> str:
         """A digest of everything walked: equal if no file was added, removed, replaced or written to."""
         state = hashlib.sha256()
-        for root, nodes in self._walked.items():
-            state.update(repr(root).encode("utf-8", "surrogateescape"))
-            state.update("".join(mark(path, node) for path, node in nodes.items()).encode("utf-8", "surrogateescape"))
+        for root, walk in self._walked.items():
+            state.update(repr(root).encode("utf-8", "surrogateescape") + walk.fingerprint)
         return state.hexdigest()
 
     def changed(self) -> list[str]:
@@ -96,21 +136,25 @@ class Trees:
         """
         found = []
         for root, before in self._walked.items():
-            if all(_changed_ns(folder) == then for folder, then in self._folders[root].items()):
+            if all(_changed_ns(folder) == then for folder, then in before.changed_ns.items()):
                 continue
             try:
-                now, _ = _walk(root, [])
+                now = _walk(root)
             except OSError as error:
                 found.append(str(error.filename or root.path))
                 continue
-            marks = [{path: mark(path, node) for path, node in nodes.items()} for nodes in (before, now)]
-            found += [f"{root.path}/{path}".rstrip("/") for path, _ in marks[0].items() ^ marks[1].items()]
+            found += [f"{root.path}/{path}".rstrip("/") for path, _ in before.marks.items() ^ now.marks.items()]
         return sorted(set(found))
 
     @property
     def is_settled(self) -> bool:
         """Whether every file was last changed long enough before the walk for its time stamp to tell of a change."""
-        return all(is_settled(node, self.started_ns) for nodes in self._walked.values() for node in nodes.values())
+        return all(is_settled(node, self.started_ns) for walk in self._walked.values() for node in walk.nodes.values())
+
+    def _walk(self, root: Root) -> Walk:
+        if root not in self._walked:
+            self._walked[root] = self._earlier.get(root) or _walk(root)
+        return self._walked[root]
 
 
 def portable(path: str) -> str:
@@ -140,16 +184,17 @@ def _changed_ns(folder: str) -> int:
         return 0
 
 
-def _walk(root: Root, unreadable: list[str]) -> tuple[dict[str, os.stat_result], dict[str, int]]:
-    """What lies below *root*, and when each of its folders was last changed."""
+def _walk(root: Root) -> Walk:
+    """What lies below *root*."""
     try:
         node = os.lstat(root.path)
     except FileNotFoundError:
-        return {}, {}
+        return Walk()
     if not stat.S_ISDIR(node.st_mode):
-        return {"": node}, {}
+        return Walk({"": node})
     found: dict[str, os.stat_result] = {}
     changed_ns: dict[str, int] = {}
+    unreadable: list[str] = []
     names = frozenset((*root.skip_names, "__pycache__"))
     paths = frozenset(root.skip_paths)
     waiting = [("", root.path)]
@@ -178,4 +223,4 @@ def _walk(root: Root, unreadable: list[str]) -> tuple[dict[str, os.stat_result],
             continue
         except OSError as error:
             unreadable.append(f"{folder} cannot be read: {error.strerror}")
-    return dict(sorted(found.items())), changed_ns
+    return Walk(dict(sorted(found.items())), changed_ns, unreadable)

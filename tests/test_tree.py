@@ -1,0 +1,36 @@
+"""Walks of a prefix that are taken over from an earlier look at it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from envship.sources.tree import Root, Trees
+
+
+def test_an_earlier_walk_is_not_done_again_and_counts_once_it_is_asked_for(tmp_path: Path) -> None:
+    for name in ("prefix", "project"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    prefix, project = Root(str(tmp_path / "prefix")), Root(str(tmp_path / "project"))
+    earlier = Trees()
+    earlier.walk(prefix)
+    earlier.walk(project)
+    (tmp_path / "prefix" / "later").write_text("later")
+
+    trees = Trees(earlier)
+    assert list(trees.walk(prefix)) == ["file"]
+    # A project that the prefix no longer names must not make its next pack look at it.
+    assert trees.roots == (prefix,)
+    assert trees.started_ns == earlier.started_ns
+    assert trees.changed() == [str(tmp_path / "prefix" / "later")]
+
+
+def test_what_is_hidden_of_an_earlier_walk_is_seen_there(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("file")
+    earlier = Trees()
+    earlier.walk(root := Root(str(tmp_path)))
+    trees = Trees(earlier)
+    trees.hide(root, ["file"])
+    assert not trees.walk(root)
+    assert list(earlier.walk(root)) == ["file"]
+    assert trees.fingerprint() == earlier.fingerprint()
