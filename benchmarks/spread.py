@@ -187,7 +187,7 @@ class Bench:
 
     @contextlib.contextmanager
     def _limited(self, name: str) -> Iterator[None]:
-        """A rival that takes too long is not waited for: what it took is then at least that."""
+        """A rival that takes too long is not waited for: what it took is at least that. One that fails is left out."""
         say(name)
         try:
             yield
@@ -195,6 +195,8 @@ class Bench:
             say(f"{name} was ended after {spread_rivals.TIMEOUT_S:.0f} s")
             self.samples["rivals"][name] = spread_rivals.TIMEOUT_S
             self.samples.setdefault("unfinished", []).append(name)
+        except LabError as error:
+            say(f"{name} is left out: it failed: {error}")
 
     def _ray(self) -> Path | None:
         """The interpreter of an environment that holds Ray, or None where it cannot be installed."""
