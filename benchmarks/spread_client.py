@@ -8,6 +8,7 @@ bring the same bytes to every host, or of tasks beside it.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import dask
 from distributed import Client, wait
 from distributed.diagnostics.plugin import UploadDirectory
 
@@ -26,17 +28,14 @@ PROBE_S = 0.01
 PART_BYTES = 1 << 18
 
 
-def stage(client: Client, hosts: int, environment_id: str, rate_limit: str = "") -> dict[str, Any]:
+def stage(client: Client, hosts: int, environment_id: str) -> dict[str, Any]:
     """envship: chunks only, nothing is built."""
-    import dask
-
     ready(client, hosts)
     client.run_on_scheduler(start_probe)
     time.sleep(1)
     idle = client.run_on_scheduler(read_probe)
     began = time.time()
-    with dask.config.set({"envship.rate-limit": rate_limit or None}):
-        result = client.stage_environment(environment_id, build=False, progress=False)
+    result = client.stage_environment(environment_id, build=False, progress=False)
     seconds = time.time() - began
     busy = client.run_on_scheduler(read_probe)
     return {
@@ -130,12 +129,14 @@ def tasks(client: Client, hosts: int, environment_id: str, rate_limit: str) -> d
     """A stream of small tasks, and an exchange of all workers with all: alone, and while an environment spreads."""
     ready(client, hosts)
     throughput(client, 2.0)
-    alone = throughput(client, 12.0)
+    alone = throughput(client, 24.0)
     # It is not waited for: at such a rate it takes long, and ends with this process.
-    staging = threading.Thread(target=stage, args=(client, hosts, environment_id, rate_limit), daemon=True)
+    dask.config.set({"envship.rate-limit": rate_limit})
+    bring = functools.partial(client.stage_environment, environment_id, build=False, progress=False)
+    staging = threading.Thread(target=bring, daemon=True)
     staging.start()
     time.sleep(5)
-    beside = throughput(client, 12.0)
+    beside = throughput(client, 24.0)
     if not staging.is_alive():
         raise RuntimeError("the environment was there before the tasks were done")
     return {"alone": alone, "beside": beside}

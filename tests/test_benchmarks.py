@@ -33,3 +33,13 @@ def test_the_swap_benchmark(tmp_path: Path) -> None:
     assert report["metrics"]["noop_bytes"] == 0
     assert all(len(values) == 1 for name, values in report["samples"].items() if "first call" not in name)
     assert "from exec to registered" in printed
+
+
+@pytest.mark.parametrize("name", ["spread", "pipeline"])
+def test_a_benchmark_that_cannot_run_here_says_why(name: str, tmp_path: Path) -> None:
+    """Where a program is missing, or the user may not make namespaces."""
+    command = [sys.executable, CHECKOUT / "benchmarks" / f"{name}.py"]
+    ran = subprocess.run(command, env={**os.environ, "PATH": str(tmp_path)}, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("skipped: ")
+    assert any(reason in ran.stdout for reason in ("root", "not installed: ip", "Linux"))

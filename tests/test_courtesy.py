@@ -13,9 +13,11 @@ import pytest
 from distributed.core import Server
 
 from tests.test_transfer import Peer
-from worker_bootstrap.chunk_service import ChunkServer, PeerChunks
+from worker_bootstrap import codec
+from worker_bootstrap.chunk_service import ChunkServer, PeerChunks, read_chunks
 from worker_bootstrap.courtesy import DSCP_CS1, PRIORITY_BULK, SO_MAX_PACING_RATE, Pace, own_rate, slower_of
 from worker_bootstrap.errors import SettingInvalid
+from worker_bootstrap.shared import Place, SharedReader
 from worker_bootstrap.store import Store
 
 
@@ -94,6 +96,42 @@ def test_what_is_served_and_what_is_fetched_count_on_their_paces(tmp_path: Path)
     asyncio.run(main())
     assert sending.now_s == pytest.approx(2.0, rel=0.01)
     assert receiving.now_s == pytest.approx(4.0, rel=0.01)
+
+
+def test_what_is_put_here_and_read_from_a_shared_place_count_on_the_pace_of_a_host(tmp_path: Path) -> None:
+    """A machine's own limit holds also for what clients upload to it, who know nothing of it."""
+    source, target = Store(tmp_path / "source"), Store(tmp_path / "target")
+    digests = [source.write_chunk(os.urandom(100_000)) for _ in range(4)]
+    time = Time()
+    receiving = Pace(50_000.0, time, time.sleep)
+
+    async def main() -> None:
+        async with Peer(ChunkServer(target, receiving=receiving).handlers()) as agent, Peer({}) as client:
+            for digest in digests[:2]:
+                await client.chunks().put(agent.address, read_chunks(source, [digest], codec.accepted()))
+        reader = SharedReader(target, lambda arrived: None, receiving)
+        for digest in digests[2:]:
+            answer = await reader.pull(Place("store", str(source.layout.root), source.host_id), {digest: [0, 0, 0]})
+            assert answer["received"] == [digest]
+
+    asyncio.run(main())
+    # The first goes at once, each of the others after those before it.
+    assert time.now_s == pytest.approx(6.0, rel=0.01)
+
+
+def test_an_answer_is_not_kept_back_for_ever_and_the_next_waits_for_the_rest() -> None:
+    time = Time()
+    pace = Pace(1.0, time, time.sleep)
+
+    async def main() -> list[float]:
+        moments = []
+        for _ in range(3):
+            await pace.spend(100, at_most_s=10.0)
+            moments.append(time.now_s)
+        await pace.spend(1)
+        return [*moments, time.now_s]
+
+    assert asyncio.run(main()) == [0.0, 10.0, 20.0, 300.0]
 
 
 @pytest.mark.skipif(not hasattr(socket, "SO_PRIORITY"), reason="socket priorities are a matter of Linux")

@@ -641,7 +641,7 @@ def test_uploads_go_around_a_host_that_is_slow_to_take_them(tmp_path: Path) -> N
         done: list[Outcome] = []
         addresses = ("tcp://slow:1", "tcp://a:1", "tcp://b:1", "tcp://c:1", "tcp://d:1")
         plan = [Upload(addresses[number % 5], (digest,)) for number, digest in enumerate(needed)]
-        assert not await upload_chunks(source, plan, held=held, put=put, report=report)
+        assert not await upload_chunks(source, plan, held=held, put=put, report=report, parallel=4)
 
     asyncio.run(asyncio.wait_for(main(), 30))
     assert taken.count("tcp://slow:1") == 1

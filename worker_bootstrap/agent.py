@@ -84,7 +84,7 @@ class Agent:
 
     def handlers(self) -> dict[str, Callable[..., Any]]:
         """The operations that this agent adds to its server."""
-        shared = SharedReader(self.store, on_received=self.provision.arrived)
+        shared = SharedReader(self.store, self.provision.arrived, self.provision.receiving)
         own: dict[str, Callable[..., Awaitable[Any]]] = {
             "envship_sees": shared.sees,
             "envship_survey": shared.survey,
@@ -102,7 +102,7 @@ class Agent:
             "envship_rejoin": self.rejoin,
             "envship_wait_out": self.wait_out,
         }
-        chunks = ChunkServer(self.store, on_received=self.provision.arrived, pace=self.provision.sending)
+        chunks = ChunkServer(self.store, self.provision.arrived, self.provision.sending, self.provision.receiving)
         return {**{name: answering(method) for name, method in own.items()}, **chunks.handlers()}
 
     # -- what the coordinator asks for

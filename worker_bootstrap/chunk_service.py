@@ -28,6 +28,8 @@ MESSAGE_LIMIT_BYTES = 32 << 20
 """A server reads no more than this into one reply: twice a batch, should the codecs have made nothing smaller."""
 TIMEOUT_S = 60.0
 """A message must be through in this time: 16 MiB at 2 Mbit/s."""
+PUT_WAIT_LIMIT_S = 10.0
+"""The limit of what is received delays an answer so long at most: who sends would take silence for a failure."""
 
 
 class EncodedChunk(NamedTuple):
@@ -56,6 +58,8 @@ class ChunkServer:
         Called on the event loop with the digests that a peer has put here.
     pace
         How fast chunks may be sent.
+    receiving
+        What peers put here is counted there: the answer waits as long as the ones before were too fast.
 
     Notes
     -----
@@ -68,9 +72,11 @@ class ChunkServer:
         store: Store,
         on_received: Callable[[list[Digest]], object] | None = None,
         pace: Pace | None = None,
+        receiving: Pace | None = None,
     ) -> None:
         self._store = store
         self._pace = pace or Pace()
+        self._receiving = receiving or Pace()
         self._on_received = on_received
 
     def handlers(self) -> dict[str, Callable[..., Awaitable[dict[str, Any]]]]:
@@ -102,6 +108,7 @@ class ChunkServer:
             return _refusal(error)
         if self._on_received is not None and kept:
             self._on_received(kept)
+        await self._receiving.spend(sum(len(row.payload) for row in rows), PUT_WAIT_LIMIT_S)
         return {"status": "OK", "received": kept, "invalid": invalid}
 
     async def has_chunks(self, digests: Any = ()) -> dict[str, Any]:

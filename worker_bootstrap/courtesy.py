@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import socket
 import struct
 import time
@@ -56,15 +57,15 @@ class Pace:
         self._sleep = sleep
         self._free_s = 0.0
 
-    async def spend(self, size_bytes: int) -> None:
-        """Wait until *size_bytes* more may go."""
+    async def spend(self, size_bytes: int, at_most_s: float = math.inf) -> None:
+        """Wait until *size_bytes* more may go, but at most *at_most_s*; whoever comes next waits for the rest."""
         if not self.rate:
             return
         now_s = self._clock()
         begin_s = max(now_s, self._free_s)
         self._free_s = begin_s + size_bytes / self.rate
         if begin_s > now_s:
-            await self._sleep(begin_s - now_s)
+            await self._sleep(min(begin_s - now_s, at_most_s))
 
 
 def own_rate() -> float | None:

@@ -2,7 +2,7 @@
 
 A firewall, or a network of the cluster's own: what a client sends to an agent then goes to the scheduler, which passes
 it on at once and keeps nothing. In its memory are only the messages that are on their way: of each client that uploads
-four at a time (`worker_bootstrap.transfer.UPLOADS`), of 16 MiB at most.
+six at a time (`worker_bootstrap.transfer.UPLOADS`), of 16 MiB at most.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from worker_bootstrap import codec
 from worker_bootstrap.bundle_index import CODECS, Extent, opened, read_manifest, survey
+from worker_bootstrap.courtesy import Pace
 from worker_bootstrap.digest import Digest, is_digest
 from worker_bootstrap.durable import content_of
 from worker_bootstrap.errors import ChunkInvalid, ChunkMissing, ContentError
@@ -44,6 +45,9 @@ class Place(NamedTuple):
 
 
 NOWHERE = Extent(0, 0, 0)
+PULL_WAIT_LIMIT_S = 60.0
+"""The limit of what is received delays an answer so long at most: the coordinator would give up waiting for it."""
+
 """Of a chunk in a store, where its name says where it lies."""
 
 
@@ -56,10 +60,15 @@ class SharedReader:
         The writable store of this host.
     on_received
         Called on the event loop with the chunks that were read.
+    pace
+        What is read is counted there: the next answer waits as long as this one was too fast.
     """
 
-    def __init__(self, store: Store, on_received: Callable[[Sequence[Digest]], object]) -> None:
+    def __init__(
+        self, store: Store, on_received: Callable[[Sequence[Digest]], object], pace: Pace | None = None
+    ) -> None:
         self._store = store
+        self._pace = pace or Pace()
         self._on_received = on_received
 
     async def sees(self, place: Sequence[str]) -> bool:
@@ -82,6 +91,7 @@ class SharedReader:
         extents = {digest: Extent(*extent) for digest, extent in chunks.items()}
         kept, size_bytes, reason = await asyncio.to_thread(read_into, self._store, Place(*place), extents)
         self._on_received(kept)
+        await self._pace.spend(size_bytes, PULL_WAIT_LIMIT_S)
         return {"received": kept, "size_bytes": size_bytes, "reason": reason}
 
 

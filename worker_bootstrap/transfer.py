@@ -23,7 +23,7 @@ __all__ = ["ChunkServer", "EncodedChunk", "Held", "Outcome", "PeerChunks", "fetc
 
 logger = logging.getLogger(__name__)
 
-UPLOADS = PARALLEL + 1
+UPLOADS = 2 * PARALLEL
 """Messages that the client sends at the same time: everybody waits for them, so they get more than one share."""
 
 
@@ -167,14 +167,25 @@ async def upload_chunks(
     pending = iter(plan)
 
     async def work() -> None:
+        untold: list[Outcome] = []
+
+        async def send(upload: Upload) -> None:
+            outcome = await _upload_batch(store, upload, held, put)
+            busy[upload.address] -= 1
+            rest.extend(outcome.failed)
+            untold.append(outcome)
+
+        async def tell() -> None:
+            while untold:
+                await report(untold.pop())
+
         for planned in pending:  # one iterator for all workers: each upload is taken once
             # To the one planned, unless it is still busy and another is not: none that is slow may hold up the rest.
             address = min(busy, key=lambda a: (busy[a], a != planned[0]))
             busy[address] += 1
-            outcome = await _upload_batch(store, Upload(address, tuple(planned[1])), held, put)
-            busy[address] -= 1
-            rest.extend(outcome.failed)
-            await report(outcome)
+            # The coordinator hears of one message while the next is under way: links are not to idle meanwhile.
+            await _all_or_none([send(Upload(address, tuple(planned[1]))), tell()])
+        await tell()
 
     await _all_or_none([work() for _ in range(parallel)])
     return rest
