@@ -12,16 +12,18 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from worker_bootstrap import codec
 from worker_bootstrap.bundle_index import CODECS, Extent, opened, read_manifest, survey
-from worker_bootstrap.courtesy import Pace
 from worker_bootstrap.digest import Digest, is_digest
 from worker_bootstrap.durable import content_of
 from worker_bootstrap.errors import ChunkInvalid, ChunkMissing, ContentError
 from worker_bootstrap.layout import Layout
 from worker_bootstrap.store import PAYLOAD_LIMIT_BYTES, Store
+
+if TYPE_CHECKING:
+    from worker_bootstrap.courtesy import Pace  # needs Dask, which reading a bundle does not
 
 logger = logging.getLogger("envship.shared")
 
@@ -68,7 +70,7 @@ class SharedReader:
         self, store: Store, on_received: Callable[[Sequence[Digest]], object], pace: Pace | None = None
     ) -> None:
         self._store = store
-        self._pace = pace or Pace()
+        self._pace = pace
         self._on_received = on_received
 
     async def sees(self, place: Sequence[str]) -> bool:
@@ -91,7 +93,8 @@ class SharedReader:
         extents = {digest: Extent(*extent) for digest, extent in chunks.items()}
         kept, size_bytes, reason = await asyncio.to_thread(read_into, self._store, Place(*place), extents)
         self._on_received(kept)
-        await self._pace.spend(size_bytes, PULL_WAIT_LIMIT_S)
+        if self._pace is not None:
+            await self._pace.spend(size_bytes, PULL_WAIT_LIMIT_S)
         return {"received": kept, "size_bytes": size_bytes, "reason": reason}
 
 
