@@ -32,7 +32,7 @@ from worker_bootstrap.store import Store
 
 _READERS = 2
 _KEEPERS = 2
-"""Threads that read packages, and threads that compress what these have read; together, whatever their number."""
+"""Threads that compress, shared out among those that read: one reads where there is one package only."""
 _WAITING_CHUNKS = 4
 """Chunks of one writer that are read and not yet written: bounds memory."""
 _TELL_EVERY_BYTES = 8 << 20

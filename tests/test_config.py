@@ -25,7 +25,7 @@ def test_defaults_are_there_after_import() -> None:
     assert config.keep_warm() == 1
     assert config.progress() is None
     phases: tuple[config.Timeout, ...] = ("prepare", "start", "commit", "upload")
-    assert [config.timeout_s(phase) for phase in phases] == [600, 60, 60, 30]
+    assert [config.timeout_s(phase) for phase in phases] == [600, 60, 60, 60]
 
 
 def test_values_of_the_user_win_and_come_in_one_unit() -> None:
