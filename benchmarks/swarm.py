@@ -86,6 +86,7 @@ class SwarmHost:
     alive: bool = True
     stalled: bool = False
     lies: bool = False
+    full: bool = False
     side: int = 0
     complete_s: float | None = None
     flows: dict[Any, None] = field(default_factory=dict)
@@ -197,6 +198,14 @@ class Swarm:
             link.rate /= factor
             self._retime(link)
 
+    def fill_disk(self, host: SwarmHost) -> None:
+        """The host keeps nothing more: it says that it gives up, and lets go of what is on its way to it."""
+        host.full = True
+        self.tracker.give_up(host.name, "")
+        for flow, broken in list(host.flows):
+            if flow.target is host.down:
+                broken()
+
     def split(self, sides: Callable[[SwarmHost], int]) -> None:
         """Hosts reach only those of their own side (and the scheduler); the same side for all heals it."""
         for host in self.hosts.values():
@@ -252,7 +261,7 @@ class Swarm:
 
     def _ask(self, host: SwarmHost, settle: Callable[[], None] | None = None) -> None:
         def answer() -> None:
-            if not host.alive:
+            if not host.alive or host.full:
                 return
             if settle is not None:
                 self._timed(settle)

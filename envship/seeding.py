@@ -18,18 +18,16 @@ from distributed import Client
 from envship import config
 from envship.bundle import read_bundle
 from envship.environment import Environment
+from envship.road import Road
 from worker_bootstrap import mounts
 from worker_bootstrap.assignments import Upload
 from worker_bootstrap.bundle_index import Extent
-from worker_bootstrap.courtesy import Pace
 from worker_bootstrap.digest import Digest, EnvironmentId
 from worker_bootstrap.errors import EnvironmentMissing, EnvshipError, SourceNotFound, TransferError
-from worker_bootstrap.relay import RelayedChunks
 from worker_bootstrap.shared import Place
-from worker_bootstrap.transfer import EncodedChunk, Held, Outcome, PeerChunks, upload_chunks
+from worker_bootstrap.transfer import EncodedChunk, Outcome, upload_chunks
 
 UPLOAD_ATTEMPTS = 5
-CONNECT_TIMEOUT_S = 5.0
 
 Extents = Mapping[Digest, Extent]
 Ask = Callable[..., Awaitable[Any]]
@@ -76,10 +74,6 @@ class Seeding:
         # Promises are given under this name; it begins with the client's id, so that they end with the client.
         self._name = f"{client.id} {uuid.uuid4().hex}"
         self._avoid: set[str] = set()
-        self._reached: dict[str, bool] = {}
-        timeout_s = config.timeout_s("upload")
-        self._direct = PeerChunks(client.rpc, timeout_s)
-        self._relayed = RelayedChunks(client.rpc, client.scheduler.address, timeout_s)
 
     @contextlib.asynccontextmanager
     async def under_way(self) -> AsyncIterator[None]:
@@ -146,7 +140,6 @@ class Seeding:
                     return
                 if self._bundle is not None and environment.store.missing(d for upload in plan for d in upload.digests):
                     await self._read_bundle(self._bundle[0], environment)
-                await self._reach({upload.address for upload in plan})
                 rest = await self._upload(environment, plan)
                 self.seconds = time.perf_counter() - started
                 if not rest:
@@ -166,36 +159,14 @@ class Seeding:
         except OSError as error:
             raise SourceNotFound(where, [f"{where} here ({error.strerror or error})", "hosts that saw it"]) from error
 
-    async def _reach(self, addresses: set[str]) -> None:
-        """Find out which of *addresses* this machine can connect to."""
-
-        async def connect(address: str) -> None:
-            try:
-                comm = await self._client.rpc.connect(address, timeout=CONNECT_TIMEOUT_S)
-            except OSError:
-                self._reached[address] = False
-            else:
-                self._client.rpc.reuse(address, comm)
-                self._reached[address] = True
-
-        await asyncio.gather(*(connect(address) for address in sorted(addresses - set(self._reached))))
-
     async def _upload(self, environment: Environment, plan: Sequence[Upload]) -> list[Digest]:
         sizes = environment.manifest.chunks
         digests = [digest for upload in plan for digest in upload.digests]
         total = sum(sizes[digest] for digest in digests)
-        pace = Pace(config.rate_limit())
         done = there = 0
 
-        def road(address: str) -> PeerChunks:
-            return self._direct if self._reached[address] else self._relayed
-
-        async def held(address: str, digests: Sequence[Digest]) -> Held:
-            return await road(address).held(address, digests)
-
         async def put(address: str, chunks: Sequence[EncodedChunk]) -> list[Digest]:
-            await pace.spend(sum(len(chunk.payload) for chunk in chunks))
-            kept = await road(address).put(address, chunks)
+            kept = await road.put(address, chunks)
             self.uploaded_bytes += sum(len(chunk.payload) for chunk in chunks)
             self.uploaded_chunks += len(chunks)
             return kept
@@ -214,4 +185,6 @@ class Seeding:
                 size_bytes=outcome.size_bytes,
             )
 
-        return await upload_chunks(environment.store, plan, held=held, put=put, report=report)
+        async with Road(self._client, config.timeout_s("upload"), config.rate_limit()) as road:
+            await road.explore({upload.address for upload in plan})
+            return await upload_chunks(environment.store, plan, held=road.held, put=put, report=report)

@@ -87,9 +87,9 @@ def test_what_is_served_and_what_is_fetched_count_on_their_paces(tmp_path: Path)
     sending, receiving = Time(), Time()
 
     async def main() -> None:
-        slow = ChunkServer(store, pace=Pace(100_000.0, sending, sending.sleep))
+        slow = ChunkServer(store, sending=Pace(100_000.0, sending, sending.sleep))
         async with Peer(slow.handlers()) as agent, Peer({}) as receiver:
-            peers = PeerChunks(receiver.server.rpc, 10.0, Pace(50_000.0, receiving, receiving.sleep))
+            peers = PeerChunks(receiver.server.rpc, 10.0, receiving=Pace(50_000.0, receiving, receiving.sleep))
             for digest in digests:
                 await peers.get(agent.address, [digest])
 
@@ -134,6 +134,16 @@ def test_an_answer_is_not_kept_back_for_ever_and_the_next_waits_for_the_rest() -
     assert asyncio.run(main()) == [0.0, 10.0, 20.0, 300.0]
 
 
+def marks_of(comm: Any) -> tuple[int, int, int]:
+    """For the network, for the machine's own queues, and the rate in bytes per second."""
+    connection = comm.stream.socket
+    return (
+        connection.getsockopt(socket.IPPROTO_IP, socket.IP_TOS),
+        connection.getsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY),
+        connection.getsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE),
+    )
+
+
 @pytest.mark.skipif(not hasattr(socket, "SO_PRIORITY"), reason="socket priorities are a matter of Linux")
 def test_connections_that_carry_chunks_are_marked_and_paced(tmp_path: Path) -> None:
     store = Store(tmp_path)
@@ -143,20 +153,27 @@ def test_connections_that_carry_chunks_are_marked_and_paced(tmp_path: Path) -> N
     class Watching(ChunkServer):
         async def get_chunks(self, comm: Any, digests: Any = (), accept: Any = ()) -> dict[str, Any]:
             reply = await super().get_chunks(comm, digests, accept)
-            connection = comm.stream.socket
-            seen.append(
-                (
-                    connection.getsockopt(socket.IPPROTO_IP, socket.IP_TOS),
-                    connection.getsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY),
-                    connection.getsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE),
-                )
-            )
+            seen.append(marks_of(comm))
             return reply
 
     async def main() -> None:
-        async with Peer(Watching(store, pace=Pace(1e6)).handlers()) as agent, Peer({}) as receiver:
+        async with Peer(Watching(store, sending=Pace(1e6)).handlers()) as agent, Peer({}) as receiver:
             assert isinstance(agent.server, Server)
             await receiver.chunks().get(agent.address, [digest])
 
     asyncio.run(main())
     assert seen == [(DSCP_CS1, PRIORITY_BULK, 1_000_000)]
+
+
+@pytest.mark.skipif(not hasattr(socket, "SO_PRIORITY"), reason="socket priorities are a matter of Linux")
+def test_so_are_those_of_a_client_that_uploads(tmp_path: Path) -> None:
+    source, target = Store(tmp_path / "source"), Store(tmp_path / "target")
+    digest = source.write_chunk(b"content")
+
+    async def main() -> list[tuple[int, int, int]]:
+        async with Peer(ChunkServer(target).handlers()) as agent, Peer({}) as client:
+            peers = PeerChunks(client.server.rpc, sending=Pace(1e6))
+            assert await peers.put(agent.address, read_chunks(source, [digest], codec.accepted())) == [digest]
+            return [marks_of(comm) for comm in client.server.rpc.available[agent.address]]
+
+    assert asyncio.run(main()) == [(DSCP_CS1, PRIORITY_BULK, 1_000_000)]

@@ -11,11 +11,33 @@ from distributed import Client, LocalCluster
 
 import envship  # noqa: F401  # adds the methods to Client
 from envship.environment import Environment
+from worker_bootstrap.ledger import Ledger
+from worker_bootstrap.metrics import _Collector
 from worker_bootstrap.store import Store
 
 from .environments import environment_of, package_of
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore")]
+
+
+def test_what_hosts_gave_and_did_not_get_is_counted_by_host() -> None:
+    """Sources by their kind: a counter for each pair of hosts would be a million for a thousand hosts."""
+    registry = pytest.importorskip("prometheus_client").CollectorRegistry()
+    collector = _Collector()
+    collector.ledger = Ledger(lambda: 0.0)
+    for source, size_bytes in (("a", 100), ("b", 50), ("client", 7), ("shared file", 3)):
+        collector.ledger.moved("c", source, size_bytes)
+    collector.ledger.failed("c", "a", "it was silent", blame=True)
+    registry.register(collector)
+
+    def value(what: str, **labels: str) -> float | None:
+        return registry.get_sample_value(f"dask_envship_{what}", labels)
+
+    kinds = ("peer", "client", "shared_file")
+    assert [value("received_bytes_total", host="c", source=kind) for kind in kinds] == [150, 7, 3]
+    assert [value("served_bytes_total", host=host) for host in ("a", "b", "c")] == [100, 50, 0]
+    assert [value("failed_batches_total", host=host) for host in ("a", "b", "c")] == [0, 0, 1]
+    assert value("receive_rate", host="c") == 160
 
 
 def test_a_staging_leaves_counters_and_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

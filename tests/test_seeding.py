@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ from distributed import Client, LocalCluster
 
 import envship  # noqa: F401  # adds the methods to Client
 from envship.environment import Environment
-from envship.seeding import Seeding
+from envship.road import Road
 from worker_bootstrap.digest import Digest
 from worker_bootstrap.errors import ChunkMissing, EnvironmentMissing
 from worker_bootstrap.store import Store
@@ -81,10 +81,10 @@ def test_agents_that_cannot_be_reached_get_their_chunks_by_way_of_the_scheduler(
 ) -> None:
     """As if each attempt to connect had failed; a real firewall is in `test_spread_network`."""
 
-    async def reach(seeding: Seeding, addresses: set[str]) -> None:
-        seeding._reached.update(dict.fromkeys(addresses, False))
+    async def explore(road: Road, addresses: Collection[str]) -> None:
+        road._reached.update(dict.fromkeys(addresses, False))
 
-    monkeypatch.setattr(Seeding, "_reach", reach)
+    monkeypatch.setattr(Road, "explore", explore)
     result = client.stage_environment(environment, progress=False)
     assert result.uploaded_chunks == len(environment.chunks)
     assert host.built(environment.id) is not None

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import threading
 import zipfile
 from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import dask.config
 import pytest
-from distributed import Client
+from distributed import Client, LocalCluster
 
 from envship import journey
 from envship.bundle import bundle_at, survey_bundle, write_bundle
@@ -220,6 +223,83 @@ def test_what_the_hosts_cannot_decode_is_uploaded(cluster: Cluster, client: Clie
     assert client.stage_environment(place.where).uploaded_chunks == len(extents)
     assert all_built(cluster, environment)
     assert all_built(cluster, another)
+
+
+@pytest.fixture
+def able(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
+    """Of a cluster with a single host, that has all that the client has: ``zstandard``, and what opens URLs."""
+    monkeypatch.setenv("ENVSHIP_STORE", str(tmp_path / "host"))
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as local,
+        Client(local) as client,
+    ):
+        yield client
+
+
+def test_a_store_that_the_hosts_see_is_read_in_place(able: Client, tmp_path: Path) -> None:
+    """By hosts that can decode whatever a store may hold."""
+    environment = random_environment(Store(tmp_path / "zstd"), "zstd")
+    with dask.config.set({"envship.share-store": True}):
+        result = able.stage_environment(environment, progress=False)
+    assert (result.uploaded_bytes, result.uploaded_chunks) == (0, 0)
+    sizes = [len(environment.store.read_encoded(digest, ("zstd",))[1]) for digest in environment.chunks]
+    assert received(able) == {"shared file": sum(sizes)}
+    assert Store(tmp_path / "host").built(environment.id) is not None
+
+
+def test_a_bundle_behind_a_url_is_read_by_the_hosts(able: Client, environment: Environment, tmp_path: Path) -> None:
+    """In parts, by those whose libraries can open it: fsspec needs aiohttp for ``http``."""
+    pytest.importorskip("aiohttp")
+    place, extents = bundle_of(environment, tmp_path / "x.envship")
+    with served(tmp_path) as (url, answers):
+        result = able.stage_environment(f"{url}/x.envship", progress=False)
+    assert (result.environment_id, result.uploaded_bytes) == (environment.id, 0)
+    assert received(able) == {"shared file": sum(extent.size_bytes for extent in extents.values())}
+    assert Store(tmp_path / "host").built(environment.id) is not None
+    assert sum(answers) >= os.path.getsize(place.where)
+
+
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[tuple[str, list[int]]]:
+    """The files of *folder* over HTTP, in parts; gives the URL, and how many bytes each answer had."""
+    answers: list[int] = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            """Nothing."""
+
+        def do_HEAD(self) -> None:
+            self.answer(body=False)
+
+        def do_GET(self) -> None:
+            self.answer(body=True)
+
+        def answer(self, body: bool) -> None:
+            data = (folder / self.path.lstrip("/")).read_bytes()
+            begin, end = 0, len(data) - 1
+            asked = self.headers.get("Range")
+            if asked:
+                first, last = asked.removeprefix("bytes=").split("-")
+                begin, end = int(first), min(int(last or end), end)
+                self.send_response(206)
+                self.send_header("Content-Range", f"bytes {begin}-{end}/{len(data)}")
+            else:
+                self.send_response(200)
+            self.send_header("Accept-Ranges", "bytes")
+            self.send_header("Content-Length", str(end + 1 - begin))
+            self.end_headers()
+            if body:
+                answers.append(end + 1 - begin)
+                self.wfile.write(data[begin : end + 1])
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", answers
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_a_store_is_not_shared_unless_its_file_system_is(client: Client, environment: Environment) -> None:

@@ -215,6 +215,23 @@ def test_chunks_come_from_the_same_rack_where_it_has_them() -> None:
     assert within(placed) > within(plain) + 0.05
 
 
+def test_a_host_whose_disk_is_full_gives_up_and_holds_up_nobody() -> None:
+    swarm = started(6)
+    swarm.at(half_way(swarm), lambda: swarm.fill_disk(swarm.hosts["h2"]))
+    swarm.run(HORIZON)
+    others = [host for host in swarm.hosts.values() if host.name != "h2"]
+    assert all(host.complete_s for host in others)
+    assert max(host.complete_s or 0.0 for host in others) < 1.5 * swarm.limit_s
+    there = swarm.tracker.progress("h2")[0]
+    assert swarm.tracker.outstanding("h2") == 0
+    swarm.hosts["h2"].full = False
+    before = len(swarm.moved)
+    swarm.start(swarm.hosts["h2"])
+    finish(swarm)
+    moved = [digest for receiver, _, digest in swarm.moved[before:]]
+    assert 0 < sum(CHUNKS[digest] for digest in moved) <= sum(CHUNKS.values()) - there, "what it had is not sent again"
+
+
 def test_a_site_whose_link_to_the_others_was_lost_in_the_middle_of_a_crossing_asks_again() -> None:
     swarm = Swarm(4, CHUNKS, rate=RATE, place=lambda number: (f"site-{number // 2}", f"m{number}"))
     hosts: list[SwarmHost] = list(swarm.hosts.values())

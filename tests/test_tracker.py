@@ -157,6 +157,25 @@ def test_a_host_that_lost_chunks_says_so_when_it_is_asked_again() -> None:
     assert tracker.absent(needed) == [evicted]
 
 
+def test_the_nearest_source_is_asked_until_it_is_busy() -> None:
+    """The same machine (its containers), then the same rack, then the same site, then anybody."""
+    needed = chunks(400)
+    tracker = Tracker(clock=lambda: 0.0, uploads_per_source=2)
+    places = {
+        "far": ("other", "r9", "m9"),
+        "site": ("site", "r2", "m3"),
+        "rack": ("site", "r1", "m2"),
+        "machine": ("site", "r1", "m1"),
+    }
+    for host_id, place in places.items():
+        tracker.add_host(host_id, f"tcp://{host_id}:1", needed, place=place)
+    tracker.add_host("new", "tcp://new:1", place=("site", "r1", "m1"))
+    tracker.want("new", needed)
+    asked = [batch.source if (batch := tracker.next_batch("new")) else None for _ in range(7)]
+    nearest_first = [f"tcp://{host_id}:1" for host_id in ("machine", "rack", "site") for _ in range(2)]
+    assert asked == [*nearest_first, None], "what the site holds does not cross into it again"
+
+
 def test_the_client_uploads_what_is_absent_to_hosts_in_turn() -> None:
     needed = chunks(64)
     there = dict(list(needed.items())[:10])

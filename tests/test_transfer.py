@@ -595,7 +595,7 @@ def test_more_than_a_message_is_refused(tmp_path: Path) -> None:
 
 def test_a_fetch_holds_a_few_batches_in_memory_and_not_the_environment(tmp_path: Path) -> None:
     """Both ends are in this process: three batches that are fetched, and the same ones that are served."""
-    source, needed = filled(tmp_path / "source", count=160, size_bytes=1 << 20)
+    source, needed = filled(tmp_path / "source", count=200, size_bytes=1 << 20)
     target = Store(tmp_path / "target")
 
     async def main() -> int:

@@ -18,7 +18,7 @@ from worker_bootstrap.courtesy import Pace, step_back
 from worker_bootstrap.digest import Digest, is_digest
 from worker_bootstrap.errors import ChunkInvalid, ChunkMissing, EnvshipError, ProtocolBroken, TransferError
 from worker_bootstrap.store import Store
-from worker_bootstrap.wire import Payload, call, frame, payload_of
+from worker_bootstrap.wire import Mark, Payload, call, frame, payload_of
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class ChunkServer:
         The store of this host.
     on_received
         Called on the event loop with the digests that a peer has put here.
-    pace
+    sending
         How fast chunks may be sent.
     receiving
         What peers put here is counted there: the answer waits as long as the ones before were too fast.
@@ -71,11 +71,11 @@ class ChunkServer:
         self,
         store: Store,
         on_received: Callable[[list[Digest]], object] | None = None,
-        pace: Pace | None = None,
+        sending: Pace | None = None,
         receiving: Pace | None = None,
     ) -> None:
         self._store = store
-        self._pace = pace or Pace()
+        self._sending = sending or Pace()
         self._receiving = receiving or Pace()
         self._on_received = on_received
 
@@ -94,8 +94,8 @@ class ChunkServer:
             found = await asyncio.to_thread(read_chunks, self._store, _checked(digests), _codec_names(accept))
         except (EnvshipError, ValueError, OSError) as error:
             return _refusal(error)
-        step_back(comm, self._pace.rate)
-        await self._pace.spend(sum(len(chunk.payload) for chunk in found))
+        step_back(comm, self._sending.rate)
+        await self._sending.spend(sum(len(chunk.payload) for chunk in found))
         rows = [(chunk.digest, chunk.codec, frame(chunk.payload)) for chunk in found]
         return {"status": "OK", "chunks": rows}
 
@@ -134,13 +134,22 @@ class PeerChunks:
     """The chunk operations of other agents, called over *pool* (``server.rpc`` or ``client.rpc``).
 
     Every method raises `TransferError`, naming the peer, if the peer cannot be reached in *timeout_s* or breaks the
-    protocol. What is got is counted on *pace*: the next call waits as long as this one was too fast.
+    protocol. What is got is counted on *receiving*, what is put on *sending*: the next call waits as long as this one
+    was too fast. Connections of *pool* that carry chunks are marked as bulk: let it be one that carries nothing else.
     """
 
-    def __init__(self, pool: Any, timeout_s: float = TIMEOUT_S, pace: Pace | None = None) -> None:
+    def __init__(
+        self,
+        pool: Any,
+        timeout_s: float = TIMEOUT_S,
+        *,
+        receiving: Pace | None = None,
+        sending: Pace | None = None,
+    ) -> None:
         self._pool = pool
         self._timeout_s = timeout_s
-        self._pace = pace or Pace()
+        self._receiving = receiving or Pace()
+        self._sending = sending or Pace()
 
     async def get(self, address: str, digests: Sequence[Digest]) -> list[EncodedChunk]:
         """Those of *digests* that the peer holds, unverified, in codecs that this process can decode."""
@@ -150,13 +159,14 @@ class PeerChunks:
         wanted = set(digests)
         if len(chunks) > len(wanted) or not wanted.issuperset(chunk.digest for chunk in chunks):
             raise ProtocolBroken(address, "it sent chunks that nobody asked for")
-        await self._pace.spend(sum(len(chunk.payload) for chunk in chunks))
+        await self._receiving.spend(sum(len(chunk.payload) for chunk in chunks))
         return chunks
 
     async def put(self, address: str, chunks: Sequence[EncodedChunk]) -> list[Digest]:
         """Send *chunks* to the peer; return those that it kept."""
+        await self._sending.spend(sum(len(chunk.payload) for chunk in chunks))
         rows = [(chunk.digest, chunk.codec, frame(chunk.payload)) for chunk in chunks]
-        reply = await self._call(address, "envship_put_chunks", {"chunks": rows})
+        reply = await self._call(address, "envship_put_chunks", {"chunks": rows}, self._mark)
         kept = self._parsed(address, lambda: _checked(reply["received"]))
         for digest, reason in dict(reply.get("invalid") or {}).items():
             logger.warning("%s did not keep chunk %s: %s", address, digest, reason)
@@ -176,8 +186,11 @@ class PeerChunks:
         except TransferError as error:
             logger.info("%s", error)
 
-    async def _call(self, address: str, op: str, message: dict[str, Any]) -> dict[str, Any]:
-        return await call(self._pool, address, op, message, timeout_s=self._timeout_s)
+    async def _call(self, address: str, op: str, message: dict[str, Any], mark: Mark = None) -> dict[str, Any]:
+        return await call(self._pool, address, op, message, timeout_s=self._timeout_s, mark=mark)
+
+    def _mark(self, comm: Any) -> None:
+        step_back(comm, self._sending.rate)
 
     @staticmethod
     def _parsed(address: str, parse: Callable[[], _Parsed]) -> _Parsed:

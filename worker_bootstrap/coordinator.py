@@ -60,6 +60,7 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
         self.agent: SchedulerAgent
         self.roster: Roster
         self.exchange: Exchange
+        self.relay: Relay
         self.target: EnvironmentId | None = None
         self.reports: dict[str, dict[str, Any]] = {}
         self.troubles: dict[str, str] = {}
@@ -110,6 +111,7 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
     async def close(self) -> None:
         """SchedulerPlugin hook: the scheduler closes."""
         await self.exchange.pulling.close()
+        await self.relay.close()
         await self.agent.close()
 
     def _install(self, scheduler: Any) -> None:
@@ -145,7 +147,8 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
             "envship_status": self.status,
         }
         scheduler.handlers.update(self.agent.handlers())
-        scheduler.handlers.update(Relay(scheduler.rpc, self.roster.members).handlers())
+        self.relay = Relay(scheduler.rpc.connection_args, self.roster.members)
+        scheduler.handlers.update(self.relay.handlers())
         scheduler.handlers.update(operations)
         scheduler.handlers.update({name: answering(method) for name, method in answered.items()})
 

@@ -174,7 +174,7 @@ class Provision:
 
         # Connections of their own: what is marked as bulk must not carry the data of tasks, nor wait behind it.
         pool = await ConnectionPool(limit=POOL_LIMIT, connection_args=self._server.rpc.connection_args)
-        peers = PeerChunks(pool, pace=self.receiving)
+        peers = PeerChunks(pool, receiving=self.receiving)
         self._listeners[arrived] = None
         try:
             while await self._want(manifest, wanted):

@@ -138,8 +138,13 @@ class Tracker:
 
     def give_up(self, host_id: str, purpose: str) -> None:
         """The host does not go on fetching for that *purpose*, done or not. Idempotent."""
-        if host_id in self._hosts:
-            self._hosts[host_id].give_up(purpose, self._holdings)
+        host = self._hosts.get(host_id)
+        if host is None:
+            return
+        if set(host.purposes) <= {purpose}:  # else what is on its way may be for another one
+            for assignment in dict.fromkeys(host.in_flight.values()):
+                self._assignments.give_back(assignment)
+        host.give_up(purpose, self._holdings)
 
     def outstanding(self, host_id: str, purpose: str | None = None) -> int:
         """How many chunks that the host wants (None: for any *purpose*) have not arrived; 0 for an unknown host."""

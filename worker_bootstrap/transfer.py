@@ -23,7 +23,7 @@ __all__ = ["ChunkServer", "EncodedChunk", "Held", "Outcome", "PeerChunks", "fetc
 
 logger = logging.getLogger(__name__)
 
-UPLOADS = 2 * PARALLEL
+UPLOADS = 6
 """Messages that the client sends at the same time: everybody waits for them, so they get more than one share."""
 
 

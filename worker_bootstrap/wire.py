@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from typing import Any, Union
+from collections.abc import Callable
+from typing import Any, Optional, Union
 
 import msgpack
 from distributed.protocol import Serialized
@@ -21,6 +22,9 @@ from distributed.protocol.serialize import register_serialization_family
 from worker_bootstrap.errors import ProtocolBroken, TransferError
 
 Payload = Union[bytes, memoryview]
+
+Mark = Optional[Callable[[Any], None]]
+"""Called with a connection before a message goes over it."""
 
 FAMILY = "envship"
 """Name of our (de)serialiser: a frame is sent as it is, without pickle, compression or copy."""
@@ -62,6 +66,7 @@ async def call(
     *,
     timeout_s: float,
     limit_bytes: int = REPLY_LIMIT_BYTES,
+    mark: Mark = None,
 ) -> dict[str, Any]:
     """Call the handler *op* of the server at *address*; return its reply.
 
@@ -71,6 +76,8 @@ async def call(
         A `distributed.core.ConnectionPool`: ``server.rpc`` or ``client.rpc``, with their security.
     message
         Keyword arguments of the handler: what msgpack takes, and frames.
+    mark
+        Called with the connection before the message is sent.
 
     Returns
     -------
@@ -89,7 +96,7 @@ async def call(
     When cancelled, the connection is dropped: a half-read reply is never taken for the next one.
     """
     try:
-        reply = await asyncio.wait_for(_exchange(pool, address, op, message, limit_bytes), timeout_s)
+        reply = await asyncio.wait_for(_exchange(pool, address, op, message, limit_bytes, mark), timeout_s)
     except asyncio.TimeoutError as error:
         raise TransferError(address, f"no answer to {op} within {timeout_s:g} s") from error
     except (OSError, EOFError) as error:  # CommClosedError and TLS errors are OSErrors
@@ -101,9 +108,18 @@ async def call(
     return reply
 
 
-async def _exchange(pool: Any, address: str, op: str, message: dict[str, Any], limit_bytes: int) -> Any:
+async def _exchange(
+    pool: Any,
+    address: str,
+    op: str,
+    message: dict[str, Any],
+    limit_bytes: int,
+    mark: Mark,
+) -> Any:
     comm = await pool.connect(address, timeout=CONNECT_TIMEOUT_S)
     try:
+        if mark is not None:
+            mark(comm)
         await comm.write({"op": op, "reply": True, **message})
         return await _read(comm, limit_bytes)
     except BaseException:
