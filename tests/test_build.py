@@ -7,6 +7,7 @@ import os
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
+import dask
 import pytest
 
 import worker_bootstrap
@@ -58,6 +59,20 @@ async def until(look: Callable[[], object]) -> None:
     while not look():
         assert asyncio.get_running_loop().time() < deadline
         await asyncio.sleep(0.01)
+
+
+def test_a_store_over_its_limit_is_collected_after_a_build(target: Store) -> None:
+    """What was built stays, however small the limit; what nobody used for long goes."""
+    old = tiny_environment(target, {"lib/old": b"old" * 100})
+    assert built(target, old, None).is_dir()
+    for path in (target.layout.manifest(old), target.layout.ready(old), *target.layout.chunks.glob("*/*")):
+        os.utime(path, (0, 0))
+    new = tiny_environment(target, {"lib/new": b"new" * 100})
+    with dask.config.set({"envship.store-limit": "1 B"}):
+        prefix = built(target, new, None)
+    assert target.environments() == [new]
+    assert target.built(old) is None
+    assert (prefix / "lib/new").read_bytes() == b"new" * 100
 
 
 def test_files_are_written_before_the_last_chunk_has_come(source: Store, target: Store) -> None:

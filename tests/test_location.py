@@ -196,6 +196,24 @@ def test_a_place_below_tmp_that_somebody_took_first(tmp_path: Path, monkeypatch:
         open_store(store)
 
 
+@as_root
+def test_a_place_that_somebody_took_in_the_moment_before_we_could(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "store"
+    make = os.mkdir
+
+    def late(path: str, mode: int = 0o777, **more: int) -> None:
+        make(path, mode, **more)
+        if Path(path) == root:
+            os.chown(path, STRANGER, STRANGER)
+            raise FileExistsError(path)
+
+    monkeypatch.setattr(os, "mkdir", late)
+    with pytest.raises(StoreUntrusted, match=str(STRANGER)):
+        open_store(root)
+
+
 def test_a_folder_with_other_files_is_no_store(tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/chapter-1.tex").touch()

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from envship.bundle import read_bundle
 from envship.cli import main
 from worker_bootstrap import evict, ready_mark
 from worker_bootstrap.digest import EnvironmentId
@@ -189,6 +190,34 @@ def test_verify_names_what_is_wrong_and_repairs_it(bundle: Path, tmp_path: Path)
     assert (prefix / "lib/data").read_bytes() == b"data" * 100
     assert not (prefix / "lib/added").exists()
     assert envship("verify", "--store", tmp_path / "store")["environments"][0]["sound"]
+
+
+def test_verify_looks_at_what_was_built_before_the_machine_was_started(bundle: Path, tmp_path: Path) -> None:
+    """Nobody has looked at it since; a repair marks it ready."""
+    store = Store(tmp_path / "store")
+    environment_id = read_bundle(bundle, store).id
+    prefix = materialise(store, environment_id)
+    store.layout.ready(environment_id).write_text(json.dumps({"boot_id": "of yesterday"}))
+    assert store.built(environment_id) is None
+    victim = next(path for path in sorted(prefix.rglob("*")) if path.is_file() and not path.is_symlink())
+    victim.chmod(0o644)
+    victim.write_bytes(b"edited")
+    found = envship("verify", "--store", tmp_path / "store", code=1)["environments"][0]
+    assert str(victim.relative_to(prefix)) in found["problems"][0]
+    assert envship("verify", "--store", tmp_path / "store", "--repair")["environments"][0]["mended"]
+    assert store.built(environment_id) == prefix
+    assert envship("verify", "--store", tmp_path / "store")["environments"][0]["prefix"] == str(prefix)
+
+
+def test_verify_looks_at_chunks_that_no_environment_needs(bundle: Path, tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    digest = store.write_chunk(b"left over from something that was evicted")
+    assert envship("verify", "--store", tmp_path / "store")["other_chunks"] == 1
+    path, _ = next(iter(store._candidates(digest)))
+    path.write_bytes(b"damaged")
+    told = envship("verify", "--store", tmp_path / "store", code=1)
+    assert digest in told["problems"][0]
+    assert not store.has_chunk(digest)
 
 
 def test_verify_names_damaged_chunks(bundle: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from distributed import Client
 from distributed.diagnostics.plugin import Environ
 
 import envship  # noqa: F401  adds the methods to the client
+from worker_bootstrap.store import Store
 
 from .cluster import PRELOAD, SWAP_MARKS, Cluster, client_in_base, eventually, places
 
@@ -100,6 +101,35 @@ def test_a_worker_that_is_killed_comes_back_in_the_environment(
     eventually(lambda: address not in client.scheduler_info(n_workers=-1)["workers"], "the killed worker leaves")
     cluster.wait_for_workers(client, 2)
     moved(client, packed)
+
+
+def a_file(store: Store, environment: Environment) -> Path:
+    prefix = store.built(environment.id)
+    assert prefix is not None
+    return next(prefix.rglob("onlyhere.py"))
+
+
+def the_manifest(store: Store, environment: Environment) -> Path:
+    return store.layout.manifest(environment.id)
+
+
+@pytest.mark.parametrize("victim", [a_file, the_manifest])
+def test_what_was_damaged_under_a_worker_is_mended_before_it_starts_again(
+    client: Client, cluster: Cluster, packed: Environment, victim: Callable[[Store, Environment], Path]
+) -> None:
+    """From what the host has, or from the other hosts."""
+    client.use_environment(packed, scheduler=False)
+    store = Store(cluster.store("b"))
+    path = victim(store, packed)
+    whole = path.read_bytes()
+    path.unlink()
+    path.write_bytes(b"damaged")
+    address, place = next((a, p) for a, p in places(client).items() if p.prefix.startswith(str(cluster.store("b"))))
+    os.kill(place.pid, signal.SIGKILL)
+    eventually(lambda: address not in client.scheduler_info(n_workers=-1)["workers"], "the killed worker leaves")
+    cluster.wait_for_workers(client, 2)
+    moved(client, packed)
+    assert path.read_bytes() == whole
 
 
 def test_tasks_go_on_while_an_environment_is_staged(client: Client, packed: Environment) -> None:

@@ -50,7 +50,10 @@ def open_store(root: str | Path | None = None, read_only: Iterable[str | Path] |
     others = _configured_stores() if read_only is None else read_only
     chosen = trusted(Path(root) if root is not None else default_root())
     _check_is_store(chosen)
-    return Store(chosen, [trusted(Path(path)) for path in others])
+    store = Store(chosen, [trusted(Path(path)) for path in others])
+    # What was not there at the first look may have been made by somebody else before we could.
+    trusted(chosen)
+    return store
 
 
 def default_root() -> Path:

@@ -127,8 +127,8 @@ def _restored(store: Store, environment_id: EnvironmentId) -> Path | None:
     Mended rather than built again, because processes may run from it.
     """
     layout = store.layout
-    mark, prefix = layout.ready(environment_id), layout.prefix(environment_id)
-    if not (mark.exists() and prefix.is_dir()):
+    mark, prefix = layout.ready(environment_id), store.standing(environment_id)
+    if prefix is None:
         return None
     try:
         repair(store, environment_id)

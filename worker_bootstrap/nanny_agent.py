@@ -21,7 +21,7 @@ from distributed.core import Status
 
 from worker_bootstrap.agent import Agent
 from worker_bootstrap.digest import EnvironmentId
-from worker_bootstrap.errors import NotSwappable
+from worker_bootstrap.errors import EnvironmentMissing, NotSwappable
 from worker_bootstrap.hosted import HostedProcess, PendingProcess, RefusedProcess
 from worker_bootstrap.provision import Call
 from worker_bootstrap.reexec import dialled
@@ -49,6 +49,7 @@ class NannyAgent(Agent):
         super().__init__(server, store, call)
         self.standbys = StandbyPool(self._start_standby, self.in_background, self._is_current)
         self._start_timeout_s = 60.0
+        self._link_mode = "auto"
         self._held: Any = None
         self._moving = asyncio.Lock()
 
@@ -75,6 +76,7 @@ class NannyAgent(Agent):
     async def prepare(self, environment_id: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
         name = None if environment_id is None else EnvironmentId(environment_id)
         self._start_timeout_s = float(options["start_timeout_s"])
+        self._link_mode = str(options.get("link_mode", self._link_mode))
         if options.get("built_anew"):
             await self.standbys.discard(name)  # What it has imported may be damaged.
         return dict((await self.standbys.prepare(name)).description)
@@ -162,11 +164,23 @@ class NannyAgent(Agent):
         interpreter = await self.interpreter(name)
         return HostedProcess(
             interpreter,
-            start_standby=functools.partial(self._start_standby, name),
+            start_standby=functools.partial(self._start_again, name),
             on_exit=self.server._on_worker_exit_sync,
             standby=self.standbys.take(name),
             override=self._remaining_lifetime(),
         )
+
+    async def _start_again(self, name: EnvironmentId | None) -> Standby:
+        """A standby for a worker that has died, or was restarted: what was damaged meanwhile is mended before."""
+        if name is not None:
+            try:
+                await self.provision.provide(name, None, self._link_mode)
+            except EnvironmentMissing:  # its manifest is damaged, and other hosts have it
+                answer = await self.call("envship_find_manifest", environment_id=name)
+                if "ok" not in answer:
+                    raise
+                await self.provision.provide(name, answer["ok"], self._link_mode)
+        return await self._start_standby(name)
 
     async def _start_standby(self, name: EnvironmentId | None) -> Standby:
         interpreter = await self.interpreter(name)

@@ -207,6 +207,12 @@ class Store:
         layout = self.built_in(environment_id)
         return None if layout is None else layout.prefix(environment_id)
 
+    def standing(self, environment_id: EnvironmentId) -> Path | None:
+        """The prefix of an environment in the writable store that was marked ready once, in whatever boot, or None."""
+        layout = self.layout
+        prefix = layout.prefix(environment_id)
+        return prefix if layout.ready(environment_id).exists() and prefix.is_dir() else None
+
     def lease(self, environment_id: EnvironmentId) -> Path:
         """The file that whoever runs from that environment holds a lease on: it lies in the store that it runs from."""
         lease = (self.built_in(environment_id) or self.layout).lease(environment_id)

@@ -18,6 +18,7 @@ from worker_bootstrap.digest import Digest, EnvironmentId, digest_of, digest_of_
 from worker_bootstrap.errors import ChunkMissing, EnvironmentMissing
 from worker_bootstrap.manifest import File, Manifest
 from worker_bootstrap.relocate import relocate
+from worker_bootstrap.stock import chunk_files, needed_chunks
 from worker_bootstrap.store import Store
 
 BYTE_CODE_FOLDER = "__pycache__"
@@ -50,6 +51,22 @@ def damaged_chunks(store: Store, manifest: Manifest, skip: Collection[Digest] = 
         else:
             if len(data) != size_bytes:
                 yield f"chunk {digest} has {len(data)} bytes, the manifest says {size_bytes}"
+
+
+def other_chunks(store: Store) -> tuple[int, list[str]]:
+    """Chunks in the writable store that no environment needs: how many there are, and one line for each damaged one.
+
+    Damaged copies are dropped.
+    """
+    needed = needed_chunks(store)
+    digests = {digest for digest, _ in chunk_files(store.layout)} - needed
+    problems = []
+    for digest in sorted(digests):
+        try:
+            store.read_chunk(digest)
+        except ChunkMissing:
+            problems.append(f"chunk {digest} of no environment is damaged")
+    return len(digests), problems
 
 
 def damaged_files(store: Store, environment_id: EnvironmentId, prefix: Path | None = None) -> Iterator[Damage]:

@@ -126,20 +126,28 @@ def _tell_of_gc(store: Store, planned: Plan, done: Any, after: int, *, dry_run: 
 def verify(sources: tuple[str, ...], store_path: Path | None, repair: bool, as_json: bool) -> None:
     """Compare every chunk and every built file with its hash.
 
-    ID is an environment that the store holds (all of them by default), or the first eight digits of one. Damaged chunks
-    are dropped, and fetched again when they are needed. Ends with 1 if something is wrong that was not repaired.
+    ID is an environment that the store holds (all of them by default, and chunks of none), or the first eight digits of
+    one. Damaged chunks are dropped, and fetched again when they are needed. Ends with 1 if something is wrong that was
+    not repaired.
     """
     from worker_bootstrap.location import open_store
+    from worker_bootstrap.verify import other_chunks
 
     store = open_store(store_path)
     ids = [_environment(source, store).id for source in sources] or store.environments()
     results = [_verified(store, environment_id, repair) for environment_id in ids]
+    others, problems = other_chunks(store) if not sources else (0, [])
     if as_json:
-        click.echo(json.dumps({"store": str(store.layout.root), "environments": results}))
+        told = {"store": str(store.layout.root), "environments": results}
+        click.echo(json.dumps({**told, "other_chunks": others, "problems": problems}))
     else:
         for result in results:
             _print_verified(result)
-    if not all(result["sound"] for result in results):
+        if others:
+            click.echo(f"{'DAMAGED' if problems else 'sound'}  {others} chunks of no environment")
+        for line in problems:
+            click.echo(f"  {line}")
+    if problems or not all(result["sound"] for result in results):
         raise SystemExit(1)
 
 
@@ -153,6 +161,7 @@ def _environment(source: str, store: Store) -> Environment:
 
 
 def _verified(store: Store, environment_id: Any, repair: bool) -> dict[str, Any]:
+    from worker_bootstrap import ready_mark
     from worker_bootstrap import verify as verification
     from worker_bootstrap.errors import EnvshipError
     from worker_bootstrap.lock import Lock
@@ -160,17 +169,21 @@ def _verified(store: Store, environment_id: Any, repair: bool) -> dict[str, Any]
 
     problems: list[str] = []
     mended: list[str] = []
-    prefix = store.built(environment_id)
+    layout = store.layout
+    # One that was built before the machine was last started has not been looked at since.
+    prefix = store.built(environment_id) or store.standing(environment_id)
     absent: set[Any] = set()
     try:
         manifest = store.read_manifest(environment_id)
         absent.update(store.missing(manifest.chunks))
         problems += verification.damaged_chunks(store, manifest, absent)
-        if prefix is not None and repair and prefix == store.layout.prefix(environment_id):
-            with Lock(store.layout.lock(environment_id)):
+        if prefix is not None and repair and prefix == layout.prefix(environment_id):
+            with Lock(layout.lock(environment_id)):
                 mended += map(str, mend(store, environment_id, remove_added=True))
+                if not ready_mark.is_valid(layout.ready(environment_id)):
+                    ready_mark.write(layout.ready(environment_id), layout.tmp, durable=False)
         elif prefix is not None:
-            problems += map(str, verification.damaged_files(store, environment_id))
+            problems += map(str, verification.damaged_files(store, environment_id, prefix))
     except EnvshipError as error:
         problems.append(str(error))
     return {
