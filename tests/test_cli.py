@@ -12,18 +12,17 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
 from envship.cli import main
+from envship.environment import Environment
+from worker_bootstrap.store import Store
 
 from .cluster import SWAP_MARKS, TLS_FOLDER, Cluster, Prefixes, eventually, marked, variant
-
-if TYPE_CHECKING:
-    from envship.environment import Environment
-    from worker_bootstrap.store import Store
+from .environments import tiny_environment
 
 pytestmark = SWAP_MARKS
 
@@ -122,6 +121,25 @@ def test_use_status_and_reset_move_a_cluster(cluster: Cluster, packed: Environme
     assert str(cluster.store("a")) in text
     assert envship_json("reset", *at)["environment_id"] is None
     assert envship_json("status", *at)["scheduler"]["environment_id"] is None
+
+
+def test_stage_brings_a_bundle_to_every_machine_and_moves_nobody(
+    cluster: Cluster, client_store: Store, tmp_path: Path
+) -> None:
+    store = Store(tmp_path / "packed")
+    environment_id = tiny_environment(store, {"lib/data": b"nobody else has this"})
+    bundle = Environment(store.read_manifest(environment_id), store).save(tmp_path / "it.envship")
+    at = ("--scheduler", cluster.address)
+    before = envship_json("status", *at)
+    told = envship_json("stage", bundle, *at)
+    assert (told["environment_id"], told["hosts"]) == (environment_id, 1)
+    assert Store(cluster.store("a")).built(environment_id) is not None
+    after = envship_json("status", *at)
+    assert after["target_id"] is None
+    assert [worker["pid"] for worker in after["workers"].values()] == [
+        worker["pid"] for worker in before["workers"].values()
+    ]
+    assert "is ready on 1 host" in envship("stage", bundle, *at).stdout
 
 
 def test_use_goes_on_in_spite_of_versions_if_it_is_told_to(

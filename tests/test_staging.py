@@ -20,12 +20,15 @@ from envship.bundle import read_bundle
 from envship.cli import main
 from worker_bootstrap import evict, ready_mark
 from worker_bootstrap.digest import EnvironmentId
+from worker_bootstrap.location import open_store
+from worker_bootstrap.lock import Lease
 from worker_bootstrap.materialise import materialise
 from worker_bootstrap.soundness import sound_prefix
 from worker_bootstrap.store import Store
 from worker_bootstrap.verify import damaged_files
 
 from .environments import tiny_environment
+from .filesystems import needs_mount, remount, tmpfs
 
 NOBODY = 65534
 CODE = Path(evict.__file__).parents[1]
@@ -99,6 +102,31 @@ def test_several_stores_are_looked_in_in_order(tmp_path: Path) -> None:
     materialise(first, environment_id)
     assert sound_prefix(own, environment_id) == first.layout.prefix(environment_id)
     assert own.lease(environment_id) == own.layout.lease(environment_id)  # nobody has made one in the first
+
+
+@needs_mount
+def test_a_store_on_a_read_only_mount_is_used_in_place(bundle: Path, tmp_path: Path) -> None:
+    """The lease, too, lies there: on a mount of this machine a lock needs nothing to be written."""
+    with tmpfs(tmp_path / "mounted", "size=64m,mode=755") as mounted:
+        told = envship("stage", bundle, "--store", mounted / "store")
+        remount(mounted, "ro")
+        store = open_store(tmp_path / "own", read_only=[mounted / "store"])
+        environment_id = EnvironmentId(told["id"])
+        prefix = materialise(store, environment_id)
+        assert str(prefix) == told["prefix"]
+        assert subprocess.run([prefix / "bin/tool"], capture_output=True, check=True).stdout == b"it runs\n"
+        lease = Lease(store.lease(environment_id))
+        assert lease.path.is_relative_to(mounted)
+        lease.hold()
+        try:
+            assert not Lease(lease.path).is_free()
+        finally:
+            lease.release()
+        assert store.missing(store.read_manifest(environment_id).chunks) == []
+        assert not list(store.layout.envs.iterdir())
+        # And another one is built beside it, as if nothing were there.
+        other = tiny_environment(store, {"lib/own": b"own"})
+        assert materialise(store, other).is_relative_to(tmp_path / "own")
 
 
 AS_USER = """

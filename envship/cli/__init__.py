@@ -6,6 +6,8 @@ that ``envship --help`` stays quick. Errors of ours end as a message and exit co
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Any
 
 import click
@@ -32,7 +34,10 @@ class Commands(click.Group):
             raise click.ClickException(str(error)) from error
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
-            ctx.exit(INTERRUPTED)
+            sys.stdout.flush()
+            # Whatever had to be cleared up has been. A client of Dask's that was interrupted while it connected would
+            # be waited for at the end of the interpreter, for 20 seconds, and then complain.
+            os._exit(INTERRUPTED)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
