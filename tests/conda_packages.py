@@ -1,4 +1,5 @@
-"""``python conda_packages.py FOLDER PREFIX…``: true conda packages from source, and environments made of them.
+"""``python conda_packages.py FOLDER PREFIX… [--channel URL --spec SPEC…]``: true conda packages from source, and
+environments made of them; or of those of another channel.
 
 rattler-build makes the packages (with conda's long placeholder, ``paths.json`` and all), rattler installs them; both
 are libraries on PyPI, so that no conda, channel or compiler is needed. The package ``python`` is the interpreter that
@@ -9,9 +10,11 @@ activation script.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -134,28 +137,56 @@ def build_all(channel: Path) -> None:
     )
 
 
-async def install_all(channel: Path, folder: Path, prefixes: Sequence[Path]) -> None:
-    """Install the packages at each prefix; each has a package cache of its own, as on another machine."""
+async def install_all(channel: str, specs: Sequence[str], folder: Path, prefixes: Sequence[Path]) -> None:
+    """Install packages of *channel* at each prefix; each has a package cache of its own, as on another machine."""
     from rattler import install, solve
 
-    specs = [f"python {SHORT}.*", "libmini", "mininoarch"]
-    records = await solve(sources=[channel.as_uri()], platforms=["linux-64", "noarch"], specs=specs)
+    records = await solve(sources=[channel], specs=list(specs), platforms=["linux-64", "noarch"])
     for number, prefix in enumerate(prefixes):
         cache = folder / f"pkgs{number}"
         await install(records, target_prefix=prefix, cache_dir=cache, show_progress=False)
 
 
 def main() -> None:
-    folder, *prefixes = map(Path, sys.argv[1:])
-    build_all(folder / "channel")
-    asyncio.run(install_all(folder / "channel", folder, prefixes))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("prefixes", type=Path, nargs="+")
+    parser.add_argument("--channel")
+    parser.add_argument("--spec", action="append")
+    options = parser.parse_args()
+    if options.channel is None:
+        own = options.folder / "channel"
+        build_all(own)
+        specs = [f"python {SHORT}.*", "libmini", "mininoarch"]
+        asyncio.run(install_all(own.as_uri(), specs, options.folder, options.prefixes))
+        compile_noarch(options.prefixes)
+    else:
+        channel = indexed(options.channel, options.folder)
+        asyncio.run(install_all(channel, options.spec, options.folder, options.prefixes))
+    sys.stdout.flush()
+    # py-rattler's threads may crash an interpreter that ends in the ordinary way.
+    os._exit(0)
+
+
+def indexed(channel: str, folder: Path) -> str:
+    """The URL of *channel*; of a copy below *folder*, with an index, where it is a folder of packages without one."""
+    if "://" in channel:
+        return channel
+    packages = Path(channel).resolve()
+    if not (packages / "noarch" / "repodata.json").exists():
+        from rattler.index import index_fs
+
+        packages = Path(shutil.copytree(packages, folder / "channel"))
+        asyncio.run(index_fs(packages, write_zst=False, write_shards=False))
+    return packages.as_uri()
+
+
+def compile_noarch(prefixes: Sequence[Path]) -> None:
+    """Compile the modules of our ``noarch: python`` package in each of *prefixes*."""
     for prefix in prefixes:
         # As conda does after it has linked a noarch package.
         compile_all = [str(prefix / "bin" / "python"), "-m", "compileall", "-q", f"{LIBRARY}/site-packages/mininoarch"]
         subprocess.run(compile_all, cwd=prefix, check=True)
-    sys.stdout.flush()
-    # py-rattler's threads may crash an interpreter that ends in the ordinary way.
-    os._exit(0)
 
 
 if __name__ == "__main__":

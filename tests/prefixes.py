@@ -42,14 +42,19 @@ def onlyhere_wheel(folder: Path, version: str = "1.0", source: str = ONLYHERE) -
     return write_wheel(folder, "onlyhere", version, source)
 
 
-def conda_environments(folder: Path, *prefixes: Path) -> None:
+def conda_environments(folder: Path, *prefixes: Path, channel: str | None = None, specs: Sequence[str] = ()) -> None:
     """The same conda packages, installed at each of *prefixes* from a package cache of its own.
 
-    `conda_packages` says what is in them. In a process of its own, since py-rattler may crash when one ends.
+    `conda_packages` says what is in them, unless a *channel* and *specs* of what to install from it are given. In a
+    process of its own, since py-rattler may crash when one ends.
     """
     script = Path(__file__).with_name("conda_packages.py")
+    more = [] if channel is None else ["--channel", channel, *(part for spec in specs for part in ("--spec", spec))]
     done = subprocess.run(
-        [sys.executable, str(script), str(folder), *map(str, prefixes)], capture_output=True, text=True, check=False
+        [sys.executable, str(script), str(folder), *map(str, prefixes), *more],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 

@@ -1,0 +1,76 @@
+"""Environments from a real conda channel, where there is one: ``ENVSHIP_TEST_CHANNEL``, a URL or a folder of packages.
+
+It has to hold ``python``, ``numpy`` and ``distributed``. Everything that these tests look at is also looked at with the
+packages that `conda_packages` makes; here it is with compiled ones that others built.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import conda_pack
+import pytest
+
+from envship.environment import Environment
+from envship.pack import pack
+from worker_bootstrap.materialise import materialise
+from worker_bootstrap.store import Store
+from worker_bootstrap.verify import damaged_files
+
+from .contents import all_entries
+from .prefixes import conda_environments, said
+
+CHANNEL = os.environ.get("ENVSHIP_TEST_CHANNEL", "")
+SPECS = ("python 3.11.*", "numpy", "distributed")
+IMPORTS = """
+import sys
+sys.dont_write_bytecode = True
+import numpy, sqlite3, ssl
+here = sys.prefix
+assert numpy.__file__.startswith(here) and ssl.__file__.startswith(here)
+assert ssl.get_default_verify_paths().openssl_cafile.startswith(here), ssl.get_default_verify_paths()
+print(numpy.arange(4).sum())
+"""
+
+pytestmark = [
+    pytest.mark.heavy,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(not CHANNEL, reason="ENVSHIP_TEST_CHANNEL names no conda channel"),
+]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same packages at two prefixes, of unlike length."""
+    pytest.importorskip("rattler")
+    folder = tmp_path_factory.mktemp("channel")
+    prefixes = folder / "env", folder / "at" / "a-longer-path" / "environment"
+    conda_environments(folder, *prefixes, channel=CHANNEL, specs=SPECS)
+    return prefixes
+
+
+@pytest.fixture(scope="module")
+def packed(pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    return pack(pair[0], store=Store(tmp_path_factory.mktemp("packed") / "store"))
+
+
+def test_the_same_packages_at_two_prefixes_are_one_environment(pair: tuple[Path, Path], packed: Environment) -> None:
+    assert pack(pair[1], store=packed.store).id == packed.id
+
+
+def test_what_is_packed_is_what_conda_pack_would_pack(pair: tuple[Path, Path], packed: Environment) -> None:
+    theirs = {file.target for file in conda_pack.CondaEnv.from_prefix(str(pair[0])).files}
+    ours = set(all_entries(packed))
+    traces = re.compile(r".*\.pyc|conda-meta/history|CACHEDIR\.TAG|.*\.dist-info/REQUESTED")
+    assert {path for path in theirs - ours if not traces.fullmatch(path)} == set()
+    assert {path for path in ours - theirs if not path.endswith(".pyc")} == set()
+
+
+def test_it_runs_at_another_path(packed: Environment, tmp_path: Path) -> None:
+    """Libraries find each other and their data there: binary prefixes are relocated."""
+    store = Store(tmp_path / "a-store-with-quite-a-long-name", [packed.store.layout.root])
+    prefix = materialise(store, packed.id)
+    assert said(prefix / "bin" / "python", "-I", "-c", IMPORTS) == "6"
+    assert list(damaged_files(store, packed.id)) == []
