@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Union
 
 from dask.utils import format_bytes
 
@@ -26,6 +26,9 @@ from worker_bootstrap.store import Store
 
 if TYPE_CHECKING:
     from envship.packer import Report
+
+StoreLike = Union[Store, str, os.PathLike[str], None]
+"""A store, its folder, or None for the store of this machine."""
 
 _ID_PREFIX = re.compile(r"[0-9a-f]{8,64}")
 
@@ -51,7 +54,7 @@ class Environment:
         self.store = store
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], store: Store | None = None) -> Environment:
+    def load(cls, path: str | os.PathLike[str], store: StoreLike = None) -> Environment:
         """Bring a bundle, at a path or a URL that ``fsspec`` opens, into *store* (None: the store of this machine).
 
         Every chunk is checked.
@@ -63,14 +66,14 @@ class Environment:
         BundleInvalid
             If it is damaged, cut short, or no bundle.
         """
-        store = store or open_store()
+        store = store_of(store)
         try:
             return cls(read_bundle(os.fspath(path), store), store)
         except (FileNotFoundError, IsADirectoryError) as error:
             raise SourceNotFound(os.fspath(path), [str(bundle_at(path) or path)]) from error
 
     @classmethod
-    def open(cls, environment_id: str, store: Store | None = None) -> Environment:
+    def open(cls, environment_id: str, store: StoreLike = None) -> Environment:
         """The environment with this id, which *store* (None: the store of this machine) holds.
 
         Raises
@@ -78,7 +81,7 @@ class Environment:
         EnvironmentMissing
             If it does not.
         """
-        store = store or open_store()
+        store = store_of(store)
         if not is_digest(environment_id):
             raise EnvironmentMissing(environment_id, str(store.layout.root))
         return cls(store.read_manifest(EnvironmentId(environment_id)), store)
@@ -202,10 +205,15 @@ def versions_of(manifest: Manifest) -> dict[str, str | None]:
     }
 
 
+def store_of(store: StoreLike) -> Store:
+    """What *store* means; raises as `worker_bootstrap.location.open_store`."""
+    return store if isinstance(store, Store) else open_store(store)
+
+
 def resolve(
     source: Environment | str | os.PathLike[str] | None,
     *,
-    store: Store | None = None,
+    store: StoreLike = None,
     options: PackOptions = NO_OPTIONS,
     report: Report | None = None,
 ) -> Environment:
@@ -231,7 +239,7 @@ def resolve(
     """
     if isinstance(source, Environment):
         return source
-    store = store or open_store()
+    store = store_of(store)
     if source is not None:
         text = os.fspath(source)
         if text.endswith(SUFFIX) and not Path(text).is_dir():

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from envship import config
-from envship.environment import Environment
+from envship.environment import Environment, StoreLike, store_of
 from envship.options import NO_OPTIONS, PackOptions
 from envship.packer import Packer, Report
 from envship.packing_process import Job, pack_in_processes
@@ -22,7 +22,6 @@ from envship.sources.tree import Trees
 from worker_bootstrap import evict
 from worker_bootstrap.digest import EnvironmentId
 from worker_bootstrap.errors import EnvironmentMissing, ManifestInvalid
-from worker_bootstrap.location import open_store
 from worker_bootstrap.manifest import Manifest
 from worker_bootstrap.store import Store
 
@@ -32,7 +31,7 @@ __all__ = ["Report", "pack"]
 def pack(
     source: str | os.PathLike[str] | None = None,
     *,
-    store: Store | None = None,
+    store: StoreLike = None,
     options: PackOptions = NO_OPTIONS,
     report: Report | None = None,
 ) -> Environment:
@@ -44,7 +43,7 @@ def pack(
         None for the environment that this process runs in; the name of a conda environment; the path of a conda
         environment, a venv, an interpreter's prefix, or an archive that conda-pack made.
     store
-        Where the chunks go; None for `worker_bootstrap.location.open_store`.
+        Where the chunks go, or its folder; None for that of this machine (`worker_bootstrap.location.open_store`).
     options
         Which files stay away, and which faults to put up with.
     report
@@ -68,7 +67,7 @@ def pack(
     Idempotent: the same packages give the same environment, and what the store has is not written again. May be
     interrupted at any point. Several processes may pack at once.
     """
-    store = store or open_store()
+    store = store_of(store)
     place = _place(source)
     limit_bytes = config.store_limit_bytes()
     with store.adding():

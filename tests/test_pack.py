@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from envship.environment import Environment
 from envship.options import NO_OPTIONS
 from envship.pack import pack
 from envship.scan_index import ScanIndex, index_folder
@@ -41,6 +42,12 @@ def test_an_unchanged_environment_is_recognised_without_reading_it(
     for name in ("pack_in_processes", "Packer"):
         monkeypatch.setattr(sys.modules["envship.pack"], name, packed)
     assert pack(mine, store=store).id == first.id
+
+
+def test_a_store_may_be_named_by_its_folder(mine: Path, tmp_path: Path) -> None:
+    packed = pack(mine, store=str(tmp_path / "named"))
+    assert packed.store.layout.root == tmp_path / "named"
+    assert Environment.open(packed.id, tmp_path / "named").chunks == packed.chunks
 
 
 @pytest.mark.parametrize("same_size_and_time", [False, True])

@@ -30,7 +30,7 @@ LINK_LIMIT = 40
 _ACL_USER, _ACL_GROUP, _ACL_MASK = 0x02, 0x08, 0x10  # linux/posix_acl.h; entries of 8 bytes follow a version of 4
 
 
-def open_store(root: str | Path | None = None, read_only: Iterable[str | Path] | None = None) -> Store:
+def open_store(root: str | os.PathLike[str] | None = None, read_only: Iterable[str | Path] | None = None) -> Store:
     """The store of this machine; made if it is not there.
 
     Parameters
