@@ -8,6 +8,7 @@ environment if these are not there. Without CHANGED, environments that share fil
 one of the comparisons is said, and that comparison is skipped.
 
 The measurements take turns, so that a noisy moment of the machine hits all of them, and ``sync`` comes before each.
+Virtual machines that give free memory back to their host keep it meanwhile (`held_memory`).
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 from floors import Tree, create, link, tree_of
+from held_memory import held
 from rivals import Skipped, Uv, archive_of, rattler, unpack
 from swap import machine, say, timed
 
@@ -62,18 +64,21 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3, help="of each measurement (default: 3)")
     parser.add_argument("--cache", type=Path, help="keeps what is made once: the archive, the store, uv's wheels")
     parser.add_argument("--only", metavar="NAMES", help="measurements to make, separated by commas")
+    parser.add_argument("--hold", type=float, metavar="GB", help="keep so much free memory (default: see held_memory)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write metrics, medians and samples there")
     options = parser.parse_args()
     prefix, changed = prefixes(options.prefix, options.changed)
-    with tempfile.TemporaryDirectory(prefix="envship-materialise-", dir=options.cache) as folder:
+    kept = None if options.hold is None else int(options.hold * 1e9)
+    with (
+        tempfile.TemporaryDirectory(prefix="envship-materialise-", dir=options.cache) as folder,
+        held(kept) as held_bytes,
+    ):
+        if held_bytes:
+            say(f"{held_bytes / 1e9:.1f} GB of free memory are kept from the host of this virtual machine")
         cache = options.cache or Path(folder) / "cache"
         cache.mkdir(parents=True, exist_ok=True)
         bench = Bench(prefix, changed, cache.resolve(), Path(folder).resolve())
-        names = options.only.split(",") if options.only else list(bench.measurements)
-        for repetition in range(options.repetitions):
-            say(f"repetition {repetition + 1} of {options.repetitions}")
-            for name in names:
-                bench.measure(name)
+        bench.run(options.only.split(",") if options.only else list(bench.measurements), options.repetitions)
         bench.clean()
     metrics = metrics_of(bench.medians)
     print_tables(bench, metrics)
@@ -121,6 +126,13 @@ class Bench:
     @property
     def medians(self) -> dict[str, float]:
         return {name: statistics.median(values) for name, values in self.samples.items()}
+
+    def run(self, names: Sequence[str], repetitions: int) -> None:
+        """Take so many samples of each measurement, in turns."""
+        for repetition in range(repetitions):
+            say(f"repetition {repetition + 1} of {repetitions}")
+            for name in names:
+                self.measure(name)
 
     def measure(self, name: str) -> None:
         """Take one more sample, or note why that is not possible."""

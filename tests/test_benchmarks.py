@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
-from benchmarks import swap
+from benchmarks import held_memory, swap
+
+from .prefixes import clone_of, install, onlyhere_wheel
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -33,6 +37,63 @@ def test_the_swap_benchmark(tmp_path: Path) -> None:
     assert report["metrics"]["noop_bytes"] == 0
     assert all(len(values) == 1 for name, values in report["samples"].items() if "first call" not in name)
     assert "from exec to registered" in printed
+
+
+@pytest.fixture(scope="module")
+def changed_pair(conda_pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A small conda environment, and a clone of it with one package more."""
+    folder = tmp_path_factory.mktemp("changed")
+    clone = clone_of(conda_pair[0], folder / "env")
+    install(clone, str(onlyhere_wheel(folder)))
+    return conda_pair[0], clone
+
+
+def metrics_of(tmp_path: Path, script: str, *arguments: object) -> dict[str, float]:
+    """What a benchmark writes as metrics; it prints a table of them, too."""
+    command = [sys.executable, CHECKOUT / "benchmarks" / script, *arguments, "--json", tmp_path / "figures"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    metrics: dict[str, float] = json.loads((tmp_path / "figures").read_text())["metrics"]
+    assert all(name in done.stdout for name in metrics)
+    return metrics
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(600)
+def test_the_benchmark_of_building(changed_pair: tuple[Path, Path], tmp_path: Path) -> None:
+    measured = metrics_of(tmp_path, "materialise.py", *changed_pair, "--repetitions", 1, "--hold", 0)
+    by_rivals = {"cold_over_tar", "shared_over_rattler", "shared_over_uv"}  # what is not installed is left out
+    assert set(measured) - by_rivals == {"cold_over_floor", "shared_over_floor", "found_ms", "peak_mb"}
+    assert all(value > 0 for value in measured.values())
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(600)
+def test_the_benchmark_of_packing(changed_pair: tuple[Path, Path], tmp_path: Path) -> None:
+    measured = metrics_of(tmp_path, "pack.py", changed_pair[0], "--repetitions", 1)
+    assert set(measured) == {
+        "cold_over_conda_pack",
+        "cold_over_floor",
+        "unchanged_over_walk",
+        "one_changed_over_unchanged",
+        "one_changed_bytes_over_package",
+        "peak_mb",
+        "store_over_tar_zst",
+    }
+    assert all(value > 0 for value in measured.values())
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_NOHUGEPAGE"), reason="a matter of Linux")
+def test_memory_is_held_page_by_page(tmp_path: Path) -> None:
+    features = tmp_path / "virtio0" / "features"
+    features.parent.mkdir()
+    for bits, expected in (("0110010100", True), ("0110000100", False), ("", False)):
+        features.write_text(bits)
+        assert held_memory.gives_back(tmp_path) is expected
+    before = psutil.Process().memory_info().rss
+    with held_memory.held(64 << 20) as held_bytes:
+        assert held_bytes == 64 << 20
+        assert psutil.Process().memory_info().rss - before < 16 << 20, "nearly all of it is free again"
 
 
 @pytest.mark.parametrize("name", ["spread", "pipeline"])
