@@ -29,7 +29,7 @@ from typing import Any
 from worker_bootstrap.assignments import PARALLEL, Batch, Upload
 from worker_bootstrap.digest import Digest, digest_of
 from worker_bootstrap.tracker import Tracker
-from worker_bootstrap.transfer import UPLOADS
+from worker_bootstrap.transfer import UPLOADS, Outbox
 
 CALL_S = 0.001
 """On a fast network."""
@@ -142,7 +142,6 @@ class Swarm:
         self._sequence = 0
         self._waiting: deque[tuple[SwarmHost, Callable[[Batch | None], None], float]] = deque()
         self._stirring = False
-        self._busy: dict[str, int] = {}
         self._place = place
         for number in range(hosts):
             self.join(number)
@@ -168,10 +167,9 @@ class Swarm:
         absent = self.tracker.absent(self.chunks)
         plan = self._timed(lambda: self.tracker.plan_uploads(absent))
         self.tracker.promise("client", absent)
-        pending = iter(plan)
-        self._busy = dict.fromkeys((upload.address for upload in plan), 0)
+        outbox = Outbox(plan)
         for _ in range(UPLOADS):
-            self._send_next(pending)
+            self._send_next(outbox)
 
     def vanish(self) -> None:
         """The client is gone, in the middle of whatever it was sending."""
@@ -351,26 +349,25 @@ class Swarm:
 
     # -- the client
 
-    def _send_next(self, pending: Any) -> None:
-        upload: Upload | None = next(pending, None)
+    def _send_next(self, outbox: Outbox) -> None:
+        upload = outbox.take()
         if upload is None:
             return
-        address = min(self._busy, key=lambda a: (self._busy[a], a != upload.address))
-        self._busy[address] += 1
-        host = self.by_address[address]
+        host = self.by_address[upload.address]
+        began_s = self.now_s
         size_bytes = sum(self.chunks[digest] for digest in upload.digests) * COMPRESSION
         self.uploaded_bytes += size_bytes
 
         def arrived() -> None:
-            self._busy[address] -= 1
+            outbox.sent(upload.address, self.now_s - began_s)
             self._call(self._kept(host, upload))
-            self._send_next(pending)
+            self._send_next(outbox)
 
         def send() -> None:
             if host.alive:
                 self._send(self.client_up, host.down, size_bytes, arrived)
             else:  # whoever is dead stays busy, so the rest goes to others
-                self._send_next(pending)
+                self._send_next(outbox)
 
         self.at(self.now_s + self._call_s, send)  # it asks first what the host holds already
 

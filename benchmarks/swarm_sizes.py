@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.lab import QUEUE_BYTES  # a script has no package
 from benchmarks.swarm import CALL_S, Swarm, chunks_of, queueing_s  # a script has no package
 
-SIZES = (2, 4, 8, 16, 64, 256, 1000)
+SIZES = (2, 4, 8, 16, 64, 256, 1000, 10_000)
 GIGABIT = 125e6
 
 

@@ -18,8 +18,6 @@ more than they fetch, some links are full while others idle. With three, the med
 the time of one link, with four 1.197 (``benchmarks/spread.py``)."""
 BATCH_TARGET_BYTES = 4 << 20
 """A batch is filled at least up to here, if there is enough to hand out: calls cost about half a millisecond each."""
-UPLOAD_TARGET_BYTES = 2 << 20
-"""An upload is filled up to here: several share the client's link, and hosts pass nothing on before it has arrived."""
 BATCH_LIMIT_BYTES = 16 << 20
 """No batch is larger (a single chunk never is, see `worker_bootstrap.manifest`), so neither is any message."""
 BATCH_LIMIT_CHUNKS = 4096

@@ -17,7 +17,6 @@ from worker_bootstrap.assignments import (
     BATCH_TARGET_BYTES,
     LENIENCY_LIMIT,
     PARALLEL,
-    UPLOAD_TARGET_BYTES,
     Assignments,
     Batch,
     Host,
@@ -206,7 +205,7 @@ class Tracker:
         if not targets:
             raise ValueError("no host is known that could be reached")
         uploads = []
-        for batch in cut(chunks, UPLOAD_TARGET_BYTES):
+        for batch in cut(chunks):
             uploads.append(Upload(targets[self._next_upload % len(targets)], tuple(c.digest for c in batch)))
             self._next_upload += 1
         return uploads

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import NamedTuple, Optional
 
@@ -25,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 UPLOADS = 6
 """Messages that the client sends at the same time: everybody waits for them, so they get more than one share."""
+SLOW_S = 1.0
+"""As long as uploads take longer, they are halved: hosts pass nothing on before a message has arrived in full."""
 
 
 class Outcome(NamedTuple):
@@ -162,16 +167,15 @@ async def upload_chunks(
     May be cancelled at any point; what has arrived stays there.
     """
     rest: list[Digest] = []
-    plan = list(plan)
-    busy = dict.fromkeys((address for address, _ in plan), 0)
-    pending = iter(plan)
+    outbox = Outbox(plan)
 
     async def work() -> None:
         untold: list[Outcome] = []
 
         async def send(upload: Upload) -> None:
+            began_s = time.monotonic()
             outcome = await _upload_batch(store, upload, held, put)
-            busy[upload.address] -= 1
+            outbox.sent(upload.address, time.monotonic() - began_s)
             rest.extend(outcome.failed)
             untold.append(outcome)
 
@@ -179,16 +183,45 @@ async def upload_chunks(
             while untold:
                 await report(untold.pop())
 
-        for planned in pending:  # one iterator for all workers: each upload is taken once
-            # To the one planned, unless it is still busy and another is not: none that is slow may hold up the rest.
-            address = min(busy, key=lambda a: (busy[a], a != planned[0]))
-            busy[address] += 1
+        while (upload := outbox.take()) is not None:
             # The coordinator hears of one message while the next is under way: links are not to idle meanwhile.
-            await _all_or_none([send(Upload(address, tuple(planned[1]))), tell()])
+            await _all_or_none([send(upload), tell()])
         await tell()
 
     await _all_or_none([work() for _ in range(parallel)])
     return rest
+
+
+class Outbox:
+    """What is left of a *plan*, in which order, in messages of which size, and to whom."""
+
+    def __init__(self, plan: Iterable[Upload]) -> None:
+        self._planned = deque(plan)
+        self._halves: deque[Upload] = deque()
+        self._busy = dict.fromkeys((address for address, _ in self._planned), 0)
+        self._took_s = math.inf
+
+    def take(self) -> Upload | None:
+        """The next message, or None if nothing is left."""
+        if self._halves:
+            planned, digests = self._halves.popleft()
+        elif self._planned:
+            planned, digests = self._planned.popleft()
+            if self._took_s > SLOW_S and len(digests) > 1:
+                middle = (len(digests) + 1) // 2
+                self._halves.append(Upload(planned, digests[middle:]))
+                digests = digests[:middle]
+        else:
+            return None
+        # To the one planned, unless it is still busy and another is not: none that is slow may hold up the rest.
+        address = min(self._busy, key=lambda a: (self._busy[a], a != planned))
+        self._busy[address] += 1
+        return Upload(address, tuple(digests))
+
+    def sent(self, address: str, took_s: float) -> None:
+        """A message to the agent at *address* is through, or has failed."""
+        self._busy[address] -= 1
+        self._took_s = took_s
 
 
 async def _upload_batch(store: Store, upload: Upload, held: AskHeld, put: PutChunks) -> Outcome:
