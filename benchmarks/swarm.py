@@ -140,7 +140,7 @@ class Swarm:
         self._free_s = 0.0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._sequence = 0
-        self._waiting: deque[tuple[SwarmHost, Callable[[Batch | None], None], float]] = deque()
+        self._waiting: deque[tuple[SwarmHost, Callable[[Sequence[Batch]], None], float]] = deque()
         self._stirring = False
         self._place = place
         for number in range(hosts):
@@ -257,28 +257,30 @@ class Swarm:
         self._free_s = max(self._free_s, self.now_s + self._call_s / 2) + self._service_s
         self.at(self._free_s, then)
 
-    def _ask(self, host: SwarmHost, settle: Callable[[], None] | None = None) -> None:
+    def _ask(self, host: SwarmHost, settles: Sequence[Callable[[], None]] = ()) -> None:
         def answer() -> None:
             if not host.alive or host.full:
                 return
-            if settle is not None:
+            for settle in settles:
                 self._timed(settle)
                 self._stir()
-            self._look(host, lambda batch: self._request(host, batch), self.now_s + LINGER_S)
+            self._look(host, lambda batches: self._fetch(host, batches, []), self.now_s + LINGER_S)
 
         self._call(answer)
 
-    def _look(self, host: SwarmHost, use: Callable[[Batch | None], None], until_s: float) -> None:
-        batch = self._timed(lambda: self.tracker.next_batch(host.name)) if host.alive else None
-        if batch is not None:
-            self.at(self.now_s + self._call_s / 2, lambda: use(batch))
-        elif host.alive and self._timed(lambda: self.tracker.outstanding(host.name)):
+    def _look(self, host: SwarmHost, use: Callable[[Sequence[Batch]], None], until_s: float) -> None:
+        if not host.alive:
+            return
+        batches, outstanding = self._timed(lambda: self.tracker.offer(host.name))
+        if batches:
+            self.at(self.now_s + self._call_s / 2, lambda: use(batches))
+        elif outstanding:
             if self._timed(lambda: self.tracker.lost(host.name)):
                 self.lost.add(host.name)
                 return
             self._waiting.append((host, use, until_s))
             self.at(until_s, self._stir)
-        elif host.alive and host.complete_s is None:
+        elif host.complete_s is None:
             host.complete_s = self.now_s
 
     def _stir(self) -> None:
@@ -299,16 +301,27 @@ class Swarm:
 
     # -- the hosts
 
-    def _request(self, host: SwarmHost, batch: Batch | None) -> None:
-        """The host asks its source, which begins to send when it hears of it."""
-        self.at(self.now_s + self._call_s / 2, lambda: self._begin(host, batch))
+    def _fetch(self, host: SwarmHost, batches: Sequence[Batch], settles: list[Callable[[], None]]) -> None:
+        """The host asks the source of the first batch, which begins to send when it hears of it; then for the others.
 
-    def _begin(self, host: SwarmHost, batch: Batch | None) -> None:
-        if batch is None or not host.alive:
+        What became of all of them it tells at the end.
+        """
+
+        def then(settle: Callable[[], None]) -> None:
+            settles.append(settle)
+            if len(batches) > 1 and not host.full:
+                self._fetch(host, batches[1:], settles)
+            else:
+                self._ask(host, settles)
+
+        self.at(self.now_s + self._call_s / 2, lambda: self._begin(host, batches[0], then))
+
+    def _begin(self, host: SwarmHost, batch: Batch, then: Callable[[Callable[[], None]], None]) -> None:
+        if not host.alive:
             return
         source = self.by_address[batch.source]
         if not source.alive or source.side != host.side:
-            self.at(self.now_s + 0.1, lambda: self._ask(host, lambda: self._fail(host, batch, "silent")))
+            self.at(self.now_s + 0.1, lambda: then(lambda: self._fail(host, batch, "silent")))
             return
         size_bytes = sum(self.chunks[digest] for digest in batch.digests) * COMPRESSION
         state = {"over": False}
@@ -319,7 +332,7 @@ class Swarm:
                 for end in (host, source):
                     end.flows.pop(entry, None)
                 self._end(flow)
-                self._ask(host, settle)
+                then(settle)
 
         def arrived() -> None:
             if source.lies:

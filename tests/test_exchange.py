@@ -32,7 +32,7 @@ def run(tmp_path: Path, work: Callable[[Exchange], Awaitable[None]]) -> None:
 
 async def waiting(exchange: Exchange, host_id: str) -> asyncio.Task[dict[str, Any]]:
     """A question that is kept waiting."""
-    task = asyncio.ensure_future(exchange.next_batch(host_id, "environment"))
+    task = asyncio.ensure_future(exchange.next_batches(host_id, "environment"))
     await asyncio.sleep(0)
     assert not task.done()
     return task
@@ -44,17 +44,18 @@ def test_a_host_that_waits_is_answered_when_somebody_has_what_it_needs(tmp_path:
         exchange.tracker.received("a", DIGESTS[:2])
         exchange.settle("a", "tcp://x:1", DIGESTS[2:3], (), 0, "", "")
         answer = await task
-        assert answer["source"] == "tcp://a:1"
-        assert set(answer["digests"]) <= set(DIGESTS[:3])
-        assert answer["timeout_s"] > 0
+        [[source, digests, timeout_s]] = answer["batches"]
+        assert source == "tcp://a:1"
+        assert set(digests) <= set(DIGESTS[:3])
+        assert timeout_s > 0
 
     run(tmp_path, work)
 
 
 def test_a_host_that_waits_in_vain_hears_so_after_a_while(tmp_path: Path) -> None:
     async def work(exchange: Exchange) -> None:
-        answer = await exchange.next_batch("b", "environment")
-        assert (answer["digests"], answer["lost"], answer["outstanding"]) == ([], 0, 6)
+        answer = await exchange.next_batches("b", "environment")
+        assert (answer["batches"], answer["lost"], answer["outstanding"]) == ([], 0, 6)
 
     run(tmp_path, work)
 
@@ -79,8 +80,8 @@ def test_whoever_waits_longest_is_looked_at_first_and_nobody_is_forgotten(tmp_pa
         while not all(task.done() for task in tasks):
             exchange.settle("a", "tcp://x:1", arrived, (), 0, "", "")
             for name, task in zip(names, tasks):
-                if task.done() and task.result()["digests"]:
-                    exchange.settle(name, task.result()["source"], task.result()["digests"], (), 0, "", "")
+                for source, digests, _ in task.result()["batches"] if task.done() else ():
+                    exchange.settle(name, source, digests, (), 0, "", "")
             await asyncio.sleep(0.01)
         assert [task.result()["outstanding"] for task in tasks] == [6] * 200
 

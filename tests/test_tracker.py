@@ -10,7 +10,7 @@ import pytest
 
 from worker_bootstrap.assignments import BATCH_LIMIT_BYTES, BATCH_LIMIT_CHUNKS
 from worker_bootstrap.digest import Digest, digest_of
-from worker_bootstrap.tracker import Tracker
+from worker_bootstrap.tracker import AT_ONCE_LIMIT, Tracker
 
 MIB = 1 << 20
 
@@ -176,6 +176,26 @@ def test_the_nearest_source_is_asked_until_it_is_busy() -> None:
     assert asked == [*nearest_first, None], "what the site holds does not cross into it again"
 
 
+def test_where_there_are_many_hosts_each_gets_several_batches_at_once() -> None:
+    """One after the other: so the second may take twice as long before it is handed out again."""
+    needed = chunks(400)
+    now_s = 0.0
+    tracker = Tracker(clock=lambda: now_s, patience_s=60.0)
+    for number in range(1000):
+        tracker.add_host(f"h{number}", f"tcp://h{number}:1", needed if number % 2 else ())
+    tracker.want("h0", needed)
+    batches, outstanding = tracker.offer("h0")
+    assert len(batches) == AT_ONCE_LIMIT
+    assert len({digest for batch in batches for digest in batch.digests}) == sum(len(b.digests) for b in batches)
+    assert outstanding == 400
+    now_s = 61.0
+    again = tracker.next_batch("h0")
+    assert again is not None
+    tracker.received("h0", batches[1].digests)
+    still = {digest for batch in batches[1:] for digest in batch.digests}
+    assert not still & set(again.digests)
+
+
 def test_the_client_uploads_what_is_absent_to_hosts_in_turn() -> None:
     needed = chunks(64)
     there = dict(list(needed.items())[:10])
@@ -205,7 +225,7 @@ def test_nothing_is_handed_out_before_somebody_holds_it() -> None:
     tracker, _ = tracker_with({"a": {}, "b": {}})
     tracker.want("b", needed)
     offer = tracker.offer("b")
-    assert offer.batch is None
+    assert offer.batches == ()
     assert offer.outstanding == 2
     tracker.received("a", needed)
     assert tracker.next_batch("b") is not None

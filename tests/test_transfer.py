@@ -93,8 +93,8 @@ async def exchange(tracker: Tracker, store: Store, get: transfer.GetChunks, **op
     """Fetch with a tracker in this process, the way an agent does; return what was reported."""
     outcomes = []
 
-    async def trade(outcome: Outcome | None) -> Offer:
-        if outcome is not None:
+    async def trade(done: Sequence[Outcome]) -> Offer:
+        for outcome in done:
             outcomes.append(outcome)
             tracker.received(store.host_id, outcome.received)
             if outcome.failed:

@@ -37,9 +37,12 @@ class Batch(NamedTuple):
 
 
 class Offer(NamedTuple):
-    """Answer to a host that asks for work: *batch* may be None while *outstanding* chunks are still missing."""
+    """Answer to a host that asks for work: batches to fetch one after the other.
 
-    batch: Batch | None
+    There may be none while *outstanding* chunks are still missing.
+    """
+
+    batches: tuple[Batch, ...]
     outstanding: int
 
 
@@ -110,15 +113,18 @@ class Host:
 
 
 class Assignment:
-    """A batch that *host* was given and has not reported in full."""
+    """A batch that *host* was given and has not reported in full; it fetches so many others *before* it."""
 
-    def __init__(self, host: Host, source: Host, batch: Batch, chunks: Sequence[Chunk], now_s: float) -> None:
+    def __init__(
+        self, host: Host, source: Host, batch: Batch, chunks: Sequence[Chunk], now_s: float, before: int
+    ) -> None:
         self.host = host
         self.source = source
         self.batch = batch
         self.pending = {chunk.number for chunk in chunks}
         self.size_bytes = sum(chunk.size_bytes for chunk in chunks)
         self.began_s = now_s
+        self.before = before
         self.crosses = source.site != host.site
 
 
@@ -151,14 +157,14 @@ class Assignments:
     def __iter__(self) -> Iterator[Assignment]:
         return iter([assignment for _, _, assignment in self._due if assignment.pending])
 
-    def give(self, host: Host, source: Host, chunks: Sequence[Chunk]) -> Batch:
-        """*host* shall fetch *chunks* from *source*."""
+    def give(self, host: Host, source: Host, chunks: Sequence[Chunk], before: int = 0) -> Batch:
+        """*host* shall fetch *chunks* from *source*, after so many batches that it was given *before* in one answer."""
         now_s = self._clock()
         timeout_s = self._timeout_s(host, sum(chunk.size_bytes for chunk in chunks))
         batch = Batch(source.next_address(), tuple(chunk.digest for chunk in chunks), timeout_s)
-        assignment = Assignment(host, source, batch, chunks, now_s)
+        assignment = Assignment(host, source, batch, chunks, now_s, before)
         self._given += 1
-        heapq.heappush(self._due, (now_s + timeout_s, self._given, assignment))
+        heapq.heappush(self._due, (now_s + timeout_s * (1 + before), self._given, assignment))
         self._serve(source, 1)
         for chunk in chunks:
             host.missing ^= chunk.bit
@@ -220,7 +226,7 @@ class Assignments:
     def _learn(self, assignment: Assignment) -> None:
         """How fast batches usually reach a host: what it waits for the next ones goes by that."""
         host = assignment.host
-        took_s = self._clock() - assignment.began_s
+        took_s = (self._clock() - assignment.began_s) / (1 + assignment.before)
         per_byte = took_s / max(assignment.size_bytes, BATCH_TARGET_BYTES)
         before = host.seconds_per_byte
         host.seconds_per_byte = per_byte if before is None else 0.8 * before + 0.2 * per_byte

@@ -39,7 +39,7 @@ logger = logging.getLogger("envship.coordinator")
 
 RELEASE_TIMEOUT_S = 2.0
 """A worker that was told to close and has not said so by then hangs; the scheduler lets go of it anyway."""
-PROTOCOL = 4
+PROTOCOL = 5
 """Of the operations that clients and agents call; a client of another one is told so."""
 POLL_INTERVAL_S = 0.005
 SUCCESSION_TIMEOUT_S = 60.0
@@ -130,7 +130,7 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
             "envship_target": self.told_target,
             "envship_release": self.release,
             "envship_want": self.exchange.want,
-            "envship_next_batch": self.next_batch,
+            "envship_next_batches": self.next_batches,
             "envship_give_up": self.exchange.give_up,
             "envship_report": self.report,
         }
@@ -210,14 +210,14 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
             for task in scheduler.tasks.values():
                 task.suspicious = charged.get(task, 0)
 
-    async def next_batch(
-        self, host_id: str, environment_id: str, outcome: dict[str, Any] | None = None
+    async def next_batches(
+        self, host_id: str, environment_id: str, outcomes: Sequence[dict[str, Any]]
     ) -> dict[str, Any]:
-        """A host tells what became of a batch, and asks for the next; see `Exchange.next_batch`."""
-        if outcome is not None:
+        """A host tells what became of its batches, and asks for the next ones; see `Exchange.next_batches`."""
+        for outcome in outcomes:
             done_bytes, total_bytes = self.exchange.settle(host_id, **outcome)
             await self.report(host_id, "fetching", done_bytes, total_bytes)
-        return await self.exchange.next_batch(host_id, environment_id)
+        return await self.exchange.next_batches(host_id, environment_id)
 
     async def report(self, host_id: str, state: str, done_bytes: int, total_bytes: int) -> None:
         """A host tells how far it is."""

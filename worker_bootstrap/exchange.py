@@ -147,15 +147,15 @@ class Exchange:
             await self._survey(wanted, hosts)
         self.tracker.want(host_id, {digest: chunks[digest] for digest in (missing if first is None else first)}, wanted)
 
-    async def next_batch(self, host_id: str, environment_id: str) -> dict[str, Any]:
+    async def next_batches(self, host_id: str, environment_id: str) -> dict[str, Any]:
         """What a host shall fetch now that builds an environment; ``lost`` counts chunks that nobody can give.
 
-        Where there is nothing at the moment, it waits a while: most often somebody soon reports what was missing. A
-        host that was forgotten meanwhile (it was not heard for some seconds, or told another scheduler what it wants)
-        is told so: ``known`` is false.
+        ``batches`` are rows of source, digests and seconds. Where there is none at the moment, it waits a while: most
+        often somebody soon reports what was missing. A host that was forgotten meanwhile (it was not heard for some
+        seconds, or told another scheduler what it wants) is told so: ``known`` is false.
         """
         answer = self._answer(host_id, environment_id)
-        if answer["digests"] or answer["lost"] or not answer["outstanding"]:
+        if answer["batches"] or answer["lost"] or not answer["outstanding"]:
             return answer
         place = asyncio.get_running_loop().create_future()
         self._waiting.append((host_id, environment_id, place))
@@ -210,13 +210,11 @@ class Exchange:
             await self.withdraw(name)
 
     def _answer(self, host_id: str, environment_id: str) -> dict[str, Any]:
-        batch, outstanding = self.tracker.offer(host_id, environment_id)
+        batches, outstanding = self.tracker.offer(host_id, environment_id)
         return {
-            "source": batch.source if batch else "",
-            "digests": list(batch.digests) if batch else [],
-            "timeout_s": batch.timeout_s if batch else 0.0,
+            "batches": [[batch.source, list(batch.digests), batch.timeout_s] for batch in batches],
             "outstanding": outstanding,
-            "lost": self.tracker.lost(host_id, environment_id) if batch is None and outstanding else 0,
+            "lost": self.tracker.lost(host_id, environment_id) if not batches and outstanding else 0,
             "known": self.tracker.knows(host_id),
         }
 
@@ -236,7 +234,7 @@ class Exchange:
             asker = (host_id, environment_id)
             if asker not in vain:
                 answer = self._answer(*asker)
-                if answer["digests"] or answer["lost"] or not answer["outstanding"]:
+                if answer["batches"] or answer["lost"] or not answer["outstanding"]:
                     place.set_result(answer)
                     continue
                 vain.add(asker)  # its other questions would be answered in the same way

@@ -167,10 +167,11 @@ class Provision:
             seconds["build"] += time.perf_counter() - started
 
     async def _fetch(self, manifest: Manifest, wanted: Collection[Digest], arrived: Arrived) -> None:
-        async def trade(outcome: Outcome | None) -> Offer:
-            if outcome is not None and outcome.received:
-                arrived(outcome.received)
-            return await self._trade(manifest.id, outcome)
+        async def trade(outcomes: Sequence[Outcome]) -> Offer:
+            for outcome in outcomes:
+                if outcome.received:
+                    arrived(outcome.received)
+            return await self._trade(manifest.id, outcomes)
 
         # Connections of their own: what is marked as bulk must not carry the data of tasks, nor wait behind it.
         pool = await ConnectionPool(limit=POOL_LIMIT, connection_args=self._server.rpc.connection_args)
@@ -207,18 +208,19 @@ class Provision:
             )
         return bool(first)
 
-    async def _trade(self, environment_id: EnvironmentId, outcome: Outcome | None) -> Offer:
-        done = None if outcome is None else outcome._asdict()
+    async def _trade(self, environment_id: EnvironmentId, outcomes: Sequence[Outcome]) -> Offer:
         answer = await self._call(
-            "envship_next_batch", host_id=self._store.host_id, environment_id=environment_id, outcome=done
+            "envship_next_batches",
+            host_id=self._store.host_id,
+            environment_id=environment_id,
+            outcomes=[outcome._asdict() for outcome in outcomes],
         )
         if not answer["known"]:
             raise _Forgotten
         if answer["lost"]:
             raise TransferError("the cluster", f"{answer['lost']} chunks are on no host any more; pack and try again")
-        if not answer["digests"]:
-            return Offer(None, answer["outstanding"])
-        return Offer(Batch(answer["source"], tuple(answer["digests"]), answer["timeout_s"]), answer["outstanding"])
+        batches = (Batch(source, tuple(digests), timeout_s) for source, digests, timeout_s in answer["batches"])
+        return Offer(tuple(batches), answer["outstanding"])
 
     async def _report(self, state: str, done_bytes: int, total_bytes: int) -> None:
         self._reported_at = time.monotonic()

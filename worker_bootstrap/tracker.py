@@ -33,6 +33,9 @@ BATCHES_PER_HOST = 256
 """What a host needs is cut into about this many batches, as far as their limits allow."""
 CROWD = 16
 """With more hosts than that, batches are larger in proportion."""
+MANY = 192
+"""Of so many hosts and more, each is given several batches at once: a scheduler answers some 2,500 calls a second."""
+AT_ONCE_LIMIT = 4
 TRIES = 16
 """So many chunks, or sources, are looked at for one decision before the host is told to ask again."""
 
@@ -213,12 +216,22 @@ class Tracker:
     # -- the exchange -----------------------------------------------------------------------------------------------
 
     def offer(self, host_id: str, purpose: str | None = None) -> Offer:
-        """`next_batch` and `outstanding` in one answer. The batch may serve another purpose as well."""
-        return Offer(self.next_batch(host_id), self.outstanding(host_id, purpose))
+        """`next_batch`, several times where there are many hosts, and `outstanding` in one answer.
 
-    def next_batch(self, host_id: str) -> Batch | None:
+        The batches may serve another purpose as well.
+        """
+        batches: list[Batch] = []
+        for _ in range(min(1 + len(self._hosts) // MANY, AT_ONCE_LIMIT)):
+            batch = self.next_batch(host_id, len(batches))
+            if batch is None:
+                break
+            batches.append(batch)
+        return Offer(tuple(batches), self.outstanding(host_id, purpose))
+
+    def next_batch(self, host_id: str, before: int = 0) -> Batch | None:
         """What the host should fetch now, or None if there is nothing to hand out at the moment.
 
+        It fetches so many other batches *before*, which it was given in the same answer.
         Rarest chunks first (copies under way count), from the nearest, then the least busy host that holds them.
         Between sites each chunk travels once. Liars are asked only for what nobody else holds, one chunk at a time.
         """
@@ -234,12 +247,12 @@ class Tracker:
                 chunk = self._holdings.numbered[self._any_of(candidates)]
                 source = self._source(host, chunk.holders)
                 if source is not None:
-                    return self._assign(host, source, wanted, chunk)
+                    return self._assign(host, source, wanted, chunk, before)
                 # Where the only holder is busy, or mistrusted, its other chunks cannot be had now, either.
                 only = self._numbered.get(chunk.holders.bit_length() - 1)
                 candidates &= ~(only.have if only and chunk.holders == only.bit else chunk.bit)
                 tries -= 1
-        return self._from_any_source(host, wanted)
+        return self._from_any_source(host, wanted, before)
 
     def received(self, host_id: str, digests: Iterable[Digest]) -> None:
         """The host now holds *digests*, wherever they came from. Idempotent; unknown hosts are ignored."""
@@ -309,7 +322,7 @@ class Tracker:
             yield among & self._near[host.place[:depth]]
         yield among
 
-    def _from_any_source(self, host: Host, wanted: int) -> Batch | None:
+    def _from_any_source(self, host: Host, wanted: int, before: int) -> Batch | None:
         """A batch of whatever a host that is free has; where the sources of the rarest chunks are all busy."""
         tries = TRIES
         for serving in self._assignments.serving:
@@ -322,10 +335,10 @@ class Tracker:
                 if source.site != host.site:
                     shared &= ~self._holdings.sites[host.site].held
                 if shared and self._mistrust.trusts(host.number, source.number):
-                    return self._assign(host, source, wanted, next(self._rarest(shared)))
+                    return self._assign(host, source, wanted, next(self._rarest(shared)), before)
         return None
 
-    def _assign(self, host: Host, source: Host, wanted: int, first: Chunk) -> Batch:
+    def _assign(self, host: Host, source: Host, wanted: int, first: Chunk, before: int) -> Batch:
         shared = source.have & wanted & ~first.bit
         if source.site != host.site:
             shared &= ~self._holdings.sites[host.site].held
@@ -333,7 +346,7 @@ class Tracker:
         # From a source that is mistrusted, only what has no other holder: one chunk at a time shows that.
         if self._mistrust.trusts(host.number, source.number):
             chunks = self._filled(chunks, self._rarest(shared), host.total_bytes // BATCHES_PER_HOST)
-        return self._assignments.give(host, source, chunks)
+        return self._assignments.give(host, source, chunks, before)
 
     def _filled(self, chunks: list[Chunk], more: Iterator[Chunk], share_bytes: int) -> list[Chunk]:
         # A scheduler answers some 2,500 calls a second: the more hosts there are, the more a call must bring.

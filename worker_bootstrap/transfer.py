@@ -13,7 +13,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 from worker_bootstrap.assignments import PARALLEL, Batch, Offer, Upload
 from worker_bootstrap.chunk_service import ChunkServer, EncodedChunk, Held, PeerChunks, read_chunks, write_chunks
@@ -52,7 +52,7 @@ PutChunks = Callable[[str, Sequence[EncodedChunk]], Awaitable[Sequence[Digest]]]
 Complain = Callable[[str, Sequence[Digest]], Awaitable[None]]
 AskHeld = Callable[[str, Sequence[Digest]], Awaitable[Held]]
 Report = Callable[[Outcome], Awaitable[None]]
-Trade = Callable[[Optional[Outcome]], Awaitable[Offer]]
+Trade = Callable[[Sequence[Outcome]], Awaitable[Offer]]
 
 
 async def fetch_chunks(
@@ -69,9 +69,9 @@ async def fetch_chunks(
     Parameters
     ----------
     trade
-        Tells the coordinator what became of a batch (None at first, and after an answer without work), and asks it
-        for the next one (`Tracker.offer`, as it is or after its way through msgpack); it may wait before it answers
-        that there is none. Whatever it raises ends the exchange.
+        Tells the coordinator what became of the batches of its last answer (of none at first), and asks it for the
+        next ones (`Tracker.offer`, as it is or after its way through msgpack); it may wait before it answers that there
+        are none. Whatever it raises ends the exchange.
     get
         Fetches chunks from a peer (`PeerChunks.get`).
     complain
@@ -93,15 +93,13 @@ async def fetch_chunks(
     """
 
     async def work() -> None:
-        outcome: Outcome | None = None
+        outcomes: list[Outcome] = []
         while True:
-            batch, outstanding = await trade(outcome)
-            if batch is not None:
-                outcome = await _fetch_batch(store, Batch(*batch), get, complain)
-            elif not outstanding:
-                return
-            else:
-                outcome = None
+            batches, outstanding = await trade(outcomes)
+            outcomes = [await _fetch_batch(store, Batch(*batch), get, complain) for batch in batches]
+            if not outcomes:
+                if not outstanding:
+                    return
                 await asyncio.sleep(pause_s)
 
     # The first one that hears that all is there ends the others, which may be waiting for a peer that is too slow.
