@@ -69,6 +69,42 @@ def test_hosts_that_wait_are_told_at_once_that_the_client_has_given_up(tmp_path:
     run(tmp_path, work)
 
 
+def test_a_question_of_an_errand_that_is_over_is_given_nothing(tmp_path: Path) -> None:
+    """Whoever asked it does not listen any more: what it was given would be handed out again only after its time."""
+
+    async def work(exchange: Exchange) -> None:
+        task = await waiting(exchange, "b")
+        await exchange.give_up("b", "environment")
+        exchange.tracker.want("b", NEEDED, "the next errand")
+        exchange.tracker.received("a", DIGESTS)
+        exchange.settle("a", "tcp://x:1", (), (), 0, "", "")
+        assert (await task)["batches"] == []
+        assert not (await task)["known"]
+        answer = await exchange.next_batches("b", "the next errand")
+        assert sum(len(digests) for _, digests, _ in answer["batches"]) > 0
+
+    run(tmp_path, work)
+
+
+def test_what_is_on_its_way_for_an_errand_that_is_over_is_handed_out_again_at_once(tmp_path: Path) -> None:
+    """Its answer came too late: nobody fetches it."""
+
+    async def work(exchange: Exchange) -> None:
+        exchange.tracker.received("a", DIGESTS)
+        lost = await exchange.next_batches("b", "environment")
+        assert lost["batches"]
+        await exchange.give_up("b", "environment")
+        exchange.tracker.want("b", NEEDED, "the next errand")
+        given: list[Digest] = []
+        while len(given) < len(DIGESTS):
+            for source, digests, _ in (await exchange.next_batches("b", "the next errand"))["batches"]:
+                exchange.settle("b", source, digests, (), 0, "", "")
+                given += digests
+        assert sorted(given) == sorted(DIGESTS)
+
+    run(tmp_path, work)
+
+
 def test_whoever_waits_longest_is_looked_at_first_and_nobody_is_forgotten(tmp_path: Path) -> None:
     async def work(exchange: Exchange) -> None:
         names = [f"h{number}" for number in range(200)]

@@ -210,14 +210,12 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
             for task in scheduler.tasks.values():
                 task.suspicious = charged.get(task, 0)
 
-    async def next_batches(
-        self, host_id: str, environment_id: str, outcomes: Sequence[dict[str, Any]]
-    ) -> dict[str, Any]:
+    async def next_batches(self, host_id: str, errand: str, outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """A host tells what became of its batches, and asks for the next ones; see `Exchange.next_batches`."""
         for outcome in outcomes:
             done_bytes, total_bytes = self.exchange.settle(host_id, **outcome)
             await self.report(host_id, "fetching", done_bytes, total_bytes)
-        return await self.exchange.next_batches(host_id, environment_id)
+        return await self.exchange.next_batches(host_id, errand)
 
     async def report(self, host_id: str, state: str, done_bytes: int, total_bytes: int) -> None:
         """A host tells how far it is."""

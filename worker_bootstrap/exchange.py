@@ -132,10 +132,15 @@ class Exchange:
         host_id: str,
         address: str,
         environment_id: str,
+        errand: str,
         missing: list[Digest],
         first: Sequence[Digest] | None = None,
     ) -> None:
-        """A host lacks the *missing* chunks of an environment, and is about to fetch them, or only those of *first*."""
+        """A host lacks the *missing* chunks of an environment, and is about to fetch them, or only those of *first*.
+
+        It gives this *errand* a name of its own, so that a question that was asked for an earlier one, and waits here
+        though nobody listens to the answer any more, is not given what then nobody fetches.
+        """
         wanted = EnvironmentId(environment_id)
         chunks = (await asyncio.to_thread(self._store.read_manifest, wanted)).chunks
         absent_here = set(missing)
@@ -145,29 +150,29 @@ class Exchange:
             hosts = await self._hosts()
             hosts.pop(host_id, None)
             await self._survey(wanted, hosts)
-        self.tracker.want(host_id, {digest: chunks[digest] for digest in (missing if first is None else first)}, wanted)
+        self.tracker.want(host_id, {digest: chunks[digest] for digest in (missing if first is None else first)}, errand)
 
-    async def next_batches(self, host_id: str, environment_id: str) -> dict[str, Any]:
-        """What a host shall fetch now that builds an environment; ``lost`` counts chunks that nobody can give.
+    async def next_batches(self, host_id: str, errand: str) -> dict[str, Any]:
+        """What a host on an errand shall fetch now; ``lost`` counts chunks that nobody can give.
 
         ``batches`` are rows of source, digests and seconds. Where there is none at the moment, it waits a while: most
         often somebody soon reports what was missing. A host that was forgotten meanwhile (it was not heard for some
-        seconds, or told another scheduler what it wants) is told so: ``known`` is false.
+        seconds, or told another scheduler what it wants), or has given the errand up, is told so: ``known`` is false.
         """
-        answer = self._answer(host_id, environment_id)
+        answer = self._answer(host_id, errand)
         if answer["batches"] or answer["lost"] or not answer["outstanding"]:
             return answer
         place = asyncio.get_running_loop().create_future()
-        self._waiting.append((host_id, environment_id, place))
+        self._waiting.append((host_id, errand, place))
         try:
             found: dict[str, Any] = await asyncio.wait_for(place, LINGER_S)
         except asyncio.TimeoutError:
-            return self._answer(host_id, environment_id)
+            return self._answer(host_id, errand)
         return found
 
-    async def give_up(self, host_id: str, environment_id: str) -> None:
-        """A host does not go on fetching for an environment, because it has all, or because something went wrong."""
-        self.tracker.give_up(host_id, environment_id)
+    async def give_up(self, host_id: str, errand: str) -> None:
+        """A host has ended an errand, because it has all, or because something went wrong."""
+        self.tracker.give_up(host_id, errand)
 
     def settle(
         self,
@@ -209,13 +214,15 @@ class Exchange:
             self._givers.discard(name)
             await self.withdraw(name)
 
-    def _answer(self, host_id: str, environment_id: str) -> dict[str, Any]:
-        batches, outstanding = self.tracker.offer(host_id, environment_id)
+    def _answer(self, host_id: str, errand: str) -> dict[str, Any]:
+        if not self.tracker.knows(host_id, errand):
+            return {"batches": [], "outstanding": 0, "lost": 0, "known": False}
+        batches, outstanding = self.tracker.offer(host_id, errand)
         return {
             "batches": [[batch.source, list(batch.digests), batch.timeout_s] for batch in batches],
             "outstanding": outstanding,
-            "lost": self.tracker.lost(host_id, environment_id) if not batches and outstanding else 0,
-            "known": self.tracker.knows(host_id),
+            "lost": self.tracker.lost(host_id, errand) if not batches and outstanding else 0,
+            "known": True,
         }
 
     def _stir(self) -> None:
@@ -228,10 +235,10 @@ class Exchange:
         self._stirring = False
         vain: set[Any] = set()
         for _ in range(min(len(self._waiting), STIR_LIMIT)):
-            host_id, environment_id, place = self._waiting.popleft()
+            host_id, errand, place = self._waiting.popleft()
             if place.done():
                 continue
-            asker = (host_id, environment_id)
+            asker = (host_id, errand)
             if asker not in vain:
                 answer = self._answer(*asker)
                 if answer["batches"] or answer["lost"] or not answer["outstanding"]:

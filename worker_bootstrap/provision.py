@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import time
+import uuid
 from collections.abc import Awaitable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Callable
@@ -167,18 +168,20 @@ class Provision:
             seconds["build"] += time.perf_counter() - started
 
     async def _fetch(self, manifest: Manifest, wanted: Collection[Digest], arrived: Arrived) -> None:
+        errand = uuid.uuid4().hex
+
         async def trade(outcomes: Sequence[Outcome]) -> Offer:
             for outcome in outcomes:
                 if outcome.received:
                     arrived(outcome.received)
-            return await self._trade(manifest.id, outcomes)
+            return await self._trade(errand, outcomes)
 
         # Connections of their own: what is marked as bulk must not carry the data of tasks, nor wait behind it.
         pool = await ConnectionPool(limit=POOL_LIMIT, connection_args=self._server.rpc.connection_args)
         peers = PeerChunks(pool, receiving=self.receiving)
         self._listeners[arrived] = None
         try:
-            while await self._want(manifest, wanted):
+            while await self._want(manifest, wanted, errand):
                 try:
                     await fetch_chunks(self._store, trade=trade, get=peers.get, complain=peers.complain)
                 except _Forgotten:
@@ -191,9 +194,9 @@ class Provision:
             await pool.close()
             # Whatever is still missing must not hold up, or be counted as lost for, another environment.
             with contextlib.suppress(OSError):
-                await self._call("envship_give_up", host_id=self._store.host_id, environment_id=manifest.id)
+                await self._call("envship_give_up", host_id=self._store.host_id, errand=errand)
 
-    async def _want(self, manifest: Manifest, wanted: Collection[Digest]) -> bool:
+    async def _want(self, manifest: Manifest, wanted: Collection[Digest], errand: str) -> bool:
         """Tell the coordinator what is missing of *wanted*; whether anything is."""
         missing = await asyncio.to_thread(self._store.missing, manifest.chunks)
         first = [digest for digest in missing if digest in wanted]
@@ -203,16 +206,17 @@ class Provision:
                 host_id=self._store.host_id,
                 address=self._server.address,
                 environment_id=manifest.id,
+                errand=errand,
                 missing=missing,
                 first=first,
             )
         return bool(first)
 
-    async def _trade(self, environment_id: EnvironmentId, outcomes: Sequence[Outcome]) -> Offer:
+    async def _trade(self, errand: str, outcomes: Sequence[Outcome]) -> Offer:
         answer = await self._call(
             "envship_next_batches",
             host_id=self._store.host_id,
-            environment_id=environment_id,
+            errand=errand,
             outcomes=[outcome._asdict() for outcome in outcomes],
         )
         if not answer["known"]:

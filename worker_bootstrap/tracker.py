@@ -113,9 +113,9 @@ class Tracker:
         if not host.addresses:
             self._remove_host(host)
 
-    def knows(self, host_id: str) -> bool:
-        """Whether the host has been added, and not been forgotten."""
-        return host_id in self._hosts
+    def knows(self, host_id: str, purpose: str) -> bool:
+        """Whether the host has said that it needs something for that *purpose*, and neither gave up nor left since."""
+        return host_id in self._hosts and purpose in self._hosts[host_id].purposes
 
     def hosts(self) -> dict[str, tuple[str, ...]]:
         """The addresses of every known host, by host id."""
