@@ -24,7 +24,7 @@ WITHOUT_DASK = (
     *("relocate", "relocated_code", "blueprint", "arrivals", "donor", "crew", "writer", "materialise", "build"),
     *("soundness", "repair", "verify", "stock", "holdings", "evict", "shared", "carry"),
     *("interpreter", "activation", "launch", "standby", "worker_options"),
-    *("tracker", "assignments", "promises", "mistrust", "ledger", "swap_account"),
+    *("tracker", "choice", "assignments", "promises", "mistrust", "ledger", "swap_account"),
 )
 """Modules that must not import Dask: they run in processes that have to start at once, and in tests without it."""
 DASK = {"distributed", "dask", "tornado", "psutil", "cloudpickle", "click", "msgpack", "fsspec", "yaml"}

@@ -248,14 +248,14 @@ def test_a_decision_is_bounded_however_many_hosts_and_chunks_there_are() -> None
     needed = chunks_of(1000)
     swarm = Swarm(300, needed, rate=RATE)
     looked = 0
-    source = swarm.tracker._source
+    source = swarm.tracker._choice._source
 
     def counting(*arguments: object) -> object:
         nonlocal looked
         looked += 1
         return source(*arguments)  # type: ignore[arg-type]
 
-    swarm.tracker._source = counting  # type: ignore[assignment,method-assign]
+    swarm.tracker._choice._source = counting  # type: ignore[assignment,method-assign]
     for name, host in list(swarm.hosts.items())[:150]:
         swarm.tracker.received(name, list(needed))
         host.complete_s = 0.0

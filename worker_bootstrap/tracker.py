@@ -3,18 +3,14 @@
 Decisions only: no I/O, no Dask, and no clock of its own. The coordinator feeds it with what agents report and hands
 out what it decides; `worker_bootstrap.transfer` moves the bytes. In the manner of Meta's Owl: peers are dumb, one
 tracker sees everything, so that a dead or lying peer costs a retry and not the exchange. Its memory is in `holdings`,
-`assignments`, `mistrust` and `promises`.
+`assignments`, `mistrust` and `promises`; what it hands out is chosen in `choice`.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from worker_bootstrap.assignments import (
-    BATCH_LIMIT_BYTES,
-    BATCH_LIMIT_CHUNKS,
-    BATCH_TARGET_BYTES,
     LENIENCY_LIMIT,
     PARALLEL,
     Assignments,
@@ -24,20 +20,15 @@ from worker_bootstrap.assignments import (
     Upload,
     cut,
 )
+from worker_bootstrap.choice import Choice
 from worker_bootstrap.digest import Digest
-from worker_bootstrap.holdings import Chunk, Holdings, count_of, first_from
+from worker_bootstrap.holdings import Holdings, count_of
 from worker_bootstrap.mistrust import LIED, SILENT, Mistrust
 from worker_bootstrap.promises import Promises
 
-BATCHES_PER_HOST = 256
-"""What a host needs is cut into about this many batches, as far as their limits allow."""
-CROWD = 16
-"""With more hosts than that, batches are larger in proportion."""
 MANY = 192
 """Of so many hosts and more, each is given several batches at once: a scheduler answers some 2,500 calls a second."""
 AT_ONCE_LIMIT = 4
-TRIES = 16
-"""So many chunks, or sources, are looked at for one decision before the host is told to ask again."""
 
 
 class Tracker:
@@ -57,7 +48,6 @@ class Tracker:
     -----
     Deterministic: the same calls give the same answers in every process. Not thread-safe; meant for one event loop.
     Holdings are kept as long as the host is known, so a second environment needs only what the first did not bring.
-    A decision looks at no more than `TRIES` chunks and as many sources, however many there are.
     """
 
     def __init__(
@@ -71,7 +61,7 @@ class Tracker:
         self._near: dict[tuple[str, ...], int] = {}
         self._assignments = Assignments(self._holdings, clock, uploads_per_source, patience_s)
         self._promises = Promises(clock, patience_s)
-        self._random = random.Random(0)
+        self._choice = Choice(self._numbered, self._near, self._holdings, self._assignments, self._mistrust)
         self._next_upload = 0
 
     # -- hosts ------------------------------------------------------------------------------------------------------
@@ -229,30 +219,13 @@ class Tracker:
         return Offer(tuple(batches), self.outstanding(host_id, purpose))
 
     def next_batch(self, host_id: str, before: int = 0) -> Batch | None:
-        """What the host should fetch now, or None if there is nothing to hand out at the moment.
+        """What the host should fetch now, or None if there is nothing to hand out at the moment; see `Choice`.
 
         It fetches so many other batches *before*, which it was given in the same answer.
-        Rarest chunks first (copies under way count), from the nearest, then the least busy host that holds them.
-        Between sites each chunk travels once. Liars are asked only for what nobody else holds, one chunk at a time.
         """
         self._expire()
         host = self._hosts.get(host_id)
-        if host is None or not host.missing:
-            return None
-        wanted = host.missing & ~self._elsewhere(host)
-        tries = TRIES
-        for rare in self._holdings.rarity[1:]:
-            candidates = wanted & rare
-            while candidates and tries:
-                chunk = self._holdings.numbered[self._any_of(candidates)]
-                source = self._source(host, chunk.holders)
-                if source is not None:
-                    return self._assign(host, source, wanted, chunk, before)
-                # Where the only holder is busy, or mistrusted, its other chunks cannot be had now, either.
-                only = self._numbered.get(chunk.holders.bit_length() - 1)
-                candidates &= ~(only.have if only and chunk.holders == only.bit else chunk.bit)
-                tries -= 1
-        return self._from_any_source(host, wanted, before)
+        return None if host is None else self._choice.next_batch(host, before)
 
     def received(self, host_id: str, digests: Iterable[Digest]) -> None:
         """The host now holds *digests*, wherever they came from. Idempotent; unknown hosts are ignored."""
@@ -296,83 +269,6 @@ class Tracker:
             host.leniency = min(2 * host.leniency, LENIENCY_LIMIT)
         if culprit is not None:
             self._give_up(culprit, digests)
-
-    # -- decisions --------------------------------------------------------------------------------------------------
-
-    def _elsewhere(self, host: Host) -> int:
-        """Chunks that *host* shall leave to others of its site, because they are on their way there from outside."""
-        site = self._holdings.sites[host.site]
-        return site.crossing & ~site.held
-
-    def _source(self, host: Host, holders: int) -> Host | None:
-        """The host among *holders* that shall serve *host* now, or None if those that may are busy."""
-        here = self._holdings.sites[host.site].hosts
-        for trusted in self._mistrust.sieve(host.number, holders):
-            for near in self._circles(host, trusted & here or trusted):
-                for serving in self._assignments.serving:
-                    if near & serving:
-                        return self._numbered[self._any_of(near & serving)]
-            if trusted:
-                return None  # they are busy: worth waiting for, rather than asking whom we mistrust
-        return None
-
-    def _circles(self, host: Host, among: int) -> Iterator[int]:
-        """*among*, those on the same machine first, then those of the same rack, of the same site, and all."""
-        for depth in range(len(host.place), 0, -1):
-            yield among & self._near[host.place[:depth]]
-        yield among
-
-    def _from_any_source(self, host: Host, wanted: int, before: int) -> Batch | None:
-        """A batch of whatever a host that is free has; where the sources of the rarest chunks are all busy."""
-        tries = TRIES
-        for serving in self._assignments.serving:
-            free = serving & ~host.bit
-            while free and tries:
-                source = self._numbered[self._any_of(free)]
-                free ^= source.bit
-                tries -= 1
-                shared = source.have & wanted
-                if source.site != host.site:
-                    shared &= ~self._holdings.sites[host.site].held
-                if shared and self._mistrust.trusts(host.number, source.number):
-                    return self._assign(host, source, wanted, next(self._rarest(shared)), before)
-        return None
-
-    def _assign(self, host: Host, source: Host, wanted: int, first: Chunk, before: int) -> Batch:
-        shared = source.have & wanted & ~first.bit
-        if source.site != host.site:
-            shared &= ~self._holdings.sites[host.site].held
-        chunks = [first]
-        # From a source that is mistrusted, only what has no other holder: one chunk at a time shows that.
-        if self._mistrust.trusts(host.number, source.number):
-            chunks = self._filled(chunks, self._rarest(shared), host.total_bytes // BATCHES_PER_HOST)
-        return self._assignments.give(host, source, chunks, before)
-
-    def _filled(self, chunks: list[Chunk], more: Iterator[Chunk], share_bytes: int) -> list[Chunk]:
-        # A scheduler answers some 2,500 calls a second: the more hosts there are, the more a call must bring.
-        crowd_bytes = BATCH_TARGET_BYTES * len(self._hosts) // CROWD
-        target_bytes = max(BATCH_TARGET_BYTES, min(max(share_bytes, crowd_bytes), BATCH_LIMIT_BYTES))
-        size_bytes = sum(chunk.size_bytes for chunk in chunks)
-        for chunk in more:
-            if size_bytes >= target_bytes or len(chunks) == BATCH_LIMIT_CHUNKS:
-                break
-            if size_bytes + chunk.size_bytes <= BATCH_LIMIT_BYTES:
-                chunks.append(chunk)
-                size_bytes += chunk.size_bytes
-        return chunks
-
-    def _rarest(self, among: int) -> Iterator[Chunk]:
-        """The chunks of a mask, rarest first, equally rare ones from a place that differs from call to call."""
-        for rare in self._holdings.rarity:
-            candidates = among & rare
-            if candidates:
-                start = int(self._random.random() * candidates.bit_length())
-                above = candidates >> start << start
-                yield from self._holdings.of(above)
-                yield from self._holdings.of(candidates ^ above)
-
-    def _any_of(self, mask: int) -> int:
-        return first_from(mask, int(self._random.random() * mask.bit_length()))
 
     # -- book-keeping -----------------------------------------------------------------------------------------------
 
