@@ -1,12 +1,14 @@
 """Ways to cut packages into chunks, compared on two versions of each: what would be shipped, how large a store gets.
 
 Called by ``benchmarks/pack.py --chunking``. Files are those of a wheel, in the order of their paths, as a pack
-sees them; byte code is left out, of which the same holds as of its sources.
+sees them; byte code is left out, of which the same holds as of its sources. Where the package ``fastcdc`` is
+installed, cuts inside of files are compared as well.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +21,7 @@ from envship.cli.tables import console, table
 from worker_bootstrap.codec import ZSTD_LEVEL
 from worker_bootstrap.digest import Digest, digest_of
 
+CONTENT_BYTES = 64 << 10
 Files = Sequence[tuple[str, bytes]]
 Cut = Callable[[Files], list[bytes]]
 
@@ -35,6 +38,8 @@ def compare_cuts(wheels: Sequence[Path]) -> None:
             for size in (256, 512, 768, 1024, 2048)
         },
     }
+    if importlib.util.find_spec("fastcdc") is not None:
+        ways["FastCDC, 64 KiB"] = by_content
     shipped, stored = [], []
     for old, new in zip(wheels[::2], wheels[1::2], strict=True):
         name = f"{'-'.join(old.name.split('-')[:2])} → {new.name.split('-')[1]}"
@@ -79,6 +84,15 @@ def at_files(files: Files, average_bytes: int) -> list[bytes]:
             flush()
     flush()
     return chunks
+
+
+def by_content(files: Files) -> list[bytes]:
+    """Cut by FastCDC, wherever in a file that is: as backup programs do, on one stream of all files."""
+    from fastcdc import fastcdc
+
+    stream = b"".join(data for _, data in files)
+    pieces = fastcdc(stream, CONTENT_BYTES // 4, CONTENT_BYTES, CONTENT_BYTES * 4, fat=True)
+    return [bytes(piece.data) for piece in pieces]
 
 
 def ends(digest: Digest, size_bytes: int, average_bytes: int) -> bool:
