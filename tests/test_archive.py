@@ -8,6 +8,7 @@ import stat
 import subprocess
 import tarfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import conda_pack
@@ -21,6 +22,7 @@ from worker_bootstrap.errors import ArchiveInvalid, NotAnEnvironment, SourceProb
 from worker_bootstrap.store import Store
 
 from .contents import all_entries
+from .snapshots import untouched
 
 
 def packed_by_conda_pack(prefix: Path, output: Path, **options: object) -> Path:
@@ -104,7 +106,10 @@ def test_an_archive_that_is_cut_short_is_refused(tmp_path: Path, store: Store, k
     assert list(store.layout.tmp.iterdir()) == []
 
 
-EVIL: dict[str, list[tuple[str, bytes, bytes | str]]] = {
+Entry = tuple[str, bytes, "bytes | str"]
+"""A member: its name, its kind, and its content or where it leads."""
+
+EVIL: dict[str, list[Entry]] = {
     "leads out of the environment": [
         ("../evil", tarfile.REGTYPE, b"x"),
         ("lib/../../evil", tarfile.REGTYPE, b"x"),
@@ -135,47 +140,102 @@ EVIL: dict[str, list[tuple[str, bytes, bytes | str]]] = {
 }
 
 
+@pytest.fixture
+def outside(tmp_path: Path) -> Path:
+    """A folder beside the store with a file worth having."""
+    folder = tmp_path / "outside"
+    folder.mkdir()
+    (folder / "secret").write_text("secret")
+    return folder
+
+
 @pytest.mark.parametrize(("reason", "entry"), [(reason, entry) for reason, some in EVIL.items() for entry in some])
 def test_what_leads_out_of_an_archive_is_refused_and_touches_nothing(
-    tmp_path: Path, store: Store, reason: str, entry: tuple[str, bytes, bytes | str]
+    tmp_path: Path, store: Store, outside: Path, reason: str, entry: Entry
 ) -> None:
-    outside = tmp_path / "outside"
-    outside.mkdir()
-    (outside / "secret").write_text("secret")
     name, kind, content = entry
+    content = content.format(outside=outside) if isinstance(content, str) else content
     path = tmp_path / "env.tar"
-    with tarfile.open(path, "w") as tar:
-        add(tar, "bin/python", tarfile.REGTYPE, b"#!/bin/sh\n")
-        add(
-            tar,
-            name.format(outside=outside),
-            kind,
-            content.format(outside=outside) if isinstance(content, str) else content,
-        )
-        add(tar, "lib/fine", tarfile.REGTYPE, b"fine")
-    with pytest.raises(SourceProblems, match=reason) as caught:
+    write_members(path, [(name.format(outside=outside), kind, content), ("lib/fine", tarfile.REGTYPE, b"fine")])
+    with untouched(tmp_path, store.layout.root), pytest.raises(SourceProblems, match=reason) as caught:
         pack(path, store=store)
     assert len(caught.value.problems) == 1
     assert caught.value.source == str(path)
-    assert [item.name for item in outside.iterdir()] == ["secret"]
-    assert (outside / "secret").read_text() == "secret"
-    assert sorted(item.name for item in tmp_path.iterdir()) == ["env.tar", "outside", "store"]
     assert list(store.layout.tmp.iterdir()) == []
 
 
-def test_nothing_is_written_through_a_link(tmp_path: Path, store: Store) -> None:
-    """Links inside the environment, one through another, to a place above it: files never follow them."""
-    path = tmp_path / "env.tar"
-    with tarfile.open(path, "w") as tar:
-        add(tar, "bin/python", tarfile.REGTYPE, b"#!/bin/sh\n")
-        add(tar, "a/b/top", tarfile.SYMTYPE, "../..")
-        add(tar, "up", tarfile.SYMTYPE, "a/b/top/../..")
-        add(tar, "up/evil", tarfile.REGTYPE, b"x")
-        add(tar, "a/b/top/bin/python", tarfile.REGTYPE, b"x")
-    with pytest.raises(SourceProblems) as caught:
+UP = [("a/b/c/d/top", tarfile.SYMTYPE, "../../../.."), ("up", tarfile.SYMTYPE, "a/b/c/d/top/../../../..")]
+"""Two links: the first leads to the top of the environment, the second from there to the folder beside the store."""
+
+THROUGH_LINKS: dict[str, list[Entry]] = {
+    "a file": [*UP, ("up/outside/evil", tarfile.REGTYPE, b"x")],
+    "a folder": [*UP, ("up/outside/evil", tarfile.DIRTYPE, b"")],
+    "a link": [*UP, ("up/outside/evil", tarfile.SYMTYPE, "x")],
+    "a link in a new folder": [*UP, ("up/outside/newdir/evil2", tarfile.SYMTYPE, "x")],
+    "both": [*UP, ("up/outside/evil", tarfile.SYMTYPE, "x"), ("up/outside/newdir/evil2", tarfile.SYMTYPE, "x")],
+    "the other way round": [("up/outside/evil", tarfile.SYMTYPE, "x"), *reversed(UP)],
+    "a hard link": [*UP, ("x", tarfile.REGTYPE, b"x"), ("up/outside/evil", tarfile.LNKTYPE, "x")],
+    "a hard link to what is there": [*UP, ("evil", tarfile.LNKTYPE, "up/outside/secret")],
+    "nothing but the links": UP,
+    "a link to the links": [*UP, ("lib/over", tarfile.SYMTYPE, "../up/outside")],
+    "links below links": [
+        *(("a", tarfile.SYMTYPE, "x/y/z"), ("x/y/z/w", tarfile.DIRTYPE, b"")),
+        *(("a/up", tarfile.SYMTYPE, ".."), ("a/up/../../../evil", tarfile.SYMTYPE, "x")),
+    ],
+    "a link in the place of a folder of links": [
+        *(("d", tarfile.SYMTYPE, "x/y"), ("d/e", tarfile.SYMTYPE, "../../outside"), ("d/e/evil", tarfile.SYMTYPE, "x")),
+    ],
+    "a harmless link": [("share", tarfile.SYMTYPE, "lib"), ("share/evil", tarfile.SYMTYPE, "x")],
+    "a file of the environment": [("a/b/top", tarfile.SYMTYPE, "../.."), ("a/b/top/bin/python", tarfile.REGTYPE, b"x")],
+}
+
+
+IN_BOTH = [name for name, members in THROUGH_LINKS.items() if tarfile.LNKTYPE not in {kind for _, kind, _ in members}]
+"""Those that a zip can hold as well, which has no hard links."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [*(("tar", name) for name in THROUGH_LINKS), *(("zip", name) for name in IN_BOTH)]
+)
+def test_nothing_is_made_through_a_link(tmp_path: Path, store: Store, outside: Path, kind: str, name: str) -> None:
+    """Each link by itself stays inside; one through another leads out, and neither files nor links nor folders follow.
+
+    Looked at is the moment before the archive's folder is removed: what was made in it must not lie elsewhere.
+    """
+    path = tmp_path / f"env.{kind}"
+    write_members(path, THROUGH_LINKS[name])
+    with untouched(tmp_path, store.layout.root), pytest.raises(SourceProblems) as caught:
         pack(path, store=store)
-    assert len(caught.value.problems) == 2
-    assert not list(tmp_path.rglob("evil"))
+    assert caught.value.source == str(path)
+    assert list(store.layout.tmp.iterdir()) == []
+
+
+def test_a_link_is_made_in_real_folders_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outside: Path) -> None:
+    """Were all that is said of links before they are made mistaken, none would be made through another one."""
+    monkeypatch.setattr(archives._Extraction, "_link_problem", lambda *_: "")
+    for number, members in enumerate(THROUGH_LINKS.values()):
+        store = Store(tmp_path / f"store{number}")
+        path = tmp_path / f"env{number}.tar"
+        write_members(path, members)
+        with untouched(tmp_path, store.layout.root):
+            try:
+                with unpacked(path, store.layout.tmp):
+                    pass
+            except (ArchiveInvalid, SourceProblems, NotAnEnvironment):
+                pass
+
+
+def test_links_of_real_environments_are_kept(tmp_path: Path, store: Store) -> None:
+    """To folders, to files, through another folder, up and down again, and to what is not there."""
+    links = {"lib64": "lib", "bin/sh": "../lib/sh", "lib/deep/er/up": "../../../bin", "lib/a.so": "a.so.1"}
+    members: list[Entry] = [(name, tarfile.SYMTYPE, target) for name, target in links.items()]
+    members += [("lib/a.so.1", tarfile.SYMTYPE, "a.so.1.2"), ("lib/through", tarfile.SYMTYPE, "../lib64/sh")]
+    members += [("lib/sh", tarfile.REGTYPE, b"x"), ("lib/deep/er", tarfile.DIRTYPE, b"")]
+    for name in ("env.tar", "env.zip"):
+        write_members(tmp_path / name, members)
+        with unpacked(tmp_path / name, store.layout.tmp) as prefix:
+            assert {path: os.readlink(prefix / path) for path in links} == links
+            assert os.path.realpath(prefix / "lib/through") == str(prefix / "lib/sh")
 
 
 def test_modes_are_no_more_than_executable(tmp_path: Path, store: Store) -> None:
@@ -229,6 +289,22 @@ def write_tar(path: Path, files: dict[str, bytes]) -> None:
             add(tar, name, tarfile.REGTYPE, data)
     data = raw.getvalue()
     path.write_bytes(zstandard.compress(data) if path.suffix == ".zst" else data)
+
+
+def write_members(path: Path, members: Sequence[Entry]) -> None:
+    """An archive, tar or zip as its name says, with an interpreter and *members*."""
+    everything: list[Entry] = [("bin/python", tarfile.REGTYPE, b"#!/bin/sh\n"), *members]
+    if path.suffix == ".zip":
+        kinds = {tarfile.REGTYPE: stat.S_IFREG, tarfile.DIRTYPE: stat.S_IFDIR, tarfile.SYMTYPE: stat.S_IFLNK}
+        with zipfile.ZipFile(path, "w") as zipped:
+            for name, kind, content in everything:
+                info = zipfile.ZipInfo(name + ("/" if kind == tarfile.DIRTYPE else ""))
+                info.external_attr = (kinds[kind] | 0o755) << 16
+                zipped.writestr(info, content)
+        return
+    with tarfile.open(path, "w") as tar:
+        for name, kind, content in everything:
+            add(tar, name, kind, content)
 
 
 def add(tar: tarfile.TarFile, name: str, kind: bytes, content: bytes | str) -> None:

@@ -6,7 +6,7 @@ or a chain of links leaves the prefix, shows only when all packages are looked a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from typing import Callable, NamedTuple
 
 from worker_bootstrap import relocate
@@ -122,7 +122,7 @@ def draw(manifest: Manifest, listings: Sequence[Listing], prefix: str) -> Bluepr
     entries = [entry for listing in listings for entry in listing.entries]
     directories = _directories(entries)
     links = {entry.path: entry for entry in entries if isinstance(entry, Link)}
-    problems = [*_conflicts(entries, directories), *_escapes(links)]
+    problems = [*_conflicts(entries, directories), *_escapes(links.values())]
     runs: list[Run] = []
     for package, listing in zip(manifest.packages, listings):
         try:
@@ -201,24 +201,33 @@ def _conflicts(entries: Sequence[Entry], directories: set[str]) -> Iterator[str]
         seen.add(path)
 
 
-def _escapes(links: dict[str, Link]) -> Iterator[str]:
-    """Links that could leave the prefix: their targets go up again after having passed another link.
+def may_leave(links: Mapping[str, str]) -> list[str]:
+    """The paths among *links* (path to target) that could lead out of the prefix together with others.
 
-    Each target by itself stays inside (`manifest.check_link`) as long as its ``..`` climb real directories; after a
-    link, ``..`` climbs from wherever that one leads.
+    Each target by itself stays inside (`paths.check_link`) as long as its ``..`` climb real directories; after a link,
+    ``..`` climbs from wherever that one leads. That no link has another one as a parent is the caller's to see to.
     """
-    for link in links.values():
-        here = link.path.split("/")[:-1]
-        through_link = False
-        for part in link.target.split("/"):
-            if part == "..":
-                if through_link or not here:
-                    yield f"the link {link.path!r} may leave the prefix: {link.target!r}"
-                    break
-                here.pop()
-            elif part not in ("", "."):
-                here.append(part)
-                through_link = through_link or "/".join(here) in links
+    return [path for path, target in links.items() if _climbs_after_link(path, target, links)]
+
+
+def _escapes(links: Collection[Link]) -> Iterator[str]:
+    targets = {link.path: link.target for link in links}
+    for path in may_leave(targets):
+        yield f"the link {path!r} may leave the prefix: {targets[path]!r}"
+
+
+def _climbs_after_link(path: str, target: str, links: Container[str]) -> bool:
+    here = path.split("/")[:-1]
+    through_link = False
+    for part in target.split("/"):
+        if part == "..":
+            if through_link or not here:
+                return True
+            here.pop()
+        elif part not in ("", "."):
+            here.append(part)
+            through_link = through_link or "/".join(here) in links
+    return False
 
 
 def _check_relocations(manifest: Manifest, runs: Sequence[Run], prefix: str) -> None:

@@ -1,9 +1,9 @@
 """conda-pack's archives: unpacked into a folder that nobody else can see, then packed like any environment.
 
-Nothing in an archive is believed. Files are made in folders that were made here, links when all files are there, so
-that nothing is ever written through a link; what could lead out of the folder is refused, all of it in one error. Sizes
-are bounded by what a real environment can come to, not by what the archive claims. Nothing from it is run here; packing
-runs the interpreter in it, as packing any environment does.
+Nothing in an archive is believed. Files are made in folders that were made here, links when all files and folders are
+there, and only if no member lies below any of them, so that nothing is ever made through a link; what could lead out of
+the folder is refused, all of it in one error. Sizes are bounded by what a real environment can come to, not by what the
+archive claims. Nothing from it is run here; packing runs the interpreter in it, as packing any environment does.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from envship.sources.locate import is_environment
 from envship.sources.members import DAMAGES, Content, Member, opener
 from envship.sources.unpacked import read_unpacked
+from worker_bootstrap.blueprint import may_leave
 from worker_bootstrap.durable import full_error
 from worker_bootstrap.errors import ArchiveInvalid, ManifestInvalid, NotAnEnvironment, SourceProblems
 from worker_bootstrap.paths import check_link
@@ -121,10 +122,10 @@ class _Extraction:
             return True
         try:
             os.makedirs(self._folder / path, exist_ok=True)
-            self._folders.add(path)
         except (FileExistsError, NotADirectoryError):
             self._problems.append(f"{path} is a folder and a file at once")
             return False
+        self._folders.update((path, *_above(path)))
         return True
 
     def _write(self, path: str, member: Member) -> None:
@@ -154,26 +155,67 @@ class _Extraction:
             self._files.add(path)
 
     def _make_links(self) -> None:
+        targets = self._targets()
+        leaving = frozenset(may_leave(targets))
+        problems = [self._link_problem(path, target, leaving) for path, target in targets.items()]
+        self._problems += filter(None, problems)
+        if self._problems:
+            return
+        # Folders while there is no link yet, links from folders that are none.
+        if not all(self._make_folder(os.path.dirname(path)) for path in targets):
+            return
+        for path, target in targets.items():
+            with _opened(self._folder, os.path.dirname(path)) as folder:
+                os.symlink(target, os.path.basename(path), dir_fd=folder)
+
+    def _targets(self) -> dict[str, str]:
+        """Where the links lead by their paths; relative, if by the name of a prefix that the environment has had."""
         root = _root(self._folder)
         found = read_unpacked(self._folder / root, frozenset())
         older = found.older_prefixes if found is not None else ()
+        targets = dict(self._links)
         for path, target in self._links.items():
-            inside = target
             for prefix in older:
                 if target.startswith(prefix + "/"):
                     place = f"{root}/{target[len(prefix) + 1 :]}" if root else target[len(prefix) + 1 :]
-                    inside = os.path.relpath(place, os.path.dirname(path) or ".")
-            try:
-                check_link(path, inside)
-            except ManifestInvalid:
-                self._problems.append(f"{path} is a symbolic link to {target}, outside of the environment")
-                continue
-            if not self._make_folder(os.path.dirname(path)):
-                continue
-            try:
-                os.symlink(inside, self._folder / path)
-            except FileExistsError:
-                self._problems.append(f"{path} is a link and something else at once")
+                    targets[path] = os.path.relpath(place, os.path.dirname(path) or ".")
+        return targets
+
+    def _link_problem(self, path: str, target: str, leaving: Collection[str]) -> str:
+        """Why the link at *path* cannot be made; empty if it can."""
+        if path in self._folders:
+            return f"{path} is a link and something else at once"
+        above = next((folder for folder in _above(path) if folder in self._links), None)
+        if above is not None:
+            return f"{path} lies below {above}, which is a symbolic link"
+        try:
+            check_link(path, target)
+        except ManifestInvalid:
+            return f"{path} is a symbolic link to {self._links[path]}, outside of the environment"
+        if path in leaving:
+            return f"{path} is a symbolic link to {target}, by way of other links perhaps outside of the environment"
+        return ""
+
+
+def _above(path: str) -> Iterator[str]:
+    """The folders that *path* lies in, the nearest first."""
+    while path := os.path.dirname(path):
+        yield path
+
+
+@contextmanager
+def _opened(root: Path, path: str) -> Iterator[int]:
+    """A descriptor of the folder at *path* below *root*; no part of the way there may be a link."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+    handle = os.open(root, flags)
+    try:
+        for part in path.split("/") if path else ():
+            inner = os.open(part, flags, dir_fd=handle)
+            os.close(handle)
+            handle = inner
+        yield handle
+    finally:
+        os.close(handle)
 
 
 def _environment_in(folder: Path, archive: Path) -> Path:
