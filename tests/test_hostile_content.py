@@ -15,9 +15,12 @@ from typing import Any
 
 import pytest
 
-from tests.environments import PLACEHOLDER, environment_of, package_of, tiny_environment
+from tests.environments import PLACEHOLDER, Content, environment_of, package_of, tiny_environment
 from tests.filesystems import needs_mount, remount, tmpfs
-from worker_bootstrap import blueprint, verify
+from tests.hostile import OUT, E, aimed, packed, surrounded
+from tests.test_manifest import HOSTILE_ROWS
+from tests.test_paths import HOSTILE_PATHS, HOSTILE_TARGETS
+from worker_bootstrap import blueprint, verify, writer
 from worker_bootstrap import materialise as module
 from worker_bootstrap.digest import EnvironmentId, digest_of
 from worker_bootstrap.errors import (
@@ -29,55 +32,41 @@ from worker_bootstrap.errors import (
     MaterialiseError,
     StoreFull,
 )
-from worker_bootstrap.manifest import Chunk, Manifest, Package
+from worker_bootstrap.manifest import Chunk, HardLink, Link, Manifest, Package
 from worker_bootstrap.materialise import materialise
 from worker_bootstrap.store import Store
 
-E = digest_of(b"")
 X = digest_of(b"xxxx")
 CODE = str(Path(module.__file__).parents[1])
 
 
 @pytest.fixture(autouse=True)
-def outside(tmp_path: Path) -> Iterator[Path]:
-    """A folder beside the store with files worth having; the test fails if anything outside of the store changes."""
-    folder = tmp_path / "outside"
-    folder.mkdir()
-    (folder / "secret").write_bytes(b"secret")
-    (folder / "secret").chmod(0o600)
-    before = seen(tmp_path)
-    yield folder
-    assert seen(tmp_path) == before
+def outside(tmp_path: Path, store: Store) -> Iterator[Path]:
+    """A folder beside the store with files worth having; in the store another environment, built.
 
-
-def seen(folder: Path) -> dict[str, object]:
-    """Everything below *folder* that is not the store's (or a mount's): what it is, its times, its content."""
-    found: dict[str, object] = {}
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if name.split("/")[0] not in ("store", "mount", "staged"):
-            status = path.lstat()
-            content = path.read_bytes() if stat.S_ISREG(status.st_mode) else b""
-            found[name] = (status.st_mode, status.st_nlink, status.st_mtime_ns, status.st_ino, content)
-    return found
-
-
-def packed(store: Store, rows: Any, content: bytes = b"", chunks: list[Chunk] | None = None) -> EnvironmentId:
-    """An environment whose listing holds *rows*, as they are."""
-    raw = json.dumps(rows, separators=(",", ":"), sort_keys=True).encode()
-    listing = Chunk(store.write_chunk(raw), len(raw))
-    if chunks is None:
-        chunks = [Chunk(store.write_chunk(content), len(content))] if content else []
-    return environment_of(store, [Package("evil", "1", "0", "files", listing, tuple(chunks))]).id
+    The test fails if anything of that changes, or if something appears that is not an environment's own.
+    """
+    with surrounded(tmp_path, store) as folder:
+        yield folder
 
 
 def assert_nothing_built(store: Store, environment_id: EnvironmentId) -> None:
     assert store.built(environment_id) is None
-    assert list(store.layout.envs.iterdir()) == []
+    assert not os.path.lexists(store.layout.prefix(environment_id))
     assert list(store.layout.tmp.iterdir()) == []
 
 
 ROWS: dict[str, list[Any]] = {
+    **{f"{name}, to {touched}": rows for name, (touched, rows) in OUT.items()},
+    "over a file that is there": [["f", "../../../outside/secret", 0, E, 0]],
+    "link out, by three": [["l", "a", "../../../outside"]],
+    "link out, then a file through it": [["l", "a", "../../../outside"], ["f", "a/new", 0, E, 0]],
+    "link out, then a folder through it": [["l", "a", "../../../outside"], ["d", "a/new"]],
+    "link out, then a link through it": [["l", "a", "../../../outside"], ["l", "a/new", "x"]],
+    "chain of links, then a link through it": [
+        *(["l", "a/b/c/up", "../../.."], ["l", "out", "a/b/c/up/../../../outside"], ["l", "out/new", "x"]),
+    ],
+    "chain of links, by three": [["l", "a/b/c/up", "../../.."], ["l", "out", "a/b/c/up/../../../outside"]],
     "up": [["f", "../outside/secret", 0, E, 0]],
     "up in the middle": [["f", "a/../../../outside/new", 0, E, 0]],
     "absolute": [["f", "/tmp/envship-was-here", 0, E, 0]],
@@ -115,11 +104,37 @@ ROWS: dict[str, list[Any]] = {
 
 @pytest.mark.parametrize("name", ROWS)
 def test_entries_that_would_do_harm(store: Store, name: str) -> None:
-    environment_id = packed(store, ROWS[name])
+    environment_id = packed(store, aimed(store, ROWS[name]))
     with pytest.raises(ManifestInvalid):
         materialise(store, environment_id)
     assert_nothing_built(store, environment_id)
     assert not os.path.lexists("/tmp/envship-was-here")
+
+
+@pytest.mark.parametrize("row", HOSTILE_ROWS, ids=repr)
+def test_an_entry_that_breaks_the_format_builds_nothing(store: Store, row: Any) -> None:
+    environment_id = packed(store, [row])
+    with pytest.raises(ManifestInvalid):
+        materialise(store, environment_id)
+    assert_nothing_built(store, environment_id)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link", "target", "hard link"])
+def test_a_path_that_leaves_the_prefix_builds_nothing(store: Store, kind: str) -> None:
+    """Each of them, wherever a listing may name a path."""
+    paths = [path for path in (HOSTILE_TARGETS if kind == "target" else HOSTILE_PATHS) if not isinstance(path, bytes)]
+    for path in paths:
+        rows: dict[str, list[Any]] = {
+            "file": [["f", path, 0, E, 0]],
+            "folder": [["d", path]],
+            "link": [["l", path, "x"]],
+            "target": [["l", "link", path]],
+            "hard link": [["h", "link", path]],
+        }
+        environment_id = packed(store, rows[kind])
+        with pytest.raises(ManifestInvalid):
+            materialise(store, environment_id)
+        assert_nothing_built(store, environment_id)
 
 
 def test_a_file_of_another_package_cannot_be_linked(store: Store) -> None:
@@ -289,6 +304,41 @@ def test_names_that_the_file_system_does_not_tell_apart(tmp_path: Path) -> None:
         assert_nothing_built(store, environment_id)
 
 
+COLLIDING: dict[str, dict[str, Content]] = {
+    "files": {"Case": b"1", "case": b"2"},
+    "files with the same content": {"Case": b"1", "case": b"1"},
+    "folders": {"Lib/a": b"1", "lib/b": b"2"},
+    "folder and file": {"Lib/a": b"1", "lib": b"2"},
+    "file and link": {"Case": b"1", "case": Link("case", "x")},
+    "links": {"Case": Link("Case", "x"), "case": Link("case", "y")},
+    "folder and link through which the other's files would lie": {"LIB/a": b"1", "lib": Link("lib", "bin")},
+    "file and hard link": {"Case": b"1", "a": b"2", "case": HardLink("case", "a")},
+    "in a folder": {"bin/Tool*": b"1", "bin/tool*": b"2"},
+}
+
+
+@pytest.mark.parametrize("link_mode", ["copy", "hardlink"])
+@pytest.mark.parametrize("name", COLLIDING)
+def test_names_that_differ_in_case_only_where_case_is_ignored(
+    store: Store, monkeypatch: pytest.MonkeyPatch, name: str, link_mode: str
+) -> None:
+    """The build makes each name in small letters, as a file system that has one place for both would find it.
+
+    Where files are shared, they come from an environment that has some of the same.
+    """
+    materialise(store, tiny_environment(store, {"one": b"1", "two": b"2"}))
+    environment_id = tiny_environment(store, COLLIDING[name])
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.Writer, "_at", lambda self, path: f"{self.scratch}/{path.lower()}")
+        with pytest.raises(MaterialiseError, match="exists"):
+            materialise(store, environment_id, link_mode=link_mode)
+    assert_nothing_built(store, environment_id)
+    prefix = materialise(store, environment_id, link_mode=link_mode)
+    assert {str(path.relative_to(prefix)) for path in prefix.rglob("*") if path.is_symlink() or path.is_file()} == {
+        each.rstrip("*") for each in COLLIDING[name]
+    }
+
+
 # -- chunks
 
 
@@ -452,7 +502,7 @@ while True:
         break
     except EnvshipError as error:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        assert not list(store.layout.envs.iterdir()), "something was built"
+        assert not store.layout.prefix(EnvironmentId(sys.argv[3])).exists(), "something was built"
         print(type(error).__name__, error)
     spare += 1
 print("built", spare)

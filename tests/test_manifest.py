@@ -1,3 +1,5 @@
+"""Manifests and listings as bytes; what becomes of the hostile ones in a store is in `test_hostile_content`."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""Paths and targets by themselves; what becomes of the hostile ones in a store is in `test_hostile_content`."""
+
 from __future__ import annotations
 
 import os
@@ -34,7 +36,11 @@ def test_a_path_that_leaves_the_prefix(path: object) -> None:
         check_path(path)
 
 
-@pytest.mark.parametrize("target", ["", "/etc", "..", "../../x", "a/../../..", "x\0", None])
+HOSTILE_TARGETS = ["", "/etc", "..", "../../x", "a/../../..", "x\0", None]
+"""Of a link at the top of the prefix."""
+
+
+@pytest.mark.parametrize("target", HOSTILE_TARGETS)
 def test_a_link_that_leaves_the_prefix(target: object) -> None:
     with pytest.raises(ManifestInvalid):
         check_link("link", target)
