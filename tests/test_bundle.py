@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 import random
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from envship.bundle import END, MAGIC, read_bundle
+from envship.bundle import END, MAGIC, read_bundle, write_bundle
 from envship.environment import Environment
-from worker_bootstrap.errors import BundleInvalid, ChunkMissing, SourceNotFound, StoreFull
+from worker_bootstrap.errors import BundleInvalid, ChunkMissing, ManifestInvalid, SourceNotFound, StoreFull
+from worker_bootstrap.manifest import Chunk, Manifest, Package
+from worker_bootstrap.materialise import materialise
 from worker_bootstrap.store import Store
 
 from .environments import environment_of, package_of
+from .hostile import OUT, aimed, packed, surrounded
 
 
 @pytest.fixture
@@ -32,6 +36,13 @@ def bundle(original: Environment, tmp_path: Path) -> Path:
 @pytest.fixture
 def other(tmp_path: Path) -> Store:
     return Store(tmp_path / "other")
+
+
+@pytest.fixture
+def watched(bundle: Path, tmp_path: Path, other: Store) -> Iterator[None]:
+    """The test fails if it changes anything but the bundle, where it is from, and what is added to the other store."""
+    with surrounded(tmp_path, other, without=[bundle.name, "store"]):
+        yield
 
 
 def test_a_bundle_brings_the_whole_environment(bundle: Path, original: Environment, other: Store) -> None:
@@ -53,16 +64,20 @@ def test_the_format_is_the_documented_one(bundle: Path, original: Environment) -
     assert data.endswith(b"ENVSHIP\xff")
 
 
+@pytest.mark.usefixtures("watched")
 def test_any_cut_is_found(bundle: Path, other: Store) -> None:
     data = bundle.read_bytes()
+    before = other.environments()
     for length in (0, 4, 8, 12, 16, 100, len(data) // 2, len(data) - 9, len(data) - 1):
         bundle.write_bytes(data[:length])
         with pytest.raises(BundleInvalid):
             read_bundle(bundle, other)
-    assert other.environments() == []
+    assert other.environments() == before
 
 
+@pytest.mark.usefixtures("watched")
 def test_any_flipped_byte_is_found(bundle: Path, other: Store) -> None:
+    before = other.environments()
     data = bytearray(bundle.read_bytes())
     chance = random.Random(1)
     for place in {*range(20), *(chance.randrange(len(data)) for _ in range(150)), len(data) - 1}:
@@ -71,9 +86,10 @@ def test_any_flipped_byte_is_found(bundle: Path, other: Store) -> None:
         with pytest.raises(BundleInvalid):
             read_bundle(bundle, other)
         data[place] ^= 0x40
-    assert other.environments() == []
+    assert other.environments() == before
 
 
+@pytest.mark.usefixtures("watched")
 def test_anything_more_than_the_manifest_asks_for_is_refused(bundle: Path, other: Store) -> None:
     data = bundle.read_bytes()
     extra = hashlib.sha256(b"extra").digest() + struct.pack(">BI", 0, 5) + b"extra"
@@ -83,6 +99,7 @@ def test_anything_more_than_the_manifest_asks_for_is_refused(bundle: Path, other
             read_bundle(bundle, other)
 
 
+@pytest.mark.usefixtures("watched")
 def test_lying_sizes_are_refused_before_they_are_believed(bundle: Path, other: Store, original: Environment) -> None:
     bundle.write_bytes(MAGIC + struct.pack(">Q", 1 << 50))
     with pytest.raises(BundleInvalid, match="claims"):
@@ -94,6 +111,37 @@ def test_lying_sizes_are_refused_before_they_are_believed(bundle: Path, other: S
         bundle.write_bytes(MAGIC + struct.pack(">Q", len(manifest)) + manifest + chunk + b"x" * 10)
         with pytest.raises(BundleInvalid, match="claims"):
             read_bundle(bundle, other)
+
+
+@pytest.mark.parametrize("name", OUT)
+@pytest.mark.usefixtures("watched")
+def test_an_environment_that_leaves_its_prefix_comes_by_a_bundle(
+    bundle: Path, store: Store, other: Store, name: str
+) -> None:
+    """The bundle is as it should be, all digests are right: only the listing is not, and nothing is built of it."""
+    _, rows = aimed(other, OUT[name])
+    write_bundle(store.read_manifest(packed(store, rows)), store, bundle)
+    environment = Environment.load(bundle, other)
+    with pytest.raises(ManifestInvalid):
+        materialise(other, environment.id)
+    assert other.built(environment.id) is None
+    assert list(other.layout.tmp.iterdir()) == []
+
+
+HOSTILE_DIGESTS = ["../../../../outside/secret", "/etc/passwd", "", "x" * 64, "A" * 64, "0" * 63 + "/"]
+
+
+@pytest.mark.parametrize("digest", HOSTILE_DIGESTS)
+@pytest.mark.usefixtures("watched")
+def test_a_bundle_whose_manifest_names_chunks_by_paths(bundle: Path, other: Store, digest: str) -> None:
+    before = other.environments()
+    chunk = Chunk(digest, 1)  # type: ignore[arg-type]
+    data = Manifest("linux-64", "3", [Package("evil", "1", "0", "files", chunk, ())]).to_bytes()
+    record = bytes(32) + struct.pack(">BI", 0, 1) + b"x"
+    bundle.write_bytes(MAGIC + struct.pack(">Q", len(data)) + data + record + END)
+    with pytest.raises(BundleInvalid):
+        read_bundle(bundle, other)
+    assert other.environments() == before
 
 
 def test_files_that_are_no_bundle_are_refused(tmp_path: Path, other: Store) -> None:
