@@ -1,26 +1,35 @@
 """What has to hold whatever bytes a reader is given: it reads them, or raises one of our errors; nothing else.
 
-Used by `tests/test_fuzz.py`, and by `tests/fuzz/coverage_guided.py` with inputs that a coverage-guided fuzzer finds.
+Used by `tests/fuzzed.py`, and by `tests/fuzz/coverage_guided.py` with inputs that a coverage-guided fuzzer finds.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import stat
 import struct
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from envship.bundle import END, MAGIC, read_bundle
+from tests.environments import environment_of
 from worker_bootstrap import codec
 from worker_bootstrap.blueprint import draw
-from worker_bootstrap.digest import digest_of
+from worker_bootstrap.bundle_index import RECORD, survey
+from worker_bootstrap.digest import EnvironmentId, digest_of
 from worker_bootstrap.errors import BundleInvalid, EnvshipError, ManifestInvalid, MaterialiseError
 from worker_bootstrap.manifest import Chunk, Listing, Manifest, Package
+from worker_bootstrap.materialise import materialise
 from worker_bootstrap.relocate import relocate
 from worker_bootstrap.store import Store
 
 CHUNK_BYTES = 1 << 20
 PREFIX = "/a/prefix"
+SHORT_PREFIX = "/q"
+"""Fits in the place of every placeholder that is tried, and neither holds nor completes one."""
 
 
 def read_any_manifest(data: bytes) -> None:
@@ -66,33 +75,89 @@ def read_any_chunk(data: bytes) -> None:
                 continue
 
 
-def read_any_bundle(data: bytes, folder: Path) -> None:
-    """A bundle that is read is one that we would write; one that is refused leaves no environment."""
-    store = Store(folder / "store")
-    path = folder / "fuzzed.envship"
-    path.write_bytes(data)
-    before = store.environments()
-    try:
-        manifest = read_bundle(path, store)
-    except BundleInvalid:
-        assert store.environments() == before
-        return
+def read_any_bundle(data: bytes) -> None:
+    """A bundle that is read is one that we would write; one that is refused leaves no environment.
+
+    Both readers say the same of what the file holds; what is built of it lies inside of its prefix, or nothing is.
+    """
+    with tempfile.TemporaryDirectory(prefix="envship-fuzz-") as name:
+        folder = Path(name)
+        (folder / "outside").mkdir()
+        store = Store(folder / "store")
+        path = folder / "fuzzed.envship"
+        path.write_bytes(data)
+        try:
+            manifest = read_bundle(path, store)
+        except BundleInvalid:
+            assert store.environments() == []
+        else:
+            _check_bundle(data, path, manifest)
+            assert all(digest_of(store.read_chunk(digest)) == digest for digest in manifest.chunks)
+            build_inside(store, manifest.id)
+        assert path.read_bytes() == data
+        assert sorted(os.listdir(folder)) == ["fuzzed.envship", "outside", "store"]
+        assert os.listdir(folder / "outside") == os.listdir(store.layout.tmp) == []
+
+
+def _check_bundle(data: bytes, path: Path, manifest: Manifest) -> None:
     raw = manifest.to_bytes()
-    assert data.startswith(MAGIC + struct.pack(">Q", len(raw)) + raw) and data.endswith(END)
-    assert all(digest_of(store.read_chunk(digest)) == digest for digest in manifest.chunks)
+    end = MAGIC + struct.pack(">Q", len(raw)) + raw
+    assert data.startswith(end)
+    position = len(end)
+    same, extents = survey(str(path))
+    assert same.id == manifest.id
+    assert list(extents) == list(manifest.chunks)
+    for digest, extent in extents.items():
+        assert data[position : position + 32].hex() == digest
+        assert extent.offset == position + RECORD.size
+        position = extent.offset + extent.size_bytes
+    assert data[position:] == END
+
+
+def build_any_tree(rows: list[Any]) -> None:
+    """An environment with this listing is built inside of its prefix, or not at all."""
+    folder = Path(tempfile.mkdtemp(prefix="envship-fuzz-"))
+    try:
+        (folder / "outside").mkdir()
+        store = Store(folder / "s")
+        raw = json.dumps(rows, sort_keys=True, separators=(",", ":")).encode()
+        package = Package("p", "1", "0", "files", Chunk(store.write_chunk(raw), len(raw)), ())
+        build_inside(store, environment_of(store, [package]).id)
+        assert sorted(os.listdir(folder)) == ["outside", "s"]
+        assert os.listdir(folder / "outside") == os.listdir(store.layout.tmp) == []
+    finally:
+        shutil.rmtree(folder)
+
+
+def build_inside(store: Store, environment_id: EnvironmentId) -> None:
+    """Every link of what is built, however many others it leads through, ends in the prefix."""
+    try:
+        prefix = materialise(store, environment_id)
+    except EnvshipError:
+        assert list(store.layout.envs.iterdir()) == []
+        return
+    assert os.listdir(store.layout.envs) == [prefix.name]
+    for path in prefix.rglob("*"):
+        mode = path.lstat().st_mode
+        assert stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode)
+        assert prefix in (prefix / os.path.realpath(path)).parents or os.path.realpath(path) == str(prefix)
 
 
 def relocate_anything(data: bytes, placeholder: str, mode: str) -> None:
-    """Relocation ends, keeps the size of what is binary, and leaves no placeholder in it."""
+    """Relocation ends, leaves no placeholder, and keeps the size of what is binary."""
     rows = [["f", "a", len(data), digest_of(data), 0, mode, placeholder]]
     try:
         listing = Listing.from_bytes(json.dumps(rows, separators=(",", ":")).encode())
-        (file,) = listing.files
-        assert file.relocation is not None
-        moved = relocate(data, file.relocation, PREFIX)
-    except (EnvshipError, ValueError) as error:
-        assert isinstance(error, EnvshipError) or mode == "binary"
+    except ManifestInvalid:
         return
+    (file,) = listing.files
+    assert file.relocation is not None
+    try:
+        moved = relocate(data, file.relocation, SHORT_PREFIX)
+    except ManifestInvalid:
+        assert mode == "text"
+        return
+    assert os.fsencode(placeholder) not in moved
     if mode == "binary":
         assert len(moved) == len(data)
 
