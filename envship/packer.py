@@ -85,27 +85,27 @@ class Packer:
     def _archive(self, archive: Path) -> _Done:
         with unpacked(archive, self._store.layout.tmp) as prefix:
             try:
-                return self._prefix(prefix, Trees(), ScanIndex.none(self._store))
+                return self._prefix(prefix, Trees(), ScanIndex.none(self._store), is_archive=True)
             except SourceProblems as error:
                 raise SourceProblems(str(archive), error.problems, error.remedy) from error
             except NotAnEnvironment as error:
                 raise NotAnEnvironment(str(archive), error.reason) from error
 
-    def _prefix(self, prefix: Path, trees: Trees, index: ScanIndex) -> _Done:
+    def _prefix(self, prefix: Path, trees: Trees, index: ScanIndex, is_archive: bool = False) -> _Done:
         """Pack a prefix, again if it changed meanwhile: what is packed was there at one moment."""
         for _ in range(_ATTEMPTS):
-            done, changed = self._attempt(prefix, trees, index)
+            done, changed = self._attempt(prefix, trees, index, is_archive)
             if not changed:
                 return done
             trees = Trees()
         remedy = "Pack again when nothing writes to it any more."
         raise SourceProblems(str(prefix), [f"{path} changed while it was packed" for path in changed], remedy)
 
-    def _attempt(self, prefix: Path, trees: Trees, index: ScanIndex) -> tuple[_Done, list[str]]:
+    def _attempt(self, prefix: Path, trees: Trees, index: ScanIndex, is_archive: bool) -> tuple[_Done, list[str]]:
         whole = self._whole(prefix, trees, index)
-        plan = plan_prefix(prefix, trees, self._options)
+        plan = plan_prefix(prefix, trees, self._options, is_archive)
         if whole and context(plan) != index.known.context:
-            return self._attempt(prefix, Trees(), ScanIndex.none(self._store))
+            return self._attempt(prefix, Trees(), ScanIndex.none(self._store), is_archive)
         drafts = [part for draft in plan.drafts for part in _parts(draft) if draft.items]
         keys = [signature(draft, plan, trees.started_ns) for draft in drafts]
         packed = [self._known(key, index) for key in keys]

@@ -16,6 +16,8 @@ from worker_bootstrap.materialise import materialise
 from worker_bootstrap.store import Store
 
 E = digest_of(b"")
+SECRET = b"nobody else's business"
+"""What a file has that lies beside the store."""
 
 NEIGHBOUR: dict[str, Content] = {
     "bin/theirs*": b"#!/bin/sh\n",
@@ -49,7 +51,7 @@ def add_surroundings(folder: Path, store: Store) -> Path:
     """A folder beside *store* with a file worth having (returned), and another environment, built in *store*."""
     outside = folder / "outside"
     outside.mkdir()
-    (outside / "secret").write_bytes(b"secret")
+    (outside / "secret").write_bytes(SECRET)
     (outside / "secret").chmod(0o600)
     materialise(store, tiny_environment(store, NEIGHBOUR))
     return outside

@@ -48,8 +48,8 @@ _MACHINE_BOUND = (
 _UNREADABLE = "Repair the package: conda install --force-reinstall NAME."
 
 
-def plan_conda(prefix: Path, trees: Trees, options: PackOptions) -> Plan:
-    """What a pack of the conda environment at *prefix* will do.
+def plan_conda(prefix: Path, trees: Trees, options: PackOptions, is_archive: bool = False) -> Plan:
+    """What a pack of the conda environment at *prefix*, which may come out of an archive, will do.
 
     Raises
     ------
@@ -68,7 +68,7 @@ def plan_conda(prefix: Path, trees: Trees, options: PackOptions) -> Plan:
 
     before = read_unpacked(prefix, _placeholders(records))
     older = before.older_prefixes if before is not None else ()
-    collector = Collector([str(prefix), str(prefix.resolve()), *older], trees, options, before)
+    collector = Collector([str(prefix), str(prefix.resolve()), *older], trees, options, before, is_archive)
     owners = _owners(records, files)
     distributions = _foreign_distributions(prefix, f"{library}/site-packages", records, files, owners)
     faults = [*_missing(records, files), *missing_files(distributions, files)]
@@ -106,7 +106,7 @@ def canonical_conda_meta(data: bytes) -> bytes:
     for key in ("url", "channel"):
         if isinstance(record.get(key), str):
             record[key] = _public_url(record[key])
-    for path in record.get("paths_data", {}).get("paths", []):
+    for path in record.get("paths_data", {}).get("paths") or []:
         path.pop("sha256_in_prefix", None)
         if path.get("path_type") == "unix_python_entry_point":
             # Written by the installer with the prefix in it.
@@ -132,15 +132,22 @@ def _read_records(prefix: Path, files: Collection[str]) -> list[dict[str, Any]]:
             continue
         try:
             record = json.loads(path.read_bytes())
-            if not isinstance(record["name"], str):
-                raise TypeError("its name is no text")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            _check_record(record)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise SourceProblems(
                 str(prefix), [f"conda-meta/{path.name} cannot be read: {error}"], _UNREADABLE
             ) from error
         record["envship-record"] = path.name
         records.append(record)
     return records
+
+
+def _check_record(record: Any) -> None:
+    if not (isinstance(record["name"], str) and isinstance(record["version"], str)):
+        raise TypeError("its name or version is no text")
+    paths = record.get("paths_data", {}).get("paths") or []
+    if not all(isinstance(name, str) for name in (*record.get("files", []), *(path["_path"] for path in paths))):
+        raise TypeError("a path in it is no text")
 
 
 def _placeholders(records: Sequence[Mapping[str, Any]]) -> frozenset[str]:
@@ -276,7 +283,7 @@ def _recorded_code(draft: Draft, records: Sequence[Mapping[str, Any]], items: It
     digests: dict[str, str] = {}
     if draft.kind == "conda":
         record = next(record for record in records if record["name"] == draft.name)
-        for entry in record.get("paths_data", {}).get("paths", []):
+        for entry in record.get("paths_data", {}).get("paths") or []:
             if entry["_path"].endswith(".pyc") and is_digest(entry.get("sha256")):
                 digests[entry["_path"]] = entry["sha256"]
     return [

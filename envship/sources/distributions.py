@@ -131,7 +131,7 @@ def _recorded(where: str, site_folder: str, site_path: str) -> list[str]:
             path = os.path.relpath(row[0], prefix)
         else:
             path = os.path.normpath(os.path.join(site_path, row[0]))
-        if not path.startswith("../"):
+        if path not in (".", "..") and not path.startswith("../") and "\0" not in path:
             paths.append(path)
     return paths
 

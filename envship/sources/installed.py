@@ -27,6 +27,10 @@ from worker_bootstrap.manifest import Link
 _NOT_EDITABLE = (
     "Install such projects without -e, or leave them out: PackOptions(ignore_editable=True), --ignore-editable."
 )
+_ELSEWHERE = (
+    "Install such projects without -e before the environment is packed, or leave them out: "
+    "PackOptions(ignore_editable=True), --ignore-editable."
+)
 _TOO_LARGE = (
     "Leave data out of projects (--exclude, .gitignore), or raise the limit: PackOptions(project_limit_bytes=…), "
     "--project-limit."
@@ -54,7 +58,12 @@ def distribution_draft(
         if collector.options.ignore_editable:
             return draft
         project = project_of(distribution, files, collector.prefixes)
-    if project is not None and project.problem:
+    if project is not None and collector.is_archive:
+        url = distribution.editable
+        problem = f"{draft.name} {draft.version} is installed in editable mode from {url}, which is not in the archive"
+        collector.note(problem, _ELSEWHERE)
+        project = None
+    elif project is not None and project.problem:
         collector.note(project.problem, _NOT_EDITABLE)
         project = None
     items: list[Item] = []
@@ -87,8 +96,11 @@ def path_file_drafts(
     owners: MutableMapping[str, str],
     collector: Collector,
 ) -> list[Draft]:
-    """The drafts of projects to which ``.pth`` files in the site folder link; they take these files."""
-    if collector.options.ignore_editable:
+    """The drafts of projects to which ``.pth`` files in the site folder link; they take these files.
+
+    The ``.pth`` files of an archive mean folders of the machine that it was made on, and are left as they are.
+    """
+    if collector.options.ignore_editable or collector.is_archive:
         return []
     drafts = []
     for project in linked_by_path_files(site_path, files, distributions, collector.prefixes):

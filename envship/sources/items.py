@@ -52,6 +52,8 @@ class Collector:
         What the user said.
     unpacked
         What conda-pack did to the prefix, if it did.
+    is_archive
+        Whether the prefix comes out of an archive, which may name whatever it likes on this machine.
 
     Attributes
     ----------
@@ -67,10 +69,12 @@ class Collector:
         trees: Trees,
         options: PackOptions = NO_OPTIONS,
         unpacked: Unpacked | None = None,
+        is_archive: bool = False,
     ) -> None:
         self.trees = trees
         self.options = options
         self.unpacked = unpacked
+        self.is_archive = is_archive
         self.prefixes = tuple(dict.fromkeys(prefixes))
         self.problems: list[str] = []
         self.remedies: dict[str, None] = {}

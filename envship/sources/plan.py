@@ -13,8 +13,11 @@ from envship.sources.tree import Trees
 from envship.sources.venv import plan_venv
 
 
-def plan(prefix: Path, trees: Trees, options: PackOptions) -> Plan:
+def plan(prefix: Path, trees: Trees, options: PackOptions, is_archive: bool = False) -> Plan:
     """What a pack of the environment at *prefix* will do; *trees* keeps what was seen of it.
+
+    What comes out of an archive says nothing true of this machine: nothing outside of *prefix* is looked at then,
+    whatever project, interpreter or package its files name.
 
     Raises
     ------
@@ -24,5 +27,5 @@ def plan(prefix: Path, trees: Trees, options: PackOptions) -> Plan:
         If files are missing or were overwritten (unless *options* ignore that), or cannot be packed.
     """
     of_kind = plan_conda if is_conda(checked(prefix)) else plan_venv
-    made = of_kind(prefix, trees, options)
+    made = of_kind(prefix, trees, options, is_archive)
     return replace(made, drafts=options.chosen(made.drafts))

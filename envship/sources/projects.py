@@ -83,17 +83,18 @@ class Project:
     def __init__(self, name: str, links: Mapping[str, Sequence[str]], root: str = "") -> None:
         self.name = name
         self.links = links
+        folder = re.sub(r"[^\w.-]", "_", name).strip(".") or "path"
         named = source_tree.minimal([path for paths in links.values() for path in paths])
         everything = [path for path in named if path in {*SYSTEM_PREFIXES, os.path.expanduser("~")}]
         self.problem = f"{', '.join(links)}: {everything[0]} is too much to take along" if everything else ""
         inside = [path for path in named if root and (path == root or path.startswith(root + "/"))]
         self._parts: list[tuple[Tree, list[str]]] = []
         if inside:
-            self._parts.append((Tree(root, f"{PLACE}/{name}"), inside))
+            self._parts.append((Tree(root, f"{PLACE}/{folder}"), inside))
         for path in named:
             if path not in inside:
                 number = len(self._parts)
-                place = f"{PLACE}/{name}-{number}" if number else f"{PLACE}/{name}"
+                place = f"{PLACE}/{folder}-{number}" if number else f"{PLACE}/{folder}"
                 self._parts.append((Tree(path, place), [path]))
 
     @property
@@ -166,7 +167,7 @@ def linked_by_path_files(
             if folders:
                 name = os.path.basename(path)[: -len(".pth")]
                 links = {path: folders, **dict(_egg_links(site_path, files, folders))}
-                found.append(Project(re.sub(r"[^\w.-]", "_", name) or "path", links))
+                found.append(Project(name, links))
     return found
 
 

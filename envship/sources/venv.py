@@ -17,6 +17,7 @@ from envship.sources.draft import Draft, Item, Plan
 from envship.sources.installed import distribution_draft, missing_files, path_file_drafts
 from envship.sources.interpreter import Interpreter, ask
 from envship.sources.items import Collector, with_byte_code
+from envship.sources.path_files import is_inside
 from envship.sources.tree import Found, Root, Trees
 from worker_bootstrap.errors import NotAnEnvironment
 
@@ -27,13 +28,13 @@ _LEFT_OUT = re.compile(
 """What makes a folder a venv, which the prefix is not any more; caches and logs."""
 
 
-def plan_venv(prefix: Path, trees: Trees, options: PackOptions) -> Plan:
-    """What a pack of the venv, or the plain interpreter, at *prefix* will do.
+def plan_venv(prefix: Path, trees: Trees, options: PackOptions, is_archive: bool = False) -> Plan:
+    """What a pack of the venv, or the plain interpreter, at *prefix*, which may come out of an archive, will do.
 
     Raises
     ------
     NotAnEnvironment
-        If its interpreter does not run.
+        If its interpreter does not run, or is not whole in the archive.
     SourceProblems
         If files are missing (unless *options* ignore that) or cannot be packed.
     """
@@ -41,11 +42,13 @@ def plan_venv(prefix: Path, trees: Trees, options: PackOptions) -> Plan:
     if executable is None:
         raise NotAnEnvironment(str(prefix), "the interpreter that it was made with is gone")
     interpreter = ask(str(executable), str(prefix), libraries=True)
+    if is_archive:
+        _check_is_whole(prefix, interpreter)
     library = f"lib/python{interpreter.short_version}"
     for root in base_roots(interpreter):
         trees.walk(root)
     files, distributions = _installed(prefix, f"{library}/site-packages", interpreter, trees)
-    collector = Collector(_spellings(prefix, interpreter), trees, options)
+    collector = Collector(_spellings(prefix, interpreter), trees, options, is_archive=is_archive)
     drafts = [base_draft(interpreter, trees, collector)]
     owners = {item.path: "python" for item in drafts[0].items}
     drafts += [distribution_draft(distribution, files, owners, collector) for distribution in distributions]
@@ -64,6 +67,14 @@ def plan_venv(prefix: Path, trees: Trees, options: PackOptions) -> Plan:
         ],
         problems=ignored,
     )
+
+
+def _check_is_whole(prefix: Path, interpreter: Interpreter) -> None:
+    """Refuse an archive whose interpreter has its library, or packages, elsewhere: on the machine that unpacks it."""
+    parts = (interpreter.stdlib, interpreter.platstdlib, interpreter.executable, *interpreter.site)
+    outside = [part for part in parts if not is_inside(os.path.realpath(part), [os.path.realpath(prefix)])]
+    if outside:
+        raise NotAnEnvironment(str(prefix), f"its interpreter needs {outside[0]}, which is not in it")
 
 
 def _installed(
@@ -98,8 +109,8 @@ def _add_site(
         for path in distribution.files:
             if not path.startswith(site_path + "/"):
                 origin = os.path.normpath(os.path.join(folder, os.path.relpath(path, site_path)))
-                for node in trees.walk(Root(origin)).values():
-                    inside[path] = Found(origin, node)
+                if os.path.lexists(origin) and (os.path.islink(origin) or not os.path.isdir(origin)):
+                    inside.update((path, Found(origin, node)) for node in trees.walk(Root(origin)).values())
     for path, found in inside.items():
         files.setdefault(path, found)
 
