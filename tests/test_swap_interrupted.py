@@ -16,8 +16,11 @@ import pytest
 from distributed import Client
 
 import envship  # noqa: F401  adds the methods to the client
+from envship import reconnect
+from worker_bootstrap import verify
 from worker_bootstrap.digest import EnvironmentId
-from worker_bootstrap.errors import PrepareFailed
+from worker_bootstrap.errors import EnvshipError, PrepareFailed
+from worker_bootstrap.materialise import materialise
 from worker_bootstrap.store import Store
 
 from .cluster import SWAP_MARKS, Cluster, eventually, places, variant
@@ -142,6 +145,24 @@ def test_a_client_that_is_killed_leaves_a_cluster_that_works(
     killed.wait()
     client.use_environment(packed)
     assert prefixes(client) == {packed.id[:16]}
+
+
+@pytest.mark.heavy
+def test_a_scheduler_that_is_killed_ends_the_call_and_the_stores_stay_sound(
+    client: Client, cluster: Cluster, slow: EnvironmentId, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With it the cluster is gone, as without a swap; what had arrived in the stores is whole, and the next one's."""
+    monkeypatch.setattr(reconnect, "TIMEOUT_S", 10.0)
+    moving = Moving(client, slow)
+    eventually(lambda: standby_is_starting(cluster, slow), "the swap is under way")
+    cluster.members["scheduler"].process.send_signal(signal.SIGKILL)
+    with pytest.raises(EnvshipError):
+        moving.end()
+    client.close(timeout=1)
+    store = Store(cluster.store("b"))
+    prefix = materialise(store, slow)
+    assert list(verify.damaged_files(store, slow, prefix)) == []
+    assert list(verify.damaged_chunks(store, store.read_manifest(slow))) == []
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs a file system of its own, so root")

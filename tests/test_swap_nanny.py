@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -260,6 +261,15 @@ def test_results_in_memory_are_computed_again(client: Client, packed: Environmen
     future.result()
     client.use_environment(packed, scheduler=False)
     assert future.result(timeout=30).endswith(packed.id[:16])
+
+
+def test_scattered_data_is_lost_and_said_to_be(client: Client, packed: Environment, onlyhere: ModuleType) -> None:
+    """There is no task that could make it again: whoever wants it hears so at once, and scatters it anew."""
+    future = client.scatter({"a": 1}, hash=False)
+    client.use_environment(packed, scheduler=False)
+    with pytest.raises(CancelledError):
+        client.submit(len, future).result(timeout=30)
+    assert client.submit(len, client.scatter({"a": 1}, hash=False)).result(timeout=30) == 1
 
 
 def test_a_task_that_runs_is_started_again(client: Client, packed: Environment) -> None:
