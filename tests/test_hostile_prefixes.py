@@ -166,6 +166,28 @@ def test_a_wheel_of_the_interpreter_that_records_what_lies_outside(
     assert not any(str(outside) in root.path or root.path in (str(base), str(base.parent)) for root in trees.roots)
 
 
+@pytest.mark.parametrize("kind", ["prefix", "archive"])
+@pytest.mark.parametrize("what", ["a field without end", "a folder", "no digest"])
+def test_a_wheel_whose_record_cannot_be_read(
+    prefix: Path, tmp_path: Path, store: Store, outside: Path, what: str, kind: str
+) -> None:
+    """Also where conda-pack's script makes it be read early; a digest that is none counts for nothing."""
+    row = {"a field without end": "../../../bin/" + "x" * 200_000, "no digest": "../../../bin/tool,sha256=abcde"}
+    distribution(prefix, [row.get(what, "share")])
+    (prefix / "bin/tool").write_bytes(b"tool")
+    (prefix / "bin/conda-unpack").write_text("_prefix_records = [\n]\n")
+    if what == "a folder":
+        file = prefix / SITE / "evil-1.0.dist-info/RECORD"
+        file.unlink()
+        file.mkdir()
+    source = archived(prefix, tmp_path / "env.tar") if kind == "archive" else prefix
+    if what == "no digest":
+        check_nothing_of_outside(pack(source, store=store), store)
+        return
+    with pytest.raises(SourceProblems, match=r"evil-1\.0\.dist-info cannot be read"):
+        pack(source, store=store)
+
+
 @pytest.mark.parametrize("name", ["...pth", "....pth", ".pth", "a b.pth"])
 def test_a_path_file_whose_name_is_a_path(prefix: Path, store: Store, outside: Path, name: str) -> None:
     """The folder that it names comes along, as the user's own project, to a place among projects."""

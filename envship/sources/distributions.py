@@ -16,8 +16,13 @@ from collections.abc import Container, Iterable
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
+from worker_bootstrap.errors import SourceProblems
+
 MACHINE_BOUND = frozenset(("REQUESTED", "uv_cache.json", "uv_build.json"))
 """Files of a dist-info folder that say how and when it was installed here, nothing about what it is."""
+
+
+_UNREADABLE = "Repair the package: pip install --force-reinstall NAME."
 
 
 class Distribution(NamedTuple):
@@ -35,12 +40,21 @@ class Distribution(NamedTuple):
 
 
 def read_distributions(site_folder: str, site_path: str, files: Iterable[str]) -> list[Distribution]:
-    """The distributions in *site_folder*, which lies at *site_path* in the environment with these *files*."""
+    """The distributions in *site_folder*, which lies at *site_path* in the environment with these *files*.
+
+    Raises
+    ------
+    SourceProblems
+        If the metadata of one cannot be read.
+    """
     found = []
     for path in files:
         folder, _, name = path.rpartition("/")
         if name == "METADATA" and folder.endswith(".dist-info") and os.path.dirname(folder) == site_path:
-            found.append(_read(site_folder, site_path, os.path.basename(folder)))
+            try:
+                found.append(_read(site_folder, site_path, os.path.basename(folder)))
+            except (OSError, csv.Error) as error:
+                raise SourceProblems(site_folder, [f"{folder} cannot be read: {error}"], _UNREADABLE) from error
     return sorted(found)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import contextlib
 import csv
 import re
 from collections.abc import Iterator
@@ -100,7 +101,11 @@ def read_unpacked(prefix: Path, recorded: frozenset[str]) -> Unpacked | None:
 def _recorded_scripts(prefix: Path) -> Iterator[str]:
     """Digests of the scripts that the RECORDs of pip's packages list."""
     for record in prefix.glob("lib/python*/site-packages/*.dist-info/RECORD"):
-        with open(record, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        # One that cannot be read is a problem of its package, which is told of where that is planned.
+        with (
+            contextlib.suppress(OSError, ValueError, csv.Error),
+            open(record, encoding="utf-8", errors="surrogateescape", newline="") as file,
+        ):
             for row in csv.reader(line for line in file if line.startswith("../../../bin/")):
                 if len(row) > 1 and row[1].startswith("sha256="):
                     text = row[1][len("sha256=") :]
