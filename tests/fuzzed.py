@@ -13,6 +13,7 @@ import resource
 import signal
 import struct
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ from tests.fuzzing import (
     read_any_listing,
     read_any_manifest,
     relocate_anything,
+    unpack_any_archive,
 )
 from worker_bootstrap import codec
 from worker_bootstrap.bundle_index import CODECS, RECORD
@@ -102,6 +104,27 @@ entries = (
 trees = st.lists(entries, max_size=7, unique_by=lambda row: row[1]).map(
     lambda found: sorted(found, key=lambda row: row[1])
 )
+
+
+ways = st.lists(st.sampled_from(["a", "b", "a/b", "..", "../..", "outside", "secret"]), min_size=1, max_size=5).map(
+    "/".join
+)
+places = st.lists(st.sampled_from(["a", "b", "c", "outside", "bin"]), min_size=1, max_size=4).map("/".join)
+kinds = st.sampled_from([tarfile.REGTYPE, tarfile.DIRTYPE, *[tarfile.SYMTYPE] * 3, tarfile.LNKTYPE])
+members = st.tuples(places | ways, kinds, ways)
+
+
+@st.composite
+def chained(draw: st.DrawFn) -> list[tuple[str, bytes, str]]:
+    """Members of an archive: a link up to the top, another one from there further up, and something below that one."""
+    top = draw(places)
+    above, below = (draw(st.integers(0, 5)) for _ in range(2))
+    chain = [
+        (f"{top}/top", tarfile.SYMTYPE, "/".join([".."] * (top.count("/") + 1))),
+        ("up", tarfile.SYMTYPE, "/".join([top, "top", *[".."] * above])),
+        ("/".join(["up", *[".."] * below, draw(places)]), draw(kinds), draw(ways)),
+    ]
+    return draw(st.permutations([*chain, *draw(st.lists(members, max_size=3))]))
 
 
 @st.composite
@@ -223,6 +246,7 @@ TARGETS: dict[str, Target] = {
     "chunk": Target(read_any_chunk, alone(any_payload)),
     "bundle": Target(read_any_bundle, alone(any_bundle)),
     "tree": Target(build_any_tree, alone(lambda: trees)),
+    "archive": Target(unpack_any_archive, alone(lambda: st.lists(members, max_size=7) | chained())),
     "relocation": Target(
         relocate_anything,
         any_text,

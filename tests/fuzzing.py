@@ -10,17 +10,29 @@ import os
 import shutil
 import stat
 import struct
+import tarfile
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from envship.bundle import END, MAGIC, read_bundle
+from envship.sources.archive import unpacked
 from tests.environments import environment_of
+from tests.snapshots import changes, snapshot
 from worker_bootstrap import codec
 from worker_bootstrap.blueprint import draw
 from worker_bootstrap.bundle_index import RECORD, survey
 from worker_bootstrap.digest import EnvironmentId, digest_of
-from worker_bootstrap.errors import BundleInvalid, EnvshipError, ManifestInvalid, MaterialiseError
+from worker_bootstrap.errors import (
+    ArchiveInvalid,
+    BundleInvalid,
+    EnvshipError,
+    ManifestInvalid,
+    MaterialiseError,
+    NotAnEnvironment,
+    SourceProblems,
+)
 from worker_bootstrap.manifest import Chunk, Listing, Manifest, Package
 from worker_bootstrap.materialise import materialise
 from worker_bootstrap.relocate import relocate
@@ -141,6 +153,32 @@ def build_inside(store: Store, environment_id: EnvironmentId) -> None:
         mode = path.lstat().st_mode
         assert stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode)
         assert prefix in (prefix / os.path.realpath(path)).parents or os.path.realpath(path) == str(prefix)
+
+
+def unpack_any_archive(members: Sequence[tuple[str, bytes, str]]) -> None:
+    """What is unpacked lies in a folder of its own, and each link, however many others it leads through, ends there.
+
+    *members*: a name, a type as `tarfile` has it, and where a link leads.
+    """
+    with tempfile.TemporaryDirectory(prefix="envship-fuzz-") as name:
+        folder = Path(name)
+        (folder / "outside").mkdir()
+        (folder / "outside/secret").write_bytes(b"secret")
+        store = Store(folder / "store")
+        with tarfile.open(folder / "env.tar", "w") as tar:
+            for path, kind, target in [("bin/python", tarfile.REGTYPE, ""), *members]:
+                info = tarfile.TarInfo(path)
+                info.type, info.linkname = kind, target
+                tar.addfile(info)
+        before = snapshot(folder, [store.layout.root])
+        try:
+            with unpacked(folder / "env.tar", store.layout.tmp) as prefix:
+                (scratch,) = store.layout.tmp.iterdir()
+                for found in scratch.rglob("*"):
+                    assert (os.path.realpath(found) + "/").startswith(f"{prefix}/")
+        except (ArchiveInvalid, SourceProblems, NotAnEnvironment):
+            pass
+        assert changes(before, folder, [store.layout.root]) == []
 
 
 def relocate_anything(data: bytes, placeholder: str, mode: str) -> None:
