@@ -19,6 +19,7 @@ from envship.pack import pack
 from envship.sources import venv as venvs
 from envship.sources.draft import FileItem
 from envship.sources.interpreter import Interpreter, ask
+from envship.sources.plan import plan
 from envship.sources.tree import Trees
 from worker_bootstrap.errors import NotAnEnvironment, SourceProblems
 from worker_bootstrap.materialise import materialise
@@ -117,10 +118,10 @@ def test_an_old_conda_package_that_lists_what_lies_outside(prefix: Path, store: 
 @pytest.mark.parametrize(
     "paths", [[{"_path": None}], [{"_path": ["a"]}], [{"_path": 3}], ["a"], [{}], {"a": 1}, 3], ids=json.dumps
 )
-def test_a_conda_package_that_records_what_is_no_path(prefix: Path, store: Store, outside: Path, paths: Any) -> None:
+def test_a_conda_package_that_records_what_is_no_path(prefix: Path, outside: Path, paths: Any) -> None:
     record(prefix, "evil", paths)
     with pytest.raises(SourceProblems, match=r"evil-3.11.7-0.json cannot be read"):
-        pack(prefix, store=store)
+        plan(prefix, Trees(), NO_OPTIONS)
 
 
 ROWS = [
@@ -155,8 +156,8 @@ def test_a_wheel_of_the_interpreter_that_records_what_lies_outside(
 
     monkeypatch.setattr(venvs, "ask", answer)
     trees = Trees()
-    plan = venvs.plan_venv(venv, trees, PackOptions(ignore_missing=True))
-    (evil,) = (draft for draft in plan.drafts if draft.name == "evil")
+    made = venvs.plan_venv(venv, trees, PackOptions(ignore_missing=True))
+    (evil,) = (draft for draft in made.drafts if draft.name == "evil")
     assert {item.path for item in evil.items} - {SITE} == {
         f"{SITE}/evil-1.0.dist-info/METADATA",
         f"{SITE}/evil-1.0.dist-info/RECORD",
