@@ -20,21 +20,13 @@ from distributed.protocol import Serialized, ToPickle, to_serialize
 from distributed.security import Security
 
 from worker_bootstrap import codec, transfer, wire
-from worker_bootstrap.assignments import Batch, Offer, Upload
+from worker_bootstrap.assignments import Batch, Upload
 from worker_bootstrap.digest import Digest, digest_of
 from worker_bootstrap.errors import ChunkMissing, StoreFull, TransferError
 from worker_bootstrap.store import Store
-from worker_bootstrap.tracker import Tracker
-from worker_bootstrap.transfer import (
-    ChunkServer,
-    EncodedChunk,
-    Held,
-    Outbox,
-    Outcome,
-    PeerChunks,
-    fetch_chunks,
-    upload_chunks,
-)
+from worker_bootstrap.transfer import ChunkServer, EncodedChunk, Held, Outbox, Outcome, PeerChunks, upload_chunks
+
+from .fetching import exchange, new_tracker
 
 TLS_FOLDER = Path(__file__).parent / "tls"
 Reply = Callable[..., Awaitable[Any]]
@@ -87,26 +79,6 @@ class Peer:
 
     def chunks(self, timeout_s: float = 10.0) -> PeerChunks:
         return PeerChunks(self.server.rpc, timeout_s)
-
-
-async def exchange(tracker: Tracker, store: Store, get: transfer.GetChunks, **options: Any) -> list[Outcome]:
-    """Fetch with a tracker in this process, the way an agent does; return what was reported."""
-    outcomes = []
-
-    async def trade(done: Sequence[Outcome]) -> Offer:
-        for outcome in done:
-            outcomes.append(outcome)
-            tracker.received(store.host_id, outcome.received)
-            if outcome.failed:
-                tracker.failed(store.host_id, outcome.source, outcome.failed, fault=outcome.fault)
-        return tracker.offer(store.host_id)
-
-    await fetch_chunks(store, trade=trade, get=get, pause_s=0.001, **options)
-    return outcomes
-
-
-def new_tracker() -> Tracker:
-    return Tracker(clock=lambda: 0.0)
 
 
 @pytest.mark.parametrize("security", [None, tls()], ids=["tcp", "tls"])
