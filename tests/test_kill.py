@@ -1,26 +1,42 @@
 """Kill -9 at random points of everything that writes: what is left is the old or the new, and can be gone on from.
 
 Each of the (seeded) runs is followed by a look at every chunk and every file, and by the same work once more, to its
-end. `tests.killing` is the program that does it; 76 runs in ``make test``, ten times as many in ``make test-all``.
+end. `tests.killing` and `tests.killing_packs` are the programs that do it; 249 runs in ``make test``, ten times as many
+in ``make test-all``.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-WORKS = ("load", "save", "build", "mend", "stage", "evict")
-RUNS = 12
+WORKS = {"load": 30, "save": 30, "fetch": 40, "build": 40, "mend": 30, "stage": 40, "evict": 30}
+"""How often each is killed: at each kind of step that it has, and then as often at what decides as anywhere."""
+PACK_RUNS = 9
+MEMORY = Path("/dev/shm")
 
 
-def tried(folder: Path, work: str, seed: int, runs: int, *more: Path) -> dict[str, Any]:
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory, if this system has one where programs may run: who is killed does not need a disk for it."""
+    if not os.access(MEMORY, os.W_OK) or os.statvfs(MEMORY).f_flag & os.ST_NOEXEC:
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=MEMORY, prefix="envship-kill-") as name:
+        yield Path(name)
+
+
+def tried(program: str, *arguments: object) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.killing", folder, work, str(seed), str(runs), *more],
+        [sys.executable, "-m", f"tests.{program}", *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[1],
@@ -31,24 +47,50 @@ def tried(folder: Path, work: str, seed: int, runs: int, *more: Path) -> dict[st
     return outcome
 
 
-@pytest.mark.parametrize("work", WORKS)
-def test_killed_anywhere_it_leaves_the_old_or_the_new(work: str, tmp_path: Path) -> None:
-    outcome = tried(tmp_path, work, 1, RUNS)
+def assert_old_or_new(outcome: dict[str, Any], runs: int) -> None:
+    """Nothing was left by halves, and it was killed at each kind of step that the work has."""
     assert outcome["problems"] == []
-    assert outcome["kills"] > RUNS * 0.8, outcome
+    assert len(outcome["killed_at"]) > runs * 0.8, outcome
+    assert set(outcome["kinds"]) <= set(outcome["killed_at"]), outcome
+
+
+@pytest.mark.parametrize(("work", "runs"), WORKS.items())
+def test_killed_anywhere_it_leaves_the_old_or_the_new(work: str, runs: int, folder: Path) -> None:
+    outcome = tried("killing", folder, work, 1, runs)
+    assert_old_or_new(outcome, runs)
+    assert any("by a helper" in kind for kind in outcome["kinds"]) == (work in ("fetch", "build", "stage"))
 
 
 @pytest.mark.heavy
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("work", WORKS)
-def test_killed_anywhere_many_times(work: str, tmp_path: Path) -> None:
-    outcome = tried(tmp_path, work, 2, RUNS * 10)
-    assert outcome["problems"] == []
-    assert outcome["kills"] > RUNS * 8, outcome
+@pytest.mark.parametrize(("work", "runs"), WORKS.items())
+def test_killed_anywhere_many_times(work: str, runs: int, tmp_path: Path) -> None:
+    assert_old_or_new(tried("killing", tmp_path, work, 2, runs * 10), runs * 10)
 
 
-@pytest.mark.parametrize("runs", [4, pytest.param(40, marks=[pytest.mark.heavy, pytest.mark.timeout(1800)])])
-def test_a_pack_that_is_killed_leaves_no_half_environment(venv: Path, tmp_path: Path, runs: int) -> None:
-    outcome = tried(tmp_path, "pack", 3, runs, venv)
-    assert outcome["problems"] == []
-    assert outcome["kills"] > 0, outcome
+@pytest.mark.parametrize("runs", [PACK_RUNS, pytest.param(90, marks=[pytest.mark.heavy, pytest.mark.timeout(1800)])])
+def test_a_pack_that_is_killed_leaves_no_half_environment(venv: Path, folder: Path, runs: int) -> None:
+    assert_old_or_new(tried("killing_packs", folder, venv, 3, runs), runs)
+
+
+@pytest.mark.parametrize(
+    ("work", "wrong_way"),
+    [
+        ("build", "mark before building"),
+        ("fetch", "mark before building"),
+        ("evict", "remove before unmarking"),
+        ("load", "publish in place"),
+        ("save", "overwrite the bundle"),
+        ("mend", "mend in place"),
+    ],
+)
+def test_wrong_ways_are_found_out(work: str, wrong_way: str, folder: Path) -> None:
+    """Each of the runs looks before it is done again, so that what the next one heals does not pass for whole."""
+    outcome = tried("killing", folder, work, 1, 30, "--wrong-way", wrong_way)
+    assert [problem for problem in outcome["problems"] if "done again" not in problem] != []
+
+
+@pytest.mark.heavy
+def test_a_wrong_way_to_pack_is_found_out(venv: Path, folder: Path) -> None:
+    outcome = tried("killing_packs", folder, venv, 3, 6, "--wrong-way", "write the manifest before the chunks")
+    assert [problem for problem in outcome["problems"] if "done again" not in problem] != []
