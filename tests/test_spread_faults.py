@@ -29,8 +29,9 @@ from worker_bootstrap.errors import PrepareFailed
 from worker_bootstrap.mistrust import LIED, SILENT
 from worker_bootstrap.store import Store
 
-from .cluster import SWAP_MARKS, Cluster, eventually
+from .cluster import SWAP_MARKS, Cluster, eventually, marked
 from .environments import environment_of, package_of
+from .halves import halves
 
 pytestmark = SWAP_MARKS
 HOSTS = ("b", "c", "d")
@@ -83,6 +84,15 @@ def address_of(client: Client, host: str) -> str:
 def built(cluster: Cluster, host: str, environment_id: EnvironmentId) -> bool:
     """Whether a host has built an environment; its content was compared with the digests while it was written."""
     return Store(cluster.store(host)).built(environment_id) is not None
+
+
+def assert_whole(cluster: Cluster, host: str) -> None:
+    """A host that was killed has left nothing by halves but in ``tmp``, which the next one would clear up."""
+    root = cluster.store(host)
+    eventually(lambda: not marked(f"ENVSHIP_STORE={root}"), "what built for it ends, too")
+    store = Store(root)
+    assert list(halves(store)) == []
+    shutil.rmtree(store.layout.tmp)
 
 
 def on(client: Client, host: str, function: Callable[[Any], Any]) -> Any:
@@ -258,7 +268,7 @@ def test_a_peer_that_dies_in_the_middle_costs_a_retry(swarm: Swarm) -> None:
     assert result.uploaded_bytes > 0
     assert member.process.wait(20) == 1
     del swarm.cluster.members["mortal"]
-    shutil.rmtree(swarm.cluster.store("mortal"))  # it may have died over a build, which the next process would clear up
+    assert_whole(swarm.cluster, "mortal")
 
 
 # -- clients
@@ -490,6 +500,6 @@ def test_a_third_of_the_hosts_die_and_the_others_have_all(base_venv: Path, tmp_p
                     assert held() < len(environment.chunks) * len(survivors), "all was over before the last one died"
                 staging.join()
             for victim in victims:
-                shutil.rmtree(cluster.store(victim))  # as above
+                assert_whole(cluster, victim)
             assert results
             assert all(built(cluster, host, environment.id) for host in ("a", *survivors))
