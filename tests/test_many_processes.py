@@ -14,11 +14,13 @@ import pytest
 
 from worker_bootstrap import lock, mounts
 from worker_bootstrap import materialise as module
+from worker_bootstrap.digest import EnvironmentId
 from worker_bootstrap.errors import StoreError
 from worker_bootstrap.location import open_store
 from worker_bootstrap.lock import Lease, Lock, holders
 from worker_bootstrap.store import Store
 from worker_bootstrap.verify import damaged_files
+from worker_bootstrap.writer import ALONE_FILES
 
 from .environments import tiny_environment
 
@@ -31,7 +33,10 @@ from worker_bootstrap.lock import Lease
 from worker_bootstrap.materialise import materialise
 from worker_bootstrap.store import Store
 store, name = Store(Path(sys.argv[2])), sys.argv[3]
-prefix = materialise(store, name, report=lambda done, total: os.write(int(sys.argv[4]), b"b") if not done else None)
+def report(done, total):
+    if done == total:
+        os.write(int(sys.argv[4]), b"b")
+prefix = materialise(store, name, report=report)
 Lease(store.lease(name)).hold()
 assert store.built(name)
 print(subprocess.run([prefix / "bin/tool"], capture_output=True, check=True).stdout.decode(), end="")
@@ -54,7 +59,7 @@ def test_fifty_processes_build_one_environment_once_and_all_run_it(tmp_path: Pat
     outputs = [process.communicate(timeout=100)[0] for process in processes]
     os.close(writing)
     with os.fdopen(reading, "rb") as built:
-        assert len(built.read()) <= 1
+        assert built.read() == b"b"
     assert outputs == [b"it runs\n"] * 50
     assert list(damaged_files(store, environment_id)) == []
     assert list(store.layout.tmp.iterdir()) == []
@@ -74,20 +79,65 @@ def test_who_waits_goes_on_when_the_builder_is_killed(tmp_path: Path) -> None:
     )
     assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
     assert holders(store.layout.lock(environment_id)) == [holder.pid]
-    waiting = subprocess.Popen(
+    waiting = _waiting(store, environment_id)
+    holder.kill()
+    holder.communicate()
+    answer = json.loads(waiting.communicate(timeout=60)[0].splitlines()[-1])
+    assert answer == {"prefix": str(store.layout.prefix(environment_id))}
+
+
+BUILD_WITHOUT_END = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from worker_bootstrap.materialise import materialise
+from worker_bootstrap.store import Store
+from worker_bootstrap.writer import Writer
+write_run = Writer._write_run
+def write_and_stay(self, run):
+    write_run(self, run)
+    print(os.getpid(), flush=True)
+    time.sleep(300)
+Writer._write_run = write_and_stay
+materialise(Store(Path(sys.argv[2])), sys.argv[3], processes=2)
+"""
+
+
+def test_who_waits_goes_on_when_a_builder_with_helpers_is_killed(tmp_path: Path) -> None:
+    """They have inherited its lock, and end with it, in the middle of their work."""
+    store = Store(tmp_path / "store")
+    files = {f"lib/{i:04}": b"%d" % i * 50 for i in range(ALONE_FILES * 4)}
+    environment_id = tiny_environment(store, files, 1000)
+    path = store.layout.lock(environment_id)
+    arguments = CODE, store.layout.root, environment_id
+    builder = subprocess.Popen([sys.executable, "-c", BUILD_WITHOUT_END, *arguments], stdout=subprocess.PIPE)
+    assert builder.stdout is not None
+    helpers = [int(builder.stdout.readline()) for _ in range(2)]
+    assert len({builder.pid, *helpers}) == 3
+    assert all(_opened(pid, path) for pid in helpers)
+    waiting = _waiting(store, environment_id)
+    builder.kill()
+    builder.communicate()
+    answer = json.loads(waiting.communicate(timeout=60)[0].splitlines()[-1])
+    assert answer == {"prefix": str(store.layout.prefix(environment_id))}
+    assert not any(_opened(pid, path) for pid in helpers)
+    assert list(damaged_files(store, environment_id)) == []
+    assert list(store.layout.tmp.iterdir()) == []
+
+
+def _waiting(store: Store, environment_id: EnvironmentId) -> subprocess.Popen[bytes]:
+    """A build in another process that has come to wait for the lock."""
+    process = subprocess.Popen(
         [sys.executable, "-c", BUILD, CODE, store.layout.root, environment_id],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
     )
     deadline = time.monotonic() + 30
-    while not _opened(waiting.pid, store.layout.lock(environment_id)):
-        assert time.monotonic() < deadline and waiting.poll() is None
+    while not _opened(process.pid, store.layout.lock(environment_id)):
+        assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.01)
-    assert waiting.poll() is None
-    holder.kill()
-    holder.communicate()
-    answer = json.loads(waiting.communicate(timeout=60)[0].splitlines()[-1])
-    assert answer == {"prefix": str(store.layout.prefix(environment_id))}
+    assert process.poll() is None
+    return process
 
 
 def _opened(pid: int, path: Path) -> bool:

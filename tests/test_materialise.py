@@ -6,6 +6,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -227,8 +228,10 @@ def test_ten_processes_build_once(store: Store) -> None:
         subprocess.Popen(command(store, environment_id), stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
         for _ in range(10)
     ]
-    answers = [json.loads(process.communicate(timeout=60)[0].splitlines()[-1]) for process in processes]
+    told = [process.communicate(timeout=60)[0].splitlines() for process in processes]
+    answers = [json.loads(lines[-1]) for lines in told]
     assert answers == [{"prefix": str(store.layout.prefix(environment_id))}] * 10
+    assert sum(len(lines) > 1 for lines in told) == 1, "only who builds tells of progress"
     assert [process.returncode for process in processes] == [0] * 10
     assert list(verify.damaged_files(store, environment_id)) == []
     assert_nothing_left(store)
@@ -236,9 +239,16 @@ def test_ten_processes_build_once(store: Store) -> None:
 
 def test_threads_of_one_process_build_once(store: Store) -> None:
     environment_id = tiny_environment(store)
+    built: list[int] = []
+
+    def report(done_bytes: int, total_bytes: int) -> None:
+        if done_bytes == total_bytes:
+            built.append(threading.get_ident())
+
     with ThreadPoolExecutor(8) as pool:
-        found = {pool.submit(materialise, store, environment_id) for _ in range(8)}
+        found = {pool.submit(materialise, store, environment_id, report=report) for _ in range(8)}
     assert {future.result() for future in found} == {store.layout.prefix(environment_id)}
+    assert len(built) == 1
 
 
 class StuckBuild:
