@@ -5,7 +5,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -282,60 +283,129 @@ def test_a_prefix_without_mark_stays_while_somebody_builds_or_runs_there(store: 
 # -- races: whoever comes too late finds nothing there, as if it had never been
 
 
+class Overtaken(Store):
+    """A store in which everything is evicted at one moment of somebody's work: when *moment* is called."""
+
+    def __init__(self, root: Path, moment: str) -> None:
+        super().__init__(root)
+        self.freed: list[evict.Freed] = []
+        right = getattr(self, moment)
+
+        def overtaken(*arguments: object) -> object:
+            if not self.freed:
+                self.freed.append(collect(Store(root), 0, grace_s=0))
+            return right(*arguments)
+
+        setattr(self, moment, overtaken)
+
+
+def test_a_chunk_that_is_evicted_before_it_is_read_is_missing(store: Store) -> None:
+    environment_id = tiny_environment(store)
+    digest = next(iter(store.read_manifest(environment_id).chunks))
+    overtaken = Overtaken(store.layout.root, "_read")  # found, and not yet opened
+    with pytest.raises(ChunkMissing):
+        overtaken.read_chunk(digest)
+    assert overtaken.freed[0].chunks
+
+
+def test_chunks_that_are_evicted_while_they_are_served_are_left_out(store: Store) -> None:
+    environment_id = tiny_environment(store)
+    chunks = store.read_manifest(environment_id).chunks
+    assert len(read_chunks(store, chunks, ["zstd"])) == len(chunks)
+    overtaken = Overtaken(store.layout.root, "_read")
+    assert read_chunks(overtaken, chunks, ["zstd"]) == []
+    assert overtaken.freed[0].evicted == (environment_id,)
+
+
+@pytest.mark.parametrize("was_built", [False, True])
+def test_an_environment_that_is_evicted_before_it_is_built_is_missing(store: Store, was_built: bool) -> None:
+    environment_id = tiny_environment(store)
+    if was_built:
+        materialise(store, environment_id)
+    overtaken = Overtaken(store.layout.root, "built_in")  # before there is a lock
+    with pytest.raises(EnvironmentMissing):
+        materialise(overtaken, environment_id)
+    assert overtaken.freed[0].evicted == (environment_id,)
+    assert_gone(store, environment_id)
+
+
+@pytest.mark.parametrize("moment", ["read_manifest", "read_chunk", "read_unverified"])
+def test_an_environment_whose_build_is_under_way_is_not_evicted(store: Store, moment: str) -> None:
+    environment_id = tiny_environment(store)
+    overtaken = Overtaken(store.layout.root, moment)
+    materialise(overtaken, environment_id)
+    assert [kept.environment_id for kept in overtaken.freed[0].kept] == [environment_id]
+    assert intact(store, environment_id)
+
+
 def test_reading_serving_and_building_miss_what_is_evicted_meanwhile(store: Store) -> None:
+    """While it is gone, each of them misses it, and while it is there, each finds it; nobody ever sees a half."""
     environment_id = tiny_environment(store, {f"{i:03}": os.urandom(60) for i in range(60)})
     manifest = store.read_manifest(environment_id)
     chunks = {digest: store.read_chunk(digest) for digest in manifest.chunks}
     stop = threading.Event()
     errors: list[BaseException] = []
-    seen = {"read": 0, "miss": 0, "built": 0}
+    seen: Counter[tuple[str, str]] = Counter()
 
-    def use(work: object) -> None:
-        assert callable(work)
+    def use(role: str, work: Callable[[], bool]) -> None:
         while not stop.is_set():
             try:
-                work()
-                seen["read"] += 1
+                found = work()
             except (ChunkMissing, EnvironmentMissing):
-                seen["miss"] += 1
+                found = False
             except BaseException as error:
                 errors.append(error)
                 return
+            seen[role, "found" if found else "missed"] += 1
 
-    def read() -> None:
+    def read() -> bool:
         for digest, content in chunks.items():
             assert store.read_chunk(digest) == content
+        return True
 
-    def serve() -> None:
-        for chunk in read_chunks(store, chunks, ["zstd"]):
-            assert chunk.digest in chunks
+    def serve() -> bool:
+        served = read_chunks(store, chunks, ["zstd"])
+        assert {chunk.digest for chunk in served} <= chunks.keys()
+        return len(served) == len(chunks)
 
-    def build() -> None:
+    def build() -> bool:
         prefix = materialise(store, environment_id)
         lease = Lease(store.layout.lease(environment_id))
         lease.hold()
         try:
-            if store.built(environment_id) is not None:  # leased, so it stays now
-                assert len(list(prefix.iterdir())) == 60
-                seen["built"] += 1
+            if store.built(environment_id) is None:
+                return False
+            assert len(list(prefix.iterdir())) == 60  # leased, so it stays now
+            return True
         finally:
             lease.release()
-        stop.wait(0.2)  # else the lock is never free, and nothing can be evicted
+            stop.wait(0.1)  # else the lock is never free, and nothing can be evicted
 
-    threads = [threading.Thread(target=use, args=(work,)) for work in (read, serve, build)]
+    roles = {"reader": read, "server": serve, "builder": build}
+
+    def until_all(what: str) -> None:
+        before = seen.copy()
+        while not errors and not all(seen[role, what] > before[role, what] for role in roles):
+            assert time.monotonic() < deadline, (what, before, seen)
+            time.sleep(0.001)
+
+    threads = [threading.Thread(target=use, args=each) for each in roles.items()]
+    deadline = time.monotonic() + 60
     for thread in threads:
         thread.start()
-    evictions = 0
-    deadline = time.monotonic() + 60
-    while not errors and (evictions < 2 or seen["built"] < 2 or not seen["miss"]) and time.monotonic() < deadline:
-        evictions += len(collect(store, 0, grace_s=0).evicted)
-        for content in chunks.values():
-            store.write_chunk(content)
-        store.write_manifest(manifest)
-    stop.set()
-    for thread in threads:
-        thread.join()
+    try:
+        for _ in range(3):
+            until_all("found")
+            while not collect(store, 0, grace_s=0).evicted:
+                assert time.monotonic() < deadline
+            until_all("missed")
+            for content in chunks.values():
+                store.write_chunk(content)
+            store.write_manifest(manifest)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
     assert errors == []
-    assert evictions >= 2 and seen["built"] >= 2 and seen["miss"]
     materialise(store, environment_id)
     assert intact(store, environment_id)
