@@ -93,6 +93,23 @@ def _text(escaped: str) -> str:
     return os.fsdecode(bytes.fromhex(escaped.replace("\\x", "")))
 
 
+class Keep(NamedTuple):
+    """The chances of what nobody synced: that it is on disk all the same."""
+
+    names: float
+    data: float
+    attributes: float
+
+
+NOTHING = Keep(0.0, 0.0, 0.0)
+JOURNAL = Keep(1.0, 0.0, 1.0)
+"""What a journal keeps: names, sizes, times and modes, of files whose bytes had not been written yet."""
+KEEPS = (
+    *(JOURNAL, Keep(1.0, 0.0, 0.0), Keep(0.0, 1.0, 1.0)),
+    *(Keep(0.5, 0.5, 0.5), Keep(0.9, 0.2, 0.2), Keep(0.2, 0.0, 0.0)),
+)
+
+
 @dataclass(eq=False)
 class Node:
     """A file, folder or link. Of a file, *synced* is what is on disk for sure."""
@@ -108,17 +125,17 @@ class Node:
     def sync(self) -> None:
         self.synced = (self.data, self.mode, self.mtime_ns)
 
-    def left(self, chance: random.Random, keep: float) -> tuple[bytes, int, int]:
+    def left(self, chance: random.Random, keep: Keep) -> tuple[bytes, int, int]:
         """What a power cut leaves of a file: bytes and attributes may each be as synced, or as last seen."""
         data, mode, mtime_ns = self.synced
         if data != self.data:
             luck = chance.random()
-            if luck < keep:
+            if luck < keep.data:
                 data = self.data
-            elif luck > (1 + keep) / 2:  # the size is on disk, of the bytes only some
+            elif luck > (1 + keep.data) / 2:  # the size is on disk, of the bytes only some
                 whole = chance.randrange(len(self.data) + 1)
                 data = self.data[:whole].ljust(len(self.data), b"\0")
-        if chance.random() < keep:
+        if chance.random() < keep.attributes:
             mode, mtime_ns = self.mode, self.mtime_ns
         return data, mode, mtime_ns
 
@@ -277,24 +294,24 @@ class Disk:
 
     # -- what is left
 
-    def crash(self, target: Path, chance: random.Random, keep_names: float, keep_data: float) -> None:
-        """Make *target* what a power cut may leave now. The chances are those of what nobody synced."""
+    def crash(self, target: Path, chance: random.Random, keep: Keep) -> None:
+        """Make *target* what a power cut may leave now."""
         # In one folder, changes get to the disk in their order.
         until: dict[int, bool] = {}
         for change in self.pending:
             folders = [each[0] for each in (change.added or change.removed)]
-            if all(until.get(id(folder), True) for folder in folders) and chance.random() < keep_names:
+            if all(until.get(id(folder), True) for folder in folders) and chance.random() < keep.names:
                 change.apply()
             else:
                 until.update({id(folder): False for folder in folders})
         made: dict[int, Path] = {}
-        self._make(self.top, target, chance, keep_data, made)
+        self._make(self.top, target, chance, keep, made)
 
-    def _make(self, node: Node, path: Path, chance: random.Random, keep_data: float, made: dict[int, Path]) -> None:
+    def _make(self, node: Node, path: Path, chance: random.Random, keep: Keep, made: dict[int, Path]) -> None:
         if node.kind == "folder":
             path.mkdir(exist_ok=True)
             for name, child in node.on_disk.items():
-                self._make(child, path / name, chance, keep_data, made)
+                self._make(child, path / name, chance, keep, made)
             path.chmod(node.mode | 0o700)
             os.utime(path, ns=(node.mtime_ns, node.mtime_ns))
         elif node.kind == "link":
@@ -302,7 +319,7 @@ class Disk:
         elif id(node) in made:
             os.link(made[id(node)], path)
         else:
-            data, mode, mtime_ns = node.left(chance, keep_data)
+            data, mode, mtime_ns = node.left(chance, keep)
             path.write_bytes(data)
             path.chmod(mode)
             os.utime(path, ns=(mtime_ns, mtime_ns))

@@ -28,7 +28,7 @@ from worker_bootstrap.store import Store
 from worker_bootstrap.verify import damaged_chunks, damaged_files
 
 from .environments import EVERY_KIND, environment_of, package_of
-from .replay import SYNCS, Call, Disk, Opened, record, without
+from .replay import KEEPS, NOTHING, SYNCS, Call, Disk, Opened, record, without
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace"),
@@ -44,14 +44,23 @@ HEAD = f"""
 import sys
 sys.path.insert(0, {CODE!r})
 from pathlib import Path
+from worker_bootstrap.digest import EnvironmentId
 from worker_bootstrap.store import Store
 root = Path(sys.argv[1])
 """
+IN_TWO_PROCESSES = """
+from worker_bootstrap import crew, writer
+writer.ALONE_FILES = writer.JOB_BYTES = 0
+crew.PROCESSES = 2
+"""
 PROGRAMS = {
     "save": "from envship.bundle import write_bundle\n"
-    "from worker_bootstrap.digest import EnvironmentId\n"
     "store = Store(Path(sys.argv[2]))\n"
     "write_bundle(store.read_manifest(EnvironmentId(sys.argv[3])), store, root / 'it.envship')\n",
+    "fetch": "import asyncio\n"
+    "from tests.fetching import bring\n"
+    "packed = Store(Path(sys.argv[2]))\n"
+    "asyncio.run(bring(packed.read_manifest(EnvironmentId(sys.argv[3])), Store(root / 'store'), packed))\n",
     "load": "from envship.bundle import read_bundle\nread_bundle(Path(sys.argv[4]), Store(root / 'store'))\n",
     "build": "from worker_bootstrap.materialise import materialise\nmaterialise(Store(root / 'store'), sys.argv[3])\n",
     "stage": "from worker_bootstrap.materialise import materialise\n"
@@ -62,10 +71,11 @@ PROGRAMS = {
     "(store.layout.prefix(sys.argv[3]) / 'lib/data/large.bin').unlink()\n"
     "materialise(store, sys.argv[3])\n",
 }
+PROGRAMS |= {f"{name} in two processes": IN_TWO_PROCESSES + PROGRAMS[name] for name in ("build", "stage")}
 
 
 class Run(NamedTuple):
-    """A recorded run of a program: how the disk was before, and what was called."""
+    """A recorded run of a program, by its first word: how the disk was before, and what was called."""
 
     name: str
     root: Path
@@ -88,6 +98,7 @@ def _record(name: str, folder: Path) -> Run:
     new = environment_of(packed, [package_of(packed, EVERY_KIND)])
     bundle = folder / "new.envship"
     write_bundle(new, packed, bundle)
+    program, name = PROGRAMS[name], name.partition(" ")[0]
     root, start = folder / "root", folder / "start"
     root.mkdir()
     write_bundle(old, packed, root / "it.envship")
@@ -98,7 +109,7 @@ def _record(name: str, folder: Path) -> Run:
             materialise(store, new.id, durable=True)
     subprocess.run(["cp", "-a", root, start], check=True)
     arguments = str(root), str(packed.layout.root), new.id, str(bundle)
-    return Run(name, root, start, record(HEAD + PROGRAMS[name], *arguments, trace=folder / "trace"), new.id, old, new)
+    return Run(name, root, start, record(HEAD + program, *arguments, trace=folder / "trace"), new.id, old, new)
 
 
 @pytest.fixture(autouse=True)
@@ -139,7 +150,7 @@ def _bundle_problems(run: Run, acknowledged: bool) -> list[str]:
 def _store_problems(run: Run, store: Store, acknowledged: bool) -> list[str]:
     found = []
     is_there = run.environment_id in store.environments()
-    if acknowledged and run.name in ("load", "build", "stage") and not is_there:
+    if acknowledged and run.name in ("load", "fetch", "build", "stage") and not is_there:
         found.append("the manifest was acknowledged and is gone")
     if acknowledged and run.name == "stage" and store.built(run.environment_id) is None:
         found.append("the staged environment was acknowledged and is gone")
@@ -169,7 +180,7 @@ def violations(run: Run, calls: list[Call], tmp_path: Path, count: int, seed: in
         disk = Disk(run.root, run.start)
         disk.replay(calls[:cut])
         target = tmp_path / "after"
-        disk.crash(target, chance, *chance.choice([(1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.9, 0.2), (0.2, 0.0)]))
+        disk.crash(target, chance, chance.choice(KEEPS))
         what = problems(run, target, acknowledged=cut == len(calls))
         if what:
             yield cut, what
@@ -185,13 +196,13 @@ def test_a_power_cut_leaves_the_old_or_the_new(
     assert list(violations(run, run.calls, tmp_path, count, seed=1)) == []
 
 
-@pytest.mark.parametrize("name", ["build", "mend", "save", "stage"])
+@pytest.mark.parametrize("name", ["build", "fetch", "mend", "save", "stage in two processes"])
 def test_the_disk_of_these_tests_is_as_the_real_one(recorded: Callable[[str], Run], tmp_path: Path, name: str) -> None:
     """With everything synced after the last call, all is there: the replay has overlooked no call."""
     run = recorded(name)
     disk = Disk(run.root, run.start)
     disk.replay([*run.calls, Call("syncfs", (), None)])
-    disk.crash(tmp_path / "after", random.Random(0), 0.0, 0.0)
+    disk.crash(tmp_path / "after", random.Random(0), NOTHING)
     assert problems(run, tmp_path / "after", acknowledged=True) == []
 
 
@@ -220,6 +231,10 @@ def is_syncfs(call: Call) -> bool:
         ("save", is_sync_of_a_folder),
         ("load", is_sync),
         ("load", is_sync_of_a_folder),
+        ("fetch", is_sync),
+        ("fetch", is_sync_of_a_folder),
+        ("mend", is_sync),
+        ("stage in two processes", is_syncfs),
         ("stage", is_syncfs),
         ("stage", is_sync),
         ("stage", is_sync_of_a_folder),
