@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +18,12 @@ from envship.environment import Environment
 from envship.options import NO_OPTIONS
 from envship.pack import pack
 from envship.packer import Packer
-from envship.scan_index import ScanIndex
+from envship.scan_index import ScanIndex, index_folder
 from envship.sources.tree import Trees
+from worker_bootstrap import ready_mark
 from worker_bootstrap.errors import SourceProblems, StoreFull
 from worker_bootstrap.store import Store
+from worker_bootstrap.verify import damaged_chunks
 
 from .contents import contents, package
 from .prefixes import onlyhere_wheel, small_venv
@@ -79,6 +82,21 @@ def test_a_pack_that_is_interrupted_leaves_a_sound_store_and_nobody_behind_and_t
     environment = pack(mine, store=store)
     assert_sound(store, environment)
     assert kept.items() <= chunks(store).items()
+
+
+def test_a_pack_that_a_power_cut_interrupted_leaves_chunks_that_the_next_one_reads(
+    mine: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only their names may have come to the disk: then they are written anew, before a manifest speaks of them."""
+    Packer(store, NO_OPTIONS, None).pack(mine, Trees(), ScanIndex.none(store))
+    (environment_id,) = store.environments()
+    store.layout.manifest(environment_id).unlink()
+    shutil.rmtree(index_folder(store))
+    for path in sorted(chunks(store))[::2]:
+        path.write_bytes(b"")
+    monkeypatch.setattr(ready_mark, "booted_at", time.time)
+    assert Packer(store, NO_OPTIONS, None).pack(mine, Trees(), ScanIndex.none(store)) == environment_id
+    assert list(damaged_chunks(store, store.read_manifest(environment_id))) == []
 
 
 @pytest.fixture

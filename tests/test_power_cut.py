@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -116,6 +117,7 @@ def _record(name: str, folder: Path) -> Run:
 def another_boot(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine has been started anew since."""
     monkeypatch.setattr(ready_mark, "boot_id", lambda: "the boot after the power cut")
+    monkeypatch.setattr(ready_mark, "booted_at", time.time)
 
 
 def problems(run: Run, root: Path, *, acknowledged: bool) -> list[str]:
@@ -160,6 +162,9 @@ def _store_problems(run: Run, store: Store, acknowledged: bool) -> list[str]:
             found += [f"counts as built: {each}" for each in damaged_files(store, run.environment_id)]
         except Exception as error:
             found.append(f"counts as built, but: {error}")
+    if run.name == "load":
+        read_bundle(run.root.parent / "new.envship", store)
+        found += [f"loaded again, but: {each}" for each in damaged_chunks(store, run.new)]
     if is_there:
         # What was lost is fetched again, and then all is well.
         packed = Store(run.root.parent / "packed")

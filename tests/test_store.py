@@ -6,13 +6,14 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from worker_bootstrap import codec
+from worker_bootstrap import codec, ready_mark
 from worker_bootstrap import store as store_module
 from worker_bootstrap.digest import Digest, EnvironmentId, digest_of
 from worker_bootstrap.errors import ChunkInvalid, ChunkMissing, EnvironmentMissing, StoreError, StoreFull
@@ -121,6 +122,35 @@ def test_a_peer_gets_what_it_can_decode(store: Store, accept: list[str], sent: s
     name, payload = store.read_encoded(DIGEST, accept)
     assert name == sent
     assert codec.decode(payload, name, len(DATA)) == DATA
+
+
+@pytest.mark.parametrize("left", [b"", b"\0" * 40])
+def test_what_a_power_cut_left_of_a_chunk_is_written_anew(
+    store: Store, monkeypatch: pytest.MonkeyPatch, left: bytes
+) -> None:
+    """Whoever brings it again does not take the name for the chunk."""
+    data = [b"one" * 100, b"two" * 100]
+    digests = [store.write_chunk(each, "zlib") for each in data]
+    for digest in digests:
+        store.layout.chunk(digest, ".zlib").write_bytes(left)
+    monkeypatch.setattr(ready_mark, "booted_at", time.time)
+    store.write_chunk(data[0])
+    store.write_encoded(digests[1], "zlib", codec.encode(data[1], "zlib"), "a peer")
+    assert [store.read_chunk(digest) for digest in digests] == data
+
+
+def test_a_chunk_from_before_the_machine_started_is_read_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.write_chunk(DATA)
+    booted_at = only_file(store).stat().st_ctime
+    while store.layout.version.stat().st_ctime <= booted_at:  # until the clock of files has gone on
+        store.layout.version.touch()
+    monkeypatch.setattr(ready_mark, "booted_at", lambda: booted_at)
+    reads: list[Digest] = []
+    read_chunk = store.read_chunk
+    monkeypatch.setattr(store, "read_chunk", lambda digest: reads.append(digest) or read_chunk(digest))
+    for _ in range(3):
+        store.write_chunk(DATA)
+    assert reads == [DIGEST]
 
 
 def test_what_a_peer_sends_is_verified(store: Store) -> None:

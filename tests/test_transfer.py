@@ -225,6 +225,27 @@ def test_a_chunk_damaged_in_the_clients_store_is_an_error_that_says_so(tmp_path:
     assert target.missing(needed) == [bad], "what was not damaged has arrived"
 
 
+def test_an_upload_that_finds_one_chunk_damaged_looks_at_all(tmp_path: Path) -> None:
+    """A power cut damages many: the pack after the error is to find all of them missing, not one at each attempt."""
+    source, needed = filled(tmp_path / "client", count=6)
+    for digest in list(needed)[1::2]:
+        damage(source, digest)
+    target = Store(tmp_path / "agent")
+
+    async def main() -> None:
+        async def report(outcome: Outcome) -> None:
+            pass
+
+        async with Peer(ChunkServer(target).handlers()) as agent, Peer({}) as client:
+            peers = client.chunks()
+            plan = [Upload(agent.address, (digest,)) for digest in needed]
+            await upload_chunks(source, plan, held=peers.held, put=peers.put, report=report, parallel=1)
+
+    with pytest.raises(ChunkMissing):
+        asyncio.run(main())
+    assert source.missing(needed) == list(needed)[1::2]
+
+
 def test_a_wrong_chunk_is_never_kept_and_comes_from_another_peer(tmp_path: Path) -> None:
     liar, needed = filled(tmp_path / "liar", count=6)
     honest = Store(tmp_path / "honest")

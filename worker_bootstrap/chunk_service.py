@@ -125,7 +125,7 @@ class ChunkServer:
         """A peer found these wrong: read them, which drops copies that are damaged here. Answers what is left."""
         try:
             asked = _checked(digests)
-            return {"status": "OK", "held": await asyncio.to_thread(_intact, self._store, asked)}
+            return {"status": "OK", "held": await asyncio.to_thread(intact, self._store, asked)}
         except (ValueError, OSError) as error:
             return _refusal(error)
 
@@ -230,7 +230,8 @@ def write_chunks(store: Store, chunks: Iterable[EncodedChunk], where: str) -> tu
     return kept, invalid
 
 
-def _intact(store: Store, digests: Iterable[Digest]) -> list[Digest]:
+def intact(store: Store, digests: Iterable[Digest]) -> list[Digest]:
+    """Those of *digests* that *store* holds whole; reading them drops the others."""
     found = []
     for digest in digests:
         with contextlib.suppress(ChunkMissing):

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import functools
 import json
+import math
+import time
 from pathlib import Path
 
 from worker_bootstrap.durable import content_of, publish, sync_file_system, sync_folder
@@ -25,6 +27,14 @@ def boot_id() -> str | None:
     """A name for the time since the machine started; None where the system has none."""
     raw = content_of(_BOOT_ID, 100)
     return raw.decode("ascii", "replace").strip() or None if raw else None
+
+
+@functools.cache
+def booted_at() -> float:
+    """When the machine started, in seconds since the epoch by its clock of now; infinity where that is not known."""
+    if not hasattr(time, "CLOCK_BOOTTIME"):
+        return math.inf
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def is_valid(path: Path, *, durable: bool = False) -> bool:

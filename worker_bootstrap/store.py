@@ -1,8 +1,9 @@
 """A directory holding chunks, manifests and built environments.
 
 One store is writable; any number of read-only ones are looked in first and used in place. Chunks are immutable and
-verified on every read, so a crash while one is written leaves a chunk that reads as missing, and nothing else: only
-manifests and ready marks are synced. Building is `worker_bootstrap.materialise`, collecting `worker_bootstrap.evict`.
+verified on every read, so a power cut leaves some that read as missing, and are written anew by whoever brings them
+again: only manifests and ready marks are synced. Building is `worker_bootstrap.materialise`, collecting
+`worker_bootstrap.evict`.
 """
 
 from __future__ import annotations
@@ -126,12 +127,12 @@ class Store:
     def write_chunk(
         self, data: bytes | memoryview, codec_name: str | None = None, *, digest: Digest | None = None
     ) -> Digest:
-        """Compress and keep *data*; return its digest. Does nothing if it is there already.
+        """Compress and keep *data*; return its digest. Does nothing if it is there already, and whole.
 
         *digest* spares the caller who has just computed it a second time.
         """
         digest = digest or digest_of(data)
-        if not self.has_chunk(digest):
+        if not self._is_kept(digest):
             chosen = codec_name or codec.accepted()[0]
             self._publish(self.layout.chunk(digest, codec.SUFFIXES[chosen]), codec.encode(data, chosen), sync=False)
         return digest
@@ -152,7 +153,7 @@ class Store:
             raise ChunkInvalid(digest, str(error), where) from error
         if actual != digest:
             raise ChunkInvalid(digest, f"its digest is {actual}", where)
-        if not self.has_chunk(digest):
+        if not self._is_kept(digest):
             self._publish(self.layout.chunk(digest, codec.SUFFIXES[codec_name]), payload, sync=False)
 
     def write_manifest(self, manifest: Manifest) -> EnvironmentId:
@@ -244,6 +245,25 @@ class Store:
 
     def _find(self, digest: Digest) -> Path | None:
         return next((path for path, _ in self._candidates(digest)), None)
+
+    def _is_kept(self, digest: Digest) -> bool:
+        """Whether a chunk is there and whole. Of one from before the machine started, a power cut may have left less.
+
+        Such a one is read, once per boot: then its time is that of the reading.
+        """
+        path = self._find(digest)
+        if path is None:
+            return False
+        with contextlib.suppress(OSError):
+            if self.layout.root not in path.parents or os.stat(path).st_ctime > ready_mark.booted_at():
+                return True
+        try:
+            self.read_chunk(digest)
+        except ChunkMissing:
+            return False
+        with contextlib.suppress(OSError):  # dropped for another copy, or evicted just now
+            os.utime(path)
+        return True
 
     def _read(self, path: Path) -> bytes | None:
         """The file's bytes; None if it is gone, cannot be read, or is damaged by its size alone (dropped then)."""

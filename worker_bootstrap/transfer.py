@@ -16,7 +16,15 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from worker_bootstrap.assignments import PARALLEL, Batch, Offer, Upload
-from worker_bootstrap.chunk_service import ChunkServer, EncodedChunk, Held, PeerChunks, read_chunks, write_chunks
+from worker_bootstrap.chunk_service import (
+    ChunkServer,
+    EncodedChunk,
+    Held,
+    PeerChunks,
+    intact,
+    read_chunks,
+    write_chunks,
+)
 from worker_bootstrap.digest import Digest
 from worker_bootstrap.errors import ChunkMissing, ProtocolBroken, TransferError
 from worker_bootstrap.mistrust import LACKS, LIED, SILENT
@@ -158,13 +166,15 @@ async def upload_chunks(
     Raises
     ------
     ChunkMissing
-        If *store* itself lacks one, or its copy turns out to be damaged.
+        If *store* itself lacks one, or its copy turns out to be damaged. Then all of *plan* have been read, and those
+        that are damaged dropped: after a crash of the machine there are many, and the next pack is to bring all.
 
     Notes
     -----
     May be cancelled at any point; what has arrived stays there.
     """
     rest: list[Digest] = []
+    plan = list(plan)
     outbox = Outbox(plan)
 
     async def work() -> None:
@@ -186,7 +196,11 @@ async def upload_chunks(
             await _all_or_none([send(upload), tell()])
         await tell()
 
-    await _all_or_none([work() for _ in range(parallel)])
+    try:
+        await _all_or_none([work() for _ in range(parallel)])
+    except ChunkMissing:
+        await asyncio.to_thread(intact, store, [digest for _, digests in plan for digest in digests])
+        raise
     return rest
 
 
