@@ -19,6 +19,11 @@ from typing import NamedTuple
 import pytest
 
 from envship.bundle import read_bundle, write_bundle
+from envship.options import NO_OPTIONS
+from envship.pack import pack
+from envship.packer import Packer
+from envship.scan_index import ScanIndex
+from envship.sources.tree import Trees
 from worker_bootstrap import ready_mark
 from worker_bootstrap.digest import EnvironmentId
 from worker_bootstrap.errors import BundleInvalid
@@ -62,6 +67,13 @@ PROGRAMS = {
     "from tests.fetching import bring\n"
     "packed = Store(Path(sys.argv[2]))\n"
     "asyncio.run(bring(packed.read_manifest(EnvironmentId(sys.argv[3])), Store(root / 'store'), packed))\n",
+    "pack": "from envship.options import NO_OPTIONS\n"
+    "from envship.packer import Packer\n"
+    "from envship.scan_index import ScanIndex\n"
+    "from envship.sources.tree import Trees\n"
+    "store = Store(root / 'store')\n"
+    "index = ScanIndex.load(store, sys.argv[5], NO_OPTIONS)\n"
+    "Packer(store, NO_OPTIONS, None, processes=2).pack(Path(sys.argv[5]), Trees(), index)\n",
     "load": "from envship.bundle import read_bundle\nread_bundle(Path(sys.argv[4]), Store(root / 'store'))\n",
     "build": "from worker_bootstrap.materialise import materialise\nmaterialise(Store(root / 'store'), sys.argv[3])\n",
     "stage": "from worker_bootstrap.materialise import materialise\n"
@@ -73,6 +85,8 @@ PROGRAMS = {
     "materialise(store, sys.argv[3])\n",
 }
 PROGRAMS |= {f"{name} in two processes": IN_TWO_PROCESSES + PROGRAMS[name] for name in ("build", "stage")}
+SMALL_PROGRAMS = sorted(PROGRAMS.keys() - {"pack"})
+"""Those whose recorded calls are not 140 MB."""
 
 
 class Run(NamedTuple):
@@ -85,18 +99,22 @@ class Run(NamedTuple):
     environment_id: EnvironmentId
     old: Manifest
     new: Manifest
+    prefix: Path
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
-    """Gives the recorded run of a program; each is recorded once."""
-    return functools.cache(lambda name: _record(name, tmp_path_factory.mktemp(name)))
+def recorded(tmp_path_factory: pytest.TempPathFactory, venv: Path) -> Callable[[str], Run]:
+    """Gives the recorded run of a program; each is recorded once. A pack is one of *venv*."""
+    return functools.cache(lambda name: _record(name, tmp_path_factory.mktemp(name), venv))
 
 
-def _record(name: str, folder: Path) -> Run:
+def _record(name: str, folder: Path, venv: Path) -> Run:
     packed = Store(folder / "packed")
     old = environment_of(packed, [package_of(packed, {"old": b"old" * 50}, "old")])
-    new = environment_of(packed, [package_of(packed, EVERY_KIND)])
+    if name == "pack":
+        new = pack(venv, store=packed).manifest
+    else:
+        new = environment_of(packed, [package_of(packed, EVERY_KIND)])
     bundle = folder / "new.envship"
     write_bundle(new, packed, bundle)
     program, name = PROGRAMS[name], name.partition(" ")[0]
@@ -109,8 +127,9 @@ def _record(name: str, folder: Path) -> Run:
         if name in ("evict", "mend"):
             materialise(store, new.id, durable=True)
     subprocess.run(["cp", "-a", root, start], check=True)
-    arguments = str(root), str(packed.layout.root), new.id, str(bundle)
-    return Run(name, root, start, record(HEAD + program, *arguments, trace=folder / "trace"), new.id, old, new)
+    arguments = str(root), str(packed.layout.root), new.id, str(bundle), str(venv)
+    calls = record(HEAD + program, *arguments, trace=folder / "trace")
+    return Run(name, root, start, calls, new.id, old, new, venv)
 
 
 @pytest.fixture(autouse=True)
@@ -152,7 +171,7 @@ def _bundle_problems(run: Run, acknowledged: bool) -> list[str]:
 def _store_problems(run: Run, store: Store, acknowledged: bool) -> list[str]:
     found = []
     is_there = run.environment_id in store.environments()
-    if acknowledged and run.name in ("load", "fetch", "build", "stage") and not is_there:
+    if acknowledged and run.name in ("load", "fetch", "pack", "build", "stage") and not is_there:
         found.append("the manifest was acknowledged and is gone")
     if acknowledged and run.name == "stage" and store.built(run.environment_id) is None:
         found.append("the staged environment was acknowledged and is gone")
@@ -165,6 +184,13 @@ def _store_problems(run: Run, store: Store, acknowledged: bool) -> list[str]:
     if run.name == "load":
         read_bundle(run.root.parent / "new.envship", store)
         found += [f"loaded again, but: {each}" for each in damaged_chunks(store, run.new)]
+    if run.name == "pack":
+        if is_there:
+            list(damaged_chunks(store, run.new))  # drops them, as an upload does
+        index = ScanIndex.load(store, str(run.prefix), NO_OPTIONS)
+        if Packer(store, NO_OPTIONS, None).pack(run.prefix, Trees(), index) != run.environment_id:
+            found.append("packed again, it is another environment")
+        found += [f"packed again, but: {each}" for each in damaged_chunks(store, run.new)]
     if is_there:
         # What was lost is fetched again, and then all is well.
         packed = Store(run.root.parent / "packed")
@@ -191,8 +217,14 @@ def violations(run: Run, calls: list[Call], tmp_path: Path, count: int, seed: in
             yield cut, what
 
 
-@pytest.mark.parametrize("count", [16, pytest.param(150, marks=pytest.mark.heavy)])
-@pytest.mark.parametrize("name", sorted(PROGRAMS))
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        *((name, 16) for name in SMALL_PROGRAMS),
+        *(pytest.param(name, 150, marks=pytest.mark.heavy) for name in SMALL_PROGRAMS),
+        pytest.param("pack", 24, marks=[pytest.mark.heavy, pytest.mark.timeout(900)]),
+    ],
+)
 def test_a_power_cut_leaves_the_old_or_the_new(
     recorded: Callable[[str], Run], tmp_path: Path, name: str, count: int
 ) -> None:
@@ -238,6 +270,8 @@ def is_syncfs(call: Call) -> bool:
         ("load", is_sync_of_a_folder),
         ("fetch", is_sync),
         ("fetch", is_sync_of_a_folder),
+        pytest.param("pack", is_sync, marks=[pytest.mark.heavy, pytest.mark.timeout(900)]),
+        pytest.param("pack", is_sync_of_a_folder, marks=[pytest.mark.heavy, pytest.mark.timeout(900)]),
         ("mend", is_sync),
         ("stage in two processes", is_syncfs),
         ("stage", is_syncfs),
