@@ -1,10 +1,14 @@
-"""File systems that a test makes for itself: small, read-only, without execution, or with reflinks. Needs root."""
+"""File systems that a test makes for itself: small, read-only, without execution, or with reflinks. Needs root.
+
+And a folder in memory, which needs nothing.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +19,20 @@ needs_mount = pytest.mark.skipif(os.getuid() != 0, reason="only root may mount a
 
 IMAGE_BYTES = {"btrfs": 128 << 20, "xfs": 320 << 20}
 """As small as ``mkfs`` lets them be."""
+
+MEMORY = Path("/dev/shm")
+MEMORY_BYTES = 1 << 30
+
+
+@contextmanager
+def in_memory(otherwise: Path) -> Iterator[Path]:
+    """A folder for thousands of small files, in memory if this system has one where there is room, and programs run."""
+    found = os.statvfs(MEMORY) if os.access(MEMORY, os.W_OK) else None
+    if found is None or found.f_flag & os.ST_NOEXEC or found.f_bavail * found.f_frsize < MEMORY_BYTES:
+        yield otherwise
+        return
+    with tempfile.TemporaryDirectory(dir=MEMORY, prefix="envship-test-") as name:
+        yield Path(name)
 
 
 @contextmanager

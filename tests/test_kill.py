@@ -8,30 +8,26 @@ in ``make test-all``.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from .filesystems import in_memory
+
 WORKS = {"load": 30, "save": 30, "fetch": 40, "build": 40, "mend": 30, "stage": 40, "evict": 30}
 """How often each is killed: at each kind of step that it has, and then as often at what decides as anywhere."""
 PACK_RUNS = 9
-MEMORY = Path("/dev/shm")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory, if this system has one where programs may run: who is killed does not need a disk for it."""
-    if not os.access(MEMORY, os.W_OK) or os.statvfs(MEMORY).f_flag & os.ST_NOEXEC:
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir=MEMORY, prefix="envship-kill-") as name:
-        yield Path(name)
+    """Who is killed does not need a disk for it."""
+    with in_memory(tmp_path) as found:
+        yield found
 
 
 def tried(program: str, *arguments: object) -> dict[str, Any]:
@@ -77,7 +73,6 @@ def test_a_pack_that_is_killed_leaves_no_half_environment(venv: Path, folder: Pa
     ("work", "wrong_way"),
     [
         ("build", "mark before building"),
-        ("fetch", "mark before building"),
         ("evict", "remove before unmarking"),
         ("load", "publish in place"),
         ("save", "overwrite the bundle"),

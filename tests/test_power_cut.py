@@ -34,6 +34,7 @@ from worker_bootstrap.store import Store
 from worker_bootstrap.verify import damaged_chunks, damaged_files
 
 from .environments import EVERY_KIND, environment_of, package_of
+from .filesystems import in_memory
 from .replay import KEEPS, NOTHING, SYNCS, Call, Disk, Opened, record, without
 
 pytestmark = [
@@ -103,12 +104,14 @@ class Run(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory, venv: Path) -> Callable[[str], Run]:
+def recorded(tmp_path_factory: pytest.TempPathFactory, venv: Path) -> Iterator[Callable[[str], Run]]:
     """Gives the recorded run of a program; each is recorded once. A pack is one of *venv*."""
-    return functools.cache(lambda name: _record(name, tmp_path_factory.mktemp(name), venv))
+    with in_memory(tmp_path_factory.mktemp("recorded")) as folder:
+        yield functools.cache(lambda name: _record(name, folder / name, venv))
 
 
 def _record(name: str, folder: Path, venv: Path) -> Run:
+    folder.mkdir()
     packed = Store(folder / "packed")
     old = environment_of(packed, [package_of(packed, {"old": b"old" * 50}, "old")])
     if name == "pack":
@@ -202,7 +205,7 @@ def _store_problems(run: Run, store: Store, acknowledged: bool) -> list[str]:
     return found
 
 
-def violations(run: Run, calls: list[Call], tmp_path: Path, count: int, seed: int) -> Iterator[tuple[int, list[str]]]:
+def violations(run: Run, calls: list[Call], count: int, seed: int) -> Iterator[tuple[int, list[str]]]:
     """Cut the run at *count* places; of each state that is neither old nor new, the cut and what is wrong."""
     chance = random.Random(f"{seed} {run.name}")
     for number in range(count):
@@ -210,7 +213,7 @@ def violations(run: Run, calls: list[Call], tmp_path: Path, count: int, seed: in
         cut = len(calls) if number % 4 == 0 else chance.randrange(len(calls) + 1)
         disk = Disk(run.root, run.start)
         disk.replay(calls[:cut])
-        target = tmp_path / "after"
+        target = run.root.with_name("after")
         disk.crash(target, chance, chance.choice(KEEPS))
         what = problems(run, target, acknowledged=cut == len(calls))
         if what:
@@ -225,22 +228,21 @@ def violations(run: Run, calls: list[Call], tmp_path: Path, count: int, seed: in
         pytest.param("pack", 24, marks=[pytest.mark.heavy, pytest.mark.timeout(900)]),
     ],
 )
-def test_a_power_cut_leaves_the_old_or_the_new(
-    recorded: Callable[[str], Run], tmp_path: Path, name: str, count: int
-) -> None:
+def test_a_power_cut_leaves_the_old_or_the_new(recorded: Callable[[str], Run], name: str, count: int) -> None:
     run = recorded(name)
     assert len(run.calls) > 20
-    assert list(violations(run, run.calls, tmp_path, count, seed=1)) == []
+    assert list(violations(run, run.calls, count, seed=1)) == []
 
 
 @pytest.mark.parametrize("name", ["build", "fetch", "mend", "save", "stage in two processes"])
-def test_the_disk_of_these_tests_is_as_the_real_one(recorded: Callable[[str], Run], tmp_path: Path, name: str) -> None:
+def test_the_disk_of_these_tests_is_as_the_real_one(recorded: Callable[[str], Run], name: str) -> None:
     """With everything synced after the last call, all is there: the replay has overlooked no call."""
     run = recorded(name)
     disk = Disk(run.root, run.start)
     disk.replay([*run.calls, Call("syncfs", (), None)])
-    disk.crash(tmp_path / "after", random.Random(0), NOTHING)
-    assert problems(run, tmp_path / "after", acknowledged=True) == []
+    after = run.root.with_name("after")
+    disk.crash(after, random.Random(0), NOTHING)
+    assert problems(run, after, acknowledged=True) == []
 
 
 def is_sync(call: Call) -> bool:
@@ -281,9 +283,9 @@ def is_syncfs(call: Call) -> bool:
     ],
 )
 def test_without_the_fsyncs_it_is_found_out(
-    recorded: Callable[[str], Run], tmp_path: Path, name: str, unwanted: Callable[[Call], bool]
+    recorded: Callable[[str], Run], name: str, unwanted: Callable[[Call], bool]
 ) -> None:
     run = recorded(name)
     calls = without(run.calls, unwanted)
     assert len(calls) < len(run.calls)
-    assert next(violations(run, calls, tmp_path, 60, seed=2), None) is not None
+    assert next(violations(run, calls, 60, seed=2), None) is not None
