@@ -60,8 +60,8 @@ def test_killed_anywhere_it_leaves_the_old_or_the_new(work: str, runs: int, fold
 @pytest.mark.heavy
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("work", "runs"), WORKS.items())
-def test_killed_anywhere_many_times(work: str, runs: int, tmp_path: Path) -> None:
-    assert_old_or_new(tried("killing", tmp_path, work, 2, runs * 10), runs * 10)
+def test_killed_anywhere_many_times(work: str, runs: int, folder: Path) -> None:
+    assert_old_or_new(tried("killing", folder, work, 2, runs * 10), runs * 10)
 
 
 @pytest.mark.parametrize("runs", [PACK_RUNS, pytest.param(90, marks=[pytest.mark.heavy, pytest.mark.timeout(1800)])])
