@@ -77,8 +77,11 @@ def hold(swarm: Swarm, host: str, environment: Environment) -> None:
 
 
 def address_of(client: Client, host: str) -> str:
-    workers = client.scheduler_info(n_workers=-1)["workers"]
-    return str(next(address for address, worker in workers.items() if worker["name"] == host))
+    def look() -> list[str]:
+        workers = client.scheduler_info(n_workers=-1)["workers"]
+        return [address for address, worker in workers.items() if worker["name"] == host]
+
+    return eventually(look, f"worker {host}")[0]
 
 
 def built(cluster: Cluster, host: str, environment_id: EnvironmentId) -> bool:

@@ -240,7 +240,7 @@ class Store:
         for layout in self.layouts:
             for name in known:
                 path = layout.chunk(digest, codec.SUFFIXES[name])
-                if os.path.exists(path):  # unlike Path.exists, False for whatever an ailing network mount answers
+                if _has_bytes(path):
                     yield path, name
 
     def _find(self, digest: Digest) -> Path | None:
@@ -285,6 +285,17 @@ class Store:
             if (full := full_error(error, self.layout.root)) is not None:
                 raise full from error
             raise
+
+
+def _has_bytes(path: Path) -> bool:
+    """Whether there is a file with something in it: a crash of the machine leaves names of files whose bytes it lost.
+
+    False for whatever an ailing network mount answers.
+    """
+    try:
+        return os.stat(path).st_size > 0
+    except (OSError, ValueError):
+        return False
 
 
 def _prepare(layout: Layout) -> str:
