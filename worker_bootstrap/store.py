@@ -28,6 +28,7 @@ logger = logging.getLogger("envship.store")
 
 __all__ = ["PAYLOAD_LIMIT_BYTES", "Store", "full_error", "publish", "sync_folder"]
 
+EMPTY = digest_of(b"")
 PAYLOAD_LIMIT_BYTES = CHUNK_LIMIT_BYTES + (1 << 20)
 """No codec makes a chunk larger than this; a longer file is damaged, and is not read into memory."""
 
@@ -240,8 +241,11 @@ class Store:
         for layout in self.layouts:
             for name in known:
                 path = layout.chunk(digest, codec.SUFFIXES[name])
-                if _has_bytes(path):
+                size_bytes = _size_bytes(path)
+                if size_bytes or (size_bytes == 0 and digest == EMPTY):
                     yield path, name
+                elif size_bytes == 0:  # as a crash of the machine leaves files whose bytes it lost
+                    self._drop(path)
 
     def _find(self, digest: Digest) -> Path | None:
         return next((path for path, _ in self._candidates(digest)), None)
@@ -287,15 +291,12 @@ class Store:
             raise
 
 
-def _has_bytes(path: Path) -> bool:
-    """Whether there is a file with something in it: a crash of the machine leaves names of files whose bytes it lost.
-
-    False for whatever an ailing network mount answers.
-    """
+def _size_bytes(path: Path) -> int | None:
+    """None if there is no such file, or an ailing network mount answers whatever else."""
     try:
-        return os.stat(path).st_size > 0
+        return os.stat(path).st_size
     except (OSError, ValueError):
-        return False
+        return None
 
 
 def _prepare(layout: Layout) -> str:
