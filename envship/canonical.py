@@ -22,7 +22,7 @@ SYSTEM_PREFIXES = frozenset(("/", "/usr", "/usr/local"))
 """Prefixes that many paths begin with which have nothing to do with an environment."""
 
 _POLYGLOT = b"#!/bin/sh\n'''exec' "
-_ENV_SHEBANG = re.compile(rb"\A#!/usr/bin/env ([^\s/=-][^\s/=]*(?=[ \n]))")
+_ENV_SHEBANG = re.compile(rb"\A#!/usr/bin/env (?:-S )?([^\s/=-][^\s/=]*(?=[ \n]))")
 
 
 class Content(NamedTuple):

@@ -69,7 +69,7 @@ printf 'prefix=%s\nName: libmini\n' "$PREFIX" > $PREFIX/lib/pkgconfig/libmini.pc
 printf '#!%s/bin/python -I\nimport sys\nprint(sys.prefix, sys.flags.isolated)\n' "$PREFIX" > $PREFIX/bin/mini-isolated
 printf '#!%s/bin/mini-prefix -x\n' "$PREFIX" > $PREFIX/bin/mini-other
 chmod +x $PREFIX/bin/mini-isolated $PREFIX/bin/mini-other
-printf '#!%s/bin/python\nimport sys\nprint(sys.prefix)\n' "$PREFIX" > $PREFIX/bin/mini-prefix
+printf '#!%s/bin/python\nimport sys\nprint(sys.prefix, *sys.argv[1:2])\n' "$PREFIX" > $PREFIX/bin/mini-prefix
 chmod +x $PREFIX/bin/mini-prefix
 printf 'export LIBMINI_DATA=%s/share/libmini\n' "$PREFIX" > $PREFIX/etc/conda/activate.d/libmini.sh
 mkdir -p $PREFIX/{library}/site-packages/libmini

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 import shutil
@@ -27,19 +29,38 @@ def f(x):
 def small_venv(prefix: Path, wheels: Sequence[Path], *pip_options: str) -> Path:
     """A venv with nothing but *wheels*, made without the network."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(prefix)], check=True)
-    install(prefix, *pip_options, *map(str, wheels))
+    if wheels:
+        install(prefix, *pip_options, *map(str, wheels))
     return prefix
 
 
-def install(prefix: Path, *arguments: str) -> None:
-    """``pip install`` of local files into *prefix*, by the pip that runs the tests."""
-    pip = [sys.executable, "-m", "pip", "--python", str(prefix / "bin" / "python"), "--disable-pip-version-check"]
+def install(prefix: Path, *arguments: str, python: str = "python") -> None:
+    """``pip install`` of local files into *prefix*, by the pip that runs the tests.
+
+    *python* is the name of the interpreter that pip runs in, which scripts call: that of ``bin/pip`` itself is
+    ``python3.11``, the one that people start with ``python -m pip`` most often ``python``.
+    """
+    pip = [sys.executable, "-m", "pip", "--python", str(prefix / "bin" / python), "--disable-pip-version-check"]
     subprocess.run([*pip, "install", "-q", "--no-index", "--no-deps", *arguments], check=True)
 
 
 def onlyhere_wheel(folder: Path, version: str = "1.0", source: str = ONLYHERE) -> Path:
     """A wheel of the module ``onlyhere``."""
     return write_wheel(folder, "onlyhere", version, source)
+
+
+def console_script_wheel(folder: Path) -> Path:
+    """A wheel of the module ``onlyhere`` with a console script, ``where``."""
+    wheel = onlyhere_wheel(folder, source=ONLYHERE + "\n\ndef where():\n    import sys\n\n    print(sys.prefix)\n")
+    name, text = "onlyhere-1.0.dist-info/entry_points.txt", b"[console_scripts]\nwhere = onlyhere:where\n"
+    with zipfile.ZipFile(wheel) as archive:
+        files = {other: archive.read(other) for other in archive.namelist()}
+    digest = base64.urlsafe_b64encode(hashlib.sha256(text).digest()).rstrip(b"=").decode()
+    files["onlyhere-1.0.dist-info/RECORD"] += f"{name},sha256={digest},{len(text)}\n".encode()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for other, data in {**files, name: text}.items():
+            archive.writestr(other, data)
+    return wheel
 
 
 def conda_environments(folder: Path, *prefixes: Path, channel: str | None = None, specs: Sequence[str] = ()) -> None:

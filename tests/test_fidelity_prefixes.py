@@ -16,7 +16,7 @@ from worker_bootstrap.materialise import materialise
 from worker_bootstrap.store import Store
 
 from .contents import all_entries
-from .prefixes import onlyhere_wheel, said, small_venv
+from .prefixes import console_script_wheel, said, small_venv
 
 LIBRARY = f"lib/python{sys.version_info.major}.{sys.version_info.minor}"
 PLACEHOLDER_BYTES = 255
@@ -105,10 +105,10 @@ def test_scripts_run_from_a_path_that_no_shebang_can_hold(elsewhere: Path) -> No
     assert said(elsewhere / "bin/mini-prefix") == str(elsewhere)
     assert said(elsewhere / "bin/mini-isolated") == f"{elsewhere} 1"
     assert said(elsewhere / "bin/mininoarch") == f"mininoarch {elsewhere}"
-    # A script of another interpreter finds that on PATH, which activation sets.
+    # A script of another interpreter finds that on PATH, which activation sets; its argument is still there.
     first = (elsewhere / "bin/mini-other").read_bytes().splitlines()[0]
-    assert first == b"#!/usr/bin/env mini-prefix"
-    assert said(elsewhere / "bin/mini-other", PATH=f"{elsewhere}/bin:/usr/bin:/bin") == str(elsewhere)
+    assert first == b"#!/usr/bin/env -S mini-prefix -x"
+    assert said(elsewhere / "bin/mini-other", PATH=f"{elsewhere}/bin:/usr/bin:/bin") == f"{elsewhere} -x"
 
 
 def test_scripts_run_from_a_short_path(conda_environment: Environment, tmp_path: Path) -> None:
@@ -131,16 +131,6 @@ def test_an_environment_at_a_long_path_is_the_same_environment(store: Store, tmp
     assert ids[0] == ids[1]
     built = materialise(store, ids[0])
     assert said(built / "bin/where") == str(built)
-
-
-def console_script_wheel(folder: Path) -> Path:
-    """A wheel with a console script, ``where``."""
-    import zipfile
-
-    wheel = onlyhere_wheel(folder, source="import sys\n\n\ndef where():\n    print(sys.prefix)\n")
-    with zipfile.ZipFile(wheel, "a") as archive:
-        archive.writestr("onlyhere-1.0.dist-info/entry_points.txt", "[console_scripts]\nwhere = onlyhere:where\n")
-    return wheel
 
 
 def test_what_came_with_the_machine_runs_no_script_of_ours(elsewhere: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -94,9 +95,56 @@ def test_a_shebang_that_fits_stays_a_shebang() -> None:
     assert relocate(b"#!" + O + b"/bin/python -E\nx\n", TEXT, "/new") == b"#!/new/bin/python -E\nx\n"
 
 
-def test_a_long_shebang_of_another_interpreter_goes_by_path() -> None:
-    moved = relocate(b"#!" + O + b"/bin/Rscript\nx\n", TEXT, "/n" * 90)
-    assert moved == b"#!/usr/bin/env Rscript\nx\n"
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("bin/Rscript", "Rscript"),
+        ("bin/perl -w", "-S perl -w"),
+        ("bin/bash  -eu ", "-S bash -eu"),
+        ("bin/awk -f", "-S awk -f"),
+        ("bin/perl -s$x 'y", "-S perl '-s$x \\'y'"),
+    ],
+)
+def test_a_long_shebang_of_another_interpreter_goes_by_path_with_its_arguments(line: str, expected: str) -> None:
+    moved = relocate(b"#!" + O + f"/{line}\nx\n".encode(), TEXT, "/n" * 90)
+    assert moved == f"#!/usr/bin/env {expected}\nx\n".encode()
+
+
+def test_an_interpreter_outside_of_the_prefix_stays_with_all_its_arguments() -> None:
+    moved = relocate(b"#!/bin/bash --rcfile=" + O + b"/etc/rc\nx\n", TEXT, "/n" * 90)
+    assert moved == b"#!/bin/bash --rcfile=" + b"/n" * 90 + b"/etc/rc\nx\n"
+
+
+def test_the_other_quotes_of_uv_are_undone() -> None:
+    script = b"#!/bin/sh\n'''exec' '/a b/bin/python' \"$0\" \"$@\"\n' '''\nx\n"
+    assert restore(script, TEXT, "/a b") == b"#!" + O + b"/bin/python\nx\n"
+
+
+@pytest.mark.parametrize("folder", ["with a space", "x" * 150, "plain"])
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("bash", "#!{}/bin/bash -e\necho before $1\nfalse\necho after\n", "before it\n"),
+        ("perl", "#!{}/bin/perl -l\nprint 'no newline of its own';\n", "no newline of its own\n"),
+        ("sed", "#!{}/bin/sed -nf\n$=\n", "2\n"),
+    ],
+)
+def test_the_arguments_of_an_interpreter_have_their_effect(
+    tmp_path: Path, folder: str, name: str, text: str, expected: str
+) -> None:
+    interpreter = shutil.which(name)
+    if interpreter is None:
+        pytest.skip(f"there is no {name} on this machine")
+    prefix = tmp_path / folder
+    (prefix / "bin").mkdir(parents=True)
+    (prefix / "bin" / name).symlink_to(interpreter)
+    script = prefix / "bin" / "tool"
+    script.write_bytes(relocate(text.format(OLD).encode(), TEXT, str(prefix)))
+    script.chmod(0o755)
+    (tmp_path / "it").write_text("one\ntwo\n")
+    environ = {"PATH": f"{prefix}/bin:/usr/bin:/bin"}
+    done = subprocess.run([script, "it"], cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
+    assert done.stdout == expected, done.stderr
 
 
 @pytest.mark.parametrize("folder", ["with a space", "x" * 150, "plain", "ünï"])

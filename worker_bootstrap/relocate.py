@@ -27,8 +27,10 @@ FIRST_LINE_LIMIT_BYTES = 1024
 GROWTH_LIMIT_BYTES = 64 << 20
 """Text may become so much longer: a short placeholder in every word would stand for gigabytes."""
 
-_SHEBANG = re.compile(rb"#![ \t]*(?P<interpreter>[^\n]*?)(?P<arguments>(?:[ \t]+-[^\n]*)?)[ \t]*(?:\r?\n|\Z)")
+_SHEBANG = re.compile(rb"#![ \t]*(?P<interpreter>[^ \t\r\n]*)(?P<arguments>[^\n]*)(?:\n|\Z)")
 _PYTHON = re.compile(rb"(?:python|pypy)[0-9.]*t?")
+_BARE = re.compile(rb"[\w%+=:,./@\x80-\xff-]+")
+"""What a shell takes for one word."""
 
 
 class RelocationError(ValueError):
@@ -117,31 +119,41 @@ def _replace_text(data: bytes, old: bytes, new: bytes) -> bytes:
     end = data.find(b"\n", 0, FIRST_LINE_LIMIT_BYTES) + 1 or len(data)
     if not data.startswith(b"#!") or end > FIRST_LINE_LIMIT_BYTES or old not in data[:end]:
         return data.replace(old, new)
-    return _usable_shebang(data[:end].replace(old, new)) + data[end:].replace(old, new)
+    return _usable_shebang(data[:end], old, new) + data[end:].replace(old, new)
 
 
-def _usable_shebang(line: bytes) -> bytes:
-    """*line*, or what does the same where the kernel could not read it.
+def _usable_shebang(line: bytes, old: bytes, new: bytes) -> bytes:
+    """*line* with *new* in the place of *old*, or what does the same where the kernel could not read that.
 
     Python scripts get a first line that is both a shell's command and a Python string (the form that pip and distlib
-    write); others find their interpreter on PATH, which activation has set.
+    write). There is no such form for every language, so others find their interpreter on PATH, which activation has
+    set; one with arguments takes ``env -S`` for that (coreutils 8.30, of 2018), as the kernel passes but one argument.
     """
+    moved = line.replace(old, new)
     shebang = _SHEBANG.match(line)
     assert shebang is not None
-    interpreter, arguments = shebang["interpreter"], shebang["arguments"]
-    if len(line.rstrip()) <= SHEBANG_LIMIT_BYTES and b" " not in interpreter:
-        return line
+    interpreter = shebang["interpreter"].replace(old, new)
+    if old not in shebang["interpreter"] or (len(moved.rstrip()) <= SHEBANG_LIMIT_BYTES and b" " not in interpreter):
+        return moved
+    arguments = shebang["arguments"].strip().replace(old, new)
     name = interpreter.rpartition(b"/")[2]
     if _PYTHON.fullmatch(name) is None:
-        return b"#!/usr/bin/env " + name + b"\n"
-    quoted = b'"' + interpreter + b'"' if b" " in interpreter else interpreter
-    return b"#!/bin/sh\n'''exec' " + quoted + arguments + b" \"$0\" \"$@\"\n' '''\n"
+        return b"#!/usr/bin/env " + (b"-S " + name + b" " + _split_again(arguments) if arguments else name) + b"\n"
+    quoted = interpreter if _BARE.fullmatch(interpreter) else b'"' + interpreter + b'"'
+    return b"#!/bin/sh\n'''exec' " + quoted + (b" " + arguments if arguments else b"") + b" \"$0\" \"$@\"\n' '''\n"
 
 
-# As pip and distlib write it (two lines more), and as rattler does (one).
+def _split_again(arguments: bytes) -> bytes:
+    """*arguments* such that ``env -S`` passes them on: as they are, or where they hold what it interprets, as one."""
+    if re.fullmatch(rb"[\w\s%+=:,./@-]*", arguments):
+        return arguments
+    return b"'" + arguments.replace(b"\\", b"\\\\").replace(b"'", b"\\'") + b"'"
+
+
+# As pip and distlib write it, as uv does (other quotes), both in two lines more, and as rattler does (in one).
 _POLYGLOT = re.compile(
-    rb"#!/bin/sh\n'''exec' (?:\"(?P<quoted>[^\"\n]+)\"|(?P<bare>[^ \n]+))(?P<arguments>[^\n\"]*?)"
-    rb" \"\$0\" \"\$@\"(?:\n' '''| #''')\n"
+    rb"#!/bin/sh\n'''exec' (?:\"(?P<double>[^\"\n]+)\"|'(?P<single>[^'\n]+)'|(?P<bare>[^ '\"\n]+))"
+    rb"(?P<arguments>[^\n\"]*?) \"\$0\" \"\$@\"(?:\n' '''| #''')\n"
 )
 
 
@@ -149,5 +161,5 @@ def _restore_shebang(data: bytes) -> bytes:
     polyglot = _POLYGLOT.match(data)
     if polyglot is None:
         return data
-    interpreter = polyglot["quoted"] or polyglot["bare"]
+    interpreter = polyglot["double"] or polyglot["single"] or polyglot["bare"]
     return b"#!" + interpreter + polyglot["arguments"] + b"\n" + data[polyglot.end() :]
