@@ -11,6 +11,7 @@ from types import TracebackType
 from envship.bytecode import Compiler
 from envship.canonical import Content, Own, Recorded, names_prefix
 from envship.chunking import LIMIT_BYTES
+from envship.scripts import Script
 from envship.sources.draft import CodeItem, FileItem, Plan
 
 STREAM_OVER_BYTES = 32 << 20
@@ -108,5 +109,5 @@ class Reader:
 def is_streamed(item: FileItem) -> bool:
     """Whether a file is read piece by piece and taken as it is."""
     treatment = item.treatment
-    as_is = isinstance(treatment, Own) or (isinstance(treatment, Recorded) and treatment.relocation is None)
+    as_is = isinstance(treatment, (Own, Script)) or (isinstance(treatment, Recorded) and treatment.relocation is None)
     return as_is and item.node.st_size > STREAM_OVER_BYTES

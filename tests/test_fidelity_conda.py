@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,7 @@ from worker_bootstrap.relocate import PLACEHOLDER
 from worker_bootstrap.store import Store
 
 from .contents import contents, entries, package
-from .prefixes import ONLYHERE, clone_of, install, onlyhere_wheel, rename_module, said
+from .prefixes import ONLYHERE, clone_of, console_script_wheel, install, onlyhere_wheel, rename_module, said
 from .projects import git, install_editable, project
 
 SITE = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
@@ -34,10 +33,7 @@ def lived_in(conda_pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFac
     """A clone with a wheel, a git checkout, an editable project, activation scripts and variables of the user."""
     folder = tmp_path_factory.mktemp("lived-in")
     prefix = clone_of(conda_pair[0], folder / "env")
-    wheel = onlyhere_wheel(folder, source="import sys\n\n\ndef where():\n    print(sys.prefix)\n")
-    with zipfile.ZipFile(wheel, "a") as archive:
-        archive.writestr("onlyhere-1.0.dist-info/entry_points.txt", "[console_scripts]\nwhere = onlyhere:where\n")
-    install(prefix, str(wheel))
+    install(prefix, str(console_script_wheel(folder)))
     checkout = project(folder, "fromgit", "flit")
     git(checkout, "init")
     git(checkout, "add", "-A")

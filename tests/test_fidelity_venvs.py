@@ -18,8 +18,9 @@ from worker_bootstrap.store import Store
 
 from .contents import package
 from .interpreters import interpreters, makes_venvs
-from .prefixes import install, onlyhere_wheel, said, small_venv
+from .prefixes import console_script_wheel, install, onlyhere_wheel, said, small_venv
 
+VERSIONED = f"python{sys.version_info.major}.{sys.version_info.minor}"
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 LOOK = (
     "import sys, ssl, sqlite3, ctypes, zlib, bz2, lzma, hashlib, onlyhere, sysconfig;"
@@ -66,15 +67,29 @@ def test_the_maker_of_a_venv_makes_no_difference(store: Store, tmp_path: Path) -
     check(tmp_path / "uv" / "env", store)
 
 
-@pytest.mark.heavy
-def test_the_installer_makes_no_difference(store: Store, tmp_path: Path) -> None:
-    """uv hard-links from its cache, writes another INSTALLER and another RECORD."""
-    wheel = onlyhere_wheel(tmp_path)
-    pip = small_venv(tmp_path / "pip", [wheel])
-    by_uv(sys.executable, tmp_path / "uv")
-    options = ["--offline", "-q", "--no-deps", "--cache-dir", str(tmp_path / "cache"), "-p", str(tmp_path / "uv")]
+def by_uv_pip(prefix: Path, wheel: Path) -> None:
+    options = ["--offline", "-q", "--no-deps", "--cache-dir", str(wheel.parent / "cache"), "-p", str(prefix)]
     subprocess.run([SCRIPTS / "uv", "pip", "install", *options, str(wheel)], check=True)
-    assert pack(pip, store=store).id == pack(tmp_path / "uv", store=store).id
+
+
+def test_the_installer_makes_no_difference(store: Store, tmp_path: Path) -> None:
+    """uv hard-links from its cache, writes another INSTALLER, another RECORD and other scripts; so does a long path."""
+    wheel = console_script_wheel(tmp_path)
+    far = tmp_path / ("long-" * 20) / "with a space"
+    prefixes = {"pip": tmp_path / "pip", "python -m pip": far / "pip", "uv": far / "uv"}
+    for name, prefix in prefixes.items():
+        by_uv(sys.executable, prefix)
+        if name.startswith("uv"):
+            by_uv_pip(prefix, wheel)
+        else:
+            install(prefix, str(wheel), python=VERSIONED if name == "pip" else "python")
+    scripts = [(prefix / "bin" / "where").read_text().replace(str(prefix), "") for prefix in prefixes.values()]
+    assert len(set(scripts)) == len(prefixes), "each writes its own"
+    ids = {name: pack(prefix, store=store).id for name, prefix in prefixes.items()}
+    assert len(set(ids.values())) == 1, ids
+    built = materialise(Store(far / "store", [store.layout.root]), ids["uv"])
+    assert len(str(built)) > 127
+    assert said(built / "bin" / "where") == str(built)
 
 
 @pytest.mark.parametrize("name", interpreters())

@@ -15,7 +15,7 @@ import envship
 from envship.pack import pack
 from worker_bootstrap.store import Store
 
-from .prefixes import clone_of, install, onlyhere_wheel
+from .prefixes import clone_of, console_script_wheel, install
 
 SITE = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
 NOBODY = 65534
@@ -65,9 +65,9 @@ def other_user() -> int:
     return NOBODY if os.getuid() == 0 and is_open else -1
 
 
-def furnish(prefix: Path, folder: Path) -> Path:
-    """What pip and the user add to the conda packages at *prefix*."""
-    install(prefix, str(onlyhere_wheel(folder)))
+def furnish(prefix: Path, folder: Path, python: str = "python") -> Path:
+    """What pip, run in *python*, and the user add to the conda packages at *prefix*."""
+    install(prefix, str(console_script_wheel(folder)), python=python)
     notes = prefix / "share" / "naïve notes.txt"
     notes.write_text(f"kept in {prefix}\n", encoding="utf-8")
     (prefix / "share" / "ünlink").symlink_to(notes)
@@ -77,17 +77,21 @@ def furnish(prefix: Path, folder: Path) -> Path:
 def test_two_users_on_two_days_at_two_prefixes_pack_one_environment(
     conda_pair: tuple[Path, Path], home: Path, store: Store
 ) -> None:
-    """Conda and pip mixed; another user, umask, locale, hash seed, order of folders; other times, no byte code."""
+    """Conda and pip mixed; another user, umask, locale, hash seed, order of folders; other times, no byte code.
+
+    One calls pip as ``bin/pip``, the other as ``python -m pip``, at a path too long for the first line of a script.
+    """
     mine = furnish(clone_of(conda_pair[0], home / "me" / "env"), home / "me")
     before = os.umask(0o077)
     try:
-        theirs = furnish(clone_of(conda_pair[1], home / "another-user" / "envs" / "analysis"), home / "another-user")
+        there = home / "another-user" / "envs" / ("of-a-long-name-" * 7) / "analysis"
+        theirs = furnish(clone_of(conda_pair[1], there), home / "another-user", f"python3.{sys.version_info.minor}")
     finally:
         os.umask(before)
     user = other_user()
-    their_store = theirs.parent.parent / "store"
+    their_store = home / "another-user" / "store"
     their_store.mkdir(mode=0o700)
-    for path in (theirs.parent.parent, *theirs.parent.parent.rglob("*")):
+    for path in (home / "another-user", *(home / "another-user").rglob("*")):
         if not path.is_symlink():
             # Not through hard links into the first environment.
             if path.is_file() and path.stat().st_nlink > 1:

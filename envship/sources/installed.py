@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Mapping, MutableMapping, Sequence
+from pathlib import PurePosixPath
 
 from envship.canonical import Rewritten, Treatment
+from envship.scripts import Script
 from envship.sources.distributions import (
     MACHINE_BOUND,
     Distribution,
@@ -148,4 +150,6 @@ def _treatment(path: str, info: str, collector: Collector) -> Treatment | None:
         return Rewritten("INSTALLER", canonical_installer)
     if path == info + "direct_url.json":
         return Rewritten("direct_url.json", canonical_direct_url)
+    if path.startswith("bin/"):
+        return Script(collector.own(path), PurePosixPath(info).parts[1])
     return None
