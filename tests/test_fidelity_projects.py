@@ -186,20 +186,26 @@ def test_projects_may_stay_away(lab: Lab) -> None:
 def tree(tmp_path: Path) -> Path:
     """A git repository with what repositories hold."""
     root = project(tmp_path, "mine", package="src/mine")
-    (root / ".gitignore").write_text("data/\n_version.py\n*.so\n.env\n*.bin\n")
+    (root / ".gitignore").write_text("data/\n_version.py\n*.so\n.env\n*.bin\nsrc/mine/_generated/\n")
     folder = root / "src" / "mine"
     (folder / "_version.py").write_text("version = '1'\n")
     (folder / "_ext.so").write_bytes(b"compiled")
     (folder / ".env").write_text("SECRET=1")
     (folder / "data").mkdir()
     (folder / "data" / "rows.csv").write_bytes(b"x" * (3 << 20))
+    (folder / "data" / "sandbox").mkdir()
+    (folder / "data" / "sandbox" / "pyvenv.cfg").write_text("an environment")
+    (folder / "data" / "sandbox" / "site.py").write_text("its module")
+    (folder / "_generated" / "more").mkdir(parents=True)
+    (folder / "_generated" / "api.py").write_text("VALUE = 1\n")
+    (folder / "_generated" / "more" / "rows.csv").write_text("no module")
     (folder / ".mypy_cache").mkdir()
     (folder / ".mypy_cache" / "x.json").write_text("{}")
     (folder / "untracked.py").write_text("")
     git(root, "init")
     git(root, "add", "-A")
     git(root, "commit", "-m", "first")
-    (folder / "new.py").write_text("not committed")
+    (folder / "new.py").write_text("# not committed\n")
     return root
 
 
@@ -231,9 +237,60 @@ def test_what_git_ignores_stays_except_for_modules_and_large_data_is_said(
         environment = pack(prefix, store=store)
     files = {path.removeprefix(f"{PLACE}/mine/mine/") for path in entries(environment, package(environment, "mine"))}
     assert {"__init__.py", "_version.py", "_ext.so", "untracked.py", "new.py", "data.txt"} <= files
+    assert "_generated/api.py" in files and "_generated/more/rows.csv" not in files
     assert not any(path.startswith(("data/", ".env", ".mypy_cache")) or ".git" in path for path in files)
+    built = materialise(store, environment.id)
+    assert said(built / "bin/python", "-c", "import mine._generated.api as api; print(api.VALUE)") == "1"
+    shutil.rmtree(built)
     (said_so,) = (record.getMessage() for record in caplog.records if "stays here" in record.getMessage())
     assert "mine/data (3.00 MiB)" in said_so
+
+
+def test_a_module_that_is_new_in_an_ignored_folder_is_seen(tree: Path, prefix: Path, store: Store) -> None:
+    """Though nothing of that folder went along before; whatever else happens in there changes nothing."""
+    before = pack(prefix, store=store)
+    (tree / "src" / "mine" / "data" / "more.csv").write_text("1\n")
+    assert pack(prefix, store=store).id == before.id
+    (tree / "src" / "mine" / "data" / "late.py").write_text("VALUE = 1\n")
+    assert f"{PLACE}/mine/mine/data/late.py" in all_entries(pack(prefix, store=store))
+
+
+@pytest.mark.parametrize("why", ["no repository", "no git"])
+def test_without_git_what_gitignore_says_stays_all_the_same(
+    tree: Path, prefix: Path, store: Store, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_git = all_entries(pack(prefix, store=store))
+    if why == "no repository":
+        shutil.rmtree(tree / ".git")
+    else:
+        monkeypatch.setenv("PATH", "/nowhere")
+    (tree / "src" / "mine" / "new.py").write_text("# to be looked at again\n")
+    assert all_entries(pack(prefix, store=store)).keys() == with_git.keys()
+
+
+def test_a_checkout_in_the_environment_goes_along_without_what_git_left(
+    plain: tuple[Path, Store], tmp_path: Path
+) -> None:
+    """``pip install -e git+…`` clones into the environment: two clones are one environment, and nobody's no more."""
+    checkout = project(tmp_path, "cloned", "flit")
+    (checkout / ".gitignore").write_text("*.csv\n")
+    git(checkout, "init")
+    git(checkout, "add", "-A")
+    git(checkout, "commit", "-m", "first")
+    ids = set()
+    for name in ("one", "another"):
+        prefix = small_venv(tmp_path / name, [])
+        install_editable(prefix, more=["-e", f"git+file://{checkout}#egg=cloned"])
+        (prefix / "src" / "cloned" / "rows.csv").write_text(name)
+        environment = pack(prefix, store=plain[1])
+        ids.add(environment.id)
+    assert len(ids) == 1
+    files = entries(environment, package(environment, "cloned", "project"))
+    assert {"src/cloned/cloned/__init__.py", "src/cloned/unrelated.txt"} <= files.keys()
+    assert not any("/.git/" in path or path.endswith(".csv") for path in all_entries(environment))
+    built = materialise(plain[1], environment.id)
+    code = "import cloned; print(cloned.__file__)"
+    assert said(built / "bin/python", "-c", code) == f"{built}/src/cloned/cloned/__init__.py"
 
 
 def test_an_edit_in_a_large_project_ships_less_than_a_mebibyte(tree: Path, prefix: Path, store: Store) -> None:

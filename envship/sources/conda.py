@@ -23,6 +23,7 @@ from envship.sources.faults import Fault, Owner
 from envship.sources.installed import distribution_draft, missing_files, path_file_drafts
 from envship.sources.interpreter import ask
 from envship.sources.items import Collector, with_byte_code
+from envship.sources.projects import without_leavings
 from envship.sources.tree import Found, Root, Trees
 from envship.sources.unpacked import read_unpacked
 from worker_bootstrap.digest import Digest, digest_of_file, is_digest
@@ -71,6 +72,7 @@ def plan_conda(prefix: Path, trees: Trees, options: PackOptions, is_archive: boo
     collector = Collector([str(prefix), str(prefix.resolve()), *older], trees, options, before, is_archive)
     owners = _owners(records, files)
     distributions = _foreign_distributions(prefix, f"{library}/site-packages", records, files, owners)
+    files = without_leavings(files, distributions, str(prefix), trees)
     faults = [*_missing(records, files), *missing_files(distributions, files)]
     faults += _take_over(prefix, records, owners, distributions)
     drafts = [_package(record, files, owners, collector) for record in records]

@@ -20,7 +20,7 @@ from envship.sources.draft import Draft, Item
 from envship.sources.faults import Fault, Owner
 from envship.sources.items import Collector
 from envship.sources.path_files import is_inside
-from envship.sources.projects import Project, linked_by_path_files, project_of, too_large
+from envship.sources.projects import Project, linked_by_path_files, place_inside, project_of, too_large
 from envship.sources.source_tree import repository
 from envship.sources.symlinks import target_inside
 from envship.sources.tree import Found
@@ -50,7 +50,9 @@ def distribution_draft(
     The source tree of a project that is installed in editable mode comes along (`Project`), unless the user wants none.
     """
     info = distribution.info + "/"
-    mine = dict.fromkeys((*distribution.files, *(path for path in files if path.startswith(info))))
+    place = place_inside(distribution, collector.prefixes)
+    folders = (info, f"{place}/") if place else (info,)
+    mine = dict.fromkeys((*distribution.files, *(path for path in files if path.startswith(folders))))
     mine = {path: None for path in mine if path in files and path not in owners}
     owners.update((path, distribution.name) for path in mine)
     draft = Draft(distribution.name, distribution.version, "", "pypi", [])

@@ -19,6 +19,7 @@ from dask.utils import format_bytes
 from envship.canonical import SYSTEM_PREFIXES, Content, Own
 from envship.sources import path_files, source_tree
 from envship.sources.distributions import Distribution
+from envship.sources.ignored import minimal
 from envship.sources.tree import Found, Trees
 from worker_bootstrap.manifest import Relocation
 from worker_bootstrap.relocate import PLACEHOLDER
@@ -84,7 +85,7 @@ class Project:
         self.name = name
         self.links = links
         folder = re.sub(r"[^\w.-]", "_", name).strip(".") or "path"
-        named = source_tree.minimal([path for paths in links.values() for path in paths])
+        named = minimal([path for paths in links.values() for path in paths])
         everything = [path for path in named if path in {*SYSTEM_PREFIXES, os.path.expanduser("~")}]
         self.problem = f"{', '.join(links)}: {everything[0]} is too much to take along" if everything else ""
         inside = [path for path in named if root and (path == root or path.startswith(root + "/"))]
@@ -116,10 +117,27 @@ class Project:
         return Moved(self.trees, own, origin if path.endswith(".pth") else "")
 
 
+def place_inside(distribution: Distribution, prefixes: Sequence[str]) -> str | None:
+    """Where in the environment the tree of an editable *distribution* lies (pip puts checkouts at ``src/NAME``)."""
+    root = _root_of(distribution)
+    inside = (root[len(prefix) + 1 :] for prefix in prefixes if root.startswith(prefix + "/"))
+    return next(inside, None)
+
+
+def without_leavings(
+    files: dict[str, Found], distributions: Sequence[Distribution], prefix: str, trees: Trees
+) -> dict[str, Found]:
+    """*files* without what stays behind of the source trees that lie in the environment at *prefix*."""
+    for place in filter(None, (place_inside(each, [prefix, os.path.realpath(prefix)]) for each in distributions)):
+        root = f"{prefix}/{place}"
+        kept = {f"{place}/{path}" for path, _ in source_tree.files_below(root, [root], trees)}
+        files = {path: found for path, found in files.items() if path in kept or not path.startswith(place + "/")}
+    return files
+
+
 def project_of(distribution: Distribution, files: Mapping[str, Found], prefixes: Sequence[str]) -> Project | None:
     """The project that an editable *distribution* links to; None if it lies in the environment anyway."""
-    url = urlsplit(distribution.editable or "")
-    root = os.path.normpath(unquote(url.path)) if url.scheme == "file" and url.path else ""
+    root = _root_of(distribution)
     if root and path_files.is_inside(root, prefixes):
         return None
     links: dict[str, list[str]] = {}
@@ -146,6 +164,12 @@ def project_of(distribution: Distribution, files: Mapping[str, Found], prefixes:
             + problem
         )
     return project
+
+
+def _root_of(distribution: Distribution) -> str:
+    """The folder that an editable distribution was installed from; empty if there is none."""
+    url = urlsplit(distribution.editable or "")
+    return os.path.normpath(unquote(url.path)) if url.scheme == "file" and url.path else ""
 
 
 def _is_part(path: str, root: str) -> bool:

@@ -26,11 +26,15 @@ _IS_UTF8 = sys.getfilesystemencoding().lower().replace("-", "") == "utf8"
 
 
 class Root(NamedTuple):
-    """A folder (or a single file) to walk, without the relative paths and the folder names to pass over."""
+    """A folder (or a single file) to walk, without the relative paths and the folder names to pass over.
+
+    With *suffixes*, files with other ones and empty folders do not count.
+    """
 
     path: str
     skip_paths: tuple[str, ...] = ()
     skip_names: tuple[str, ...] = ()
+    suffixes: tuple[str, ...] = ()
 
 
 class Found(NamedTuple):
@@ -212,12 +216,14 @@ def _walk(root: Root) -> Walk:
                     if entry.is_dir(follow_symlinks=False):
                         waiting.append((relative + name + "/", entry.path))
                         continue
+                    if root.suffixes and not name.endswith(root.suffixes):
+                        continue
                     try:
                         found[relative + name] = entry.stat(follow_symlinks=False)
                     except FileNotFoundError:
                         # Gone by now: as if it had gone a moment earlier.
                         continue
-            if is_empty and relative:
+            if is_empty and relative and not root.suffixes:
                 found[relative[:-1]] = os.lstat(folder)
         except FileNotFoundError:
             continue

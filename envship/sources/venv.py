@@ -18,6 +18,7 @@ from envship.sources.installed import distribution_draft, missing_files, path_fi
 from envship.sources.interpreter import Interpreter, ask
 from envship.sources.items import Collector, with_byte_code
 from envship.sources.path_files import is_inside
+from envship.sources.projects import without_leavings
 from envship.sources.tree import Found, Root, Trees
 from worker_bootstrap.errors import NotAnEnvironment
 
@@ -48,6 +49,7 @@ def plan_venv(prefix: Path, trees: Trees, options: PackOptions, is_archive: bool
     for root in base_roots(interpreter):
         trees.walk(root)
     files, distributions = _installed(prefix, f"{library}/site-packages", interpreter, trees)
+    files = without_leavings(files, distributions, str(prefix), trees)
     collector = Collector(_spellings(prefix, interpreter), trees, options, is_archive=is_archive)
     drafts = [base_draft(interpreter, trees, collector)]
     owners = {item.path: "python" for item in drafts[0].items}
