@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import subprocess
@@ -38,8 +39,8 @@ def by_virtualenv(python: str, prefix: Path) -> None:
     subprocess.run([SCRIPTS / "virtualenv", *options, str(prefix)], check=True)
 
 
-def by_uv(python: str, prefix: Path) -> None:
-    subprocess.run([SCRIPTS / "uv", "venv", "--offline", "-q", "-p", python, str(prefix)], check=True)
+def by_uv(python: str, prefix: Path, *options: str) -> None:
+    subprocess.run([SCRIPTS / "uv", "venv", "--offline", "-q", *options, "-p", python, str(prefix)], check=True)
 
 
 MAKERS: dict[str, Callable[[str, Path], None]] = {"venv": by_venv, "virtualenv": by_virtualenv, "uv": by_uv}
@@ -90,6 +91,38 @@ def test_the_installer_makes_no_difference(store: Store, tmp_path: Path) -> None
     built = materialise(Store(far / "store", [store.layout.root]), ids["uv"])
     assert len(str(built)) > 127
     assert said(built / "bin" / "where") == str(built)
+
+
+MODULES = (
+    "import importlib.util, sys; names = {*sys.stdlib_module_names, 'test', 'idlelib', 'turtledemo'};"
+    "print(*sorted(name for name in names if importlib.util.find_spec(name)))"
+)
+
+
+def test_the_standard_library_is_that_of_the_venv_but_for_what_the_readme_says(venv: Path, shared_store: Store) -> None:
+    built = materialise(shared_store, pack(venv, store=shared_store).id)
+    here, there = (set(said(prefix / "bin" / "python", "-c", MODULES).split()) for prefix in (venv, built))
+    assert "ensurepip" in here
+    assert here - there <= {"idlelib", "turtledemo", "test"}
+    assert there <= here
+    modules = [name for name in ("ensurepip", "tkinter", "_tkinter") if name in here]
+    said(built / "bin" / "python", "-c", f"import {', '.join(modules)}")
+
+
+@pytest.mark.parametrize("name", [name for name in interpreters() if name.startswith("system")])
+def test_packages_of_the_system_come_along_and_are_said(
+    store: Store, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where distributions list files that they do not install, as Debian's do: they are not ours to mend."""
+    prefix = tmp_path / "env"
+    by_uv(interpreters()[name], prefix, "--system-site-packages")
+    look = "from importlib.metadata import distributions as d; print(*sorted({x.metadata['Name'] for x in d()}))"
+    expected = said(prefix / "bin" / "python", "-c", look)
+    with caplog.at_level(logging.WARNING, "envship"):
+        environment = pack(prefix, store=store)
+    lines = [record.getMessage() for record in caplog.records if "packages of its interpreter" in record.getMessage()]
+    assert len(lines) == (1 if any(p.kind == "pypi" for p in environment.packages) else 0)
+    assert said(materialise(store, environment.id) / "bin" / "python", "-c", look) == expected
 
 
 @pytest.mark.parametrize("name", interpreters())

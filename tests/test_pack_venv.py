@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import subprocess
@@ -139,13 +140,21 @@ def test_a_plain_interpreter_can_be_packed(store: Store, tmp_path: Path) -> None
     assert said.stdout.decode().split() == [str(again), "42"]
 
 
-def test_a_venv_with_the_packages_of_its_interpreter_has_them(store: Store, tmp_path: Path) -> None:
+def test_a_venv_with_the_packages_of_its_interpreter_has_them(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     built = materialise(store, pack(small_venv(tmp_path / "a", [onlyhere_wheel(tmp_path)]), store=store).id)
     shutil.copytree(built, tmp_path / "plain", symlinks=True)
     mine = tmp_path / "mine"
+    # As Debian's packages have it: that they lack something is not for the user of a venv to mend.
+    with open(tmp_path / "plain" / SITE / "onlyhere-1.0.dist-info" / "RECORD", "a") as record:
+        record.write("../../scripts/onlyhere,,\n")
     options = ["--without-pip", "--system-site-packages"]
     subprocess.run([tmp_path / "plain" / "bin" / "python", "-m", "venv", *options, mine], check=True)
-    assert package(pack(mine, store=store), "onlyhere").version == "1.0"
+    with caplog.at_level(logging.WARNING, "envship"):
+        assert package(pack(mine, store=store), "onlyhere").version == "1.0"
+    (said_so,) = (record.getMessage() for record in caplog.records)
+    assert said_so.endswith("1 of them: onlyhere 1.0")
     install(mine, "--ignore-installed", str(onlyhere_wheel(tmp_path, "2.0")))
     assert package(pack(mine, store=store), "onlyhere").version == "2.0"
 

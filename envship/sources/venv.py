@@ -5,9 +5,10 @@ The result is one relocatable prefix in which everything lies where Python expec
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from envship.options import PackOptions
@@ -27,6 +28,11 @@ _LEFT_OUT = re.compile(
     r"|bin/deactivate.*|bin/pydoc\.bat|(?:.*/)?(?:\.DS_Store|[^/]*\.log|[^/]*~|_virtualenv\.(?:pth|py))"
 )
 """What makes a folder a venv, which the prefix is not any more; caches and logs."""
+
+_NAMED = 5
+"""Packages that are named where some are said to come along."""
+
+logger = logging.getLogger("envship.sources")
 
 
 def plan_venv(prefix: Path, trees: Trees, options: PackOptions, is_archive: bool = False) -> Plan:
@@ -48,7 +54,7 @@ def plan_venv(prefix: Path, trees: Trees, options: PackOptions, is_archive: bool
     library = f"lib/python{interpreter.short_version}"
     for root in base_roots(interpreter):
         trees.walk(root)
-    files, distributions = _installed(prefix, f"{library}/site-packages", interpreter, trees)
+    files, distributions, others = _installed(prefix, f"{library}/site-packages", interpreter, trees)
     files = without_leavings(files, distributions, str(prefix), trees)
     collector = Collector(_spellings(prefix, interpreter), trees, options, is_archive=is_archive)
     drafts = [base_draft(interpreter, trees, collector)]
@@ -56,7 +62,10 @@ def plan_venv(prefix: Path, trees: Trees, options: PackOptions, is_archive: bool
     drafts += [distribution_draft(distribution, files, owners, collector) for distribution in distributions]
     drafts += path_file_drafts(f"{library}/site-packages", files, distributions, owners, collector)
     drafts.append(_unowned(files, owners, collector))
-    ignored = collector.settle(str(prefix), missing_files(distributions, files))
+    # What is missing from another place's packages is not the venv's to mend (Debian's RECORDs name such files).
+    mine = [distribution for distribution in distributions if distribution not in others]
+    ignored = collector.settle(str(prefix), missing_files(mine, files))
+    _say(prefix, interpreter, others)
     return Plan(
         prefix=str(prefix),
         prefixes=collector.prefixes,
@@ -81,18 +90,27 @@ def _check_is_whole(prefix: Path, interpreter: Interpreter) -> None:
 
 def _installed(
     prefix: Path, site_path: str, interpreter: Interpreter, trees: Trees
-) -> tuple[dict[str, Found], list[Distribution]]:
-    """Files by their path in the environment, and the distributions that own most of them."""
+) -> tuple[dict[str, Found], list[Distribution], list[Distribution]]:
+    """Files by their path in the environment, the distributions that own most of them, and which lie outside of it."""
     files: dict[str, Found] = {}
     distributions: list[Distribution] = []
     settings = _settings(prefix)
     if settings is not None:
         files.update(trees.found(Root(str(prefix))))
         distributions += read_distributions(str(prefix / site_path), site_path, files)
+    mine = len(distributions)
     if settings is None or settings.get("include-system-site-packages") == "true":
         for folder in interpreter.site:
             _add_site(folder, site_path, trees, files, distributions)
-    return files, distributions
+    return files, distributions, distributions[mine:] if settings is not None else []
+
+
+def _say(prefix: Path, interpreter: Interpreter, others: Sequence[Distribution]) -> None:
+    if others:
+        names = ", ".join(f"{each.name} {each.version}" for each in others[:_NAMED])
+        more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+        message = "with the venv %s go the packages of its interpreter (%s), %d of them: %s%s"
+        logger.warning(message, prefix, ", ".join(interpreter.site), len(others), names, more)
 
 
 def _add_site(
