@@ -18,8 +18,8 @@ from envship.sources.tree import Root, Trees
 from worker_bootstrap.manifest import Link
 
 _LEFT_OUT = (
-    *("site-packages", "dist-packages", "test", "idlelib", "turtledemo", "tkinter", "ensurepip", "lib2to3/tests"),
-    *("unittest/test", "distutils/tests", "sqlite3/test", "ctypes/test", "EXTERNALLY-MANAGED"),
+    *("site-packages", "dist-packages", "test", "idlelib", "turtledemo", "lib2to3/tests", "unittest/test"),
+    *("distutils/tests", "sqlite3/test", "ctypes/test", "tkinter/test", "EXTERNALLY-MANAGED"),
 )
 """Parts of the standard library that no cluster needs, and packages, which are packages of their own."""
 
