@@ -110,6 +110,49 @@ def test_path_lists_lose_what_lies_in_the_base_and_keep_the_rest(base: Path, new
     assert found["XDG_DATA_DIRS"] == f"{base}-other/share"
 
 
+def test_what_leads_into_the_base_goes_whatever_its_name(base: Path, new: Path, tmp_path: Path) -> None:
+    (tmp_path / "alias").symlink_to(base)
+    into_base = {
+        "SSL_CERT_FILE": f"{base}/ssl/cacert.pem",
+        "REQUESTS_CA_BUNDLE": f"{tmp_path}/alias/ssl/cacert.pem",
+        "QT_PLUGIN_PATH": f"{base}/plugins",
+        "LD_PRELOAD": f"{base}/lib/x.so {base}/lib/y.so",
+        "CONDA_PYTHON_EXE": f"{base}/bin/python",
+        "CONDA_EXE": f"{base}/bin/conda",
+        "BASE_ROOT": str(base),
+        "LDFLAGS": f"-L{base}/lib -lz",
+        "INDEX": f"file://{base}/index",
+    }
+    assert not into_base.keys() & move(base, new, variables_of(base, **into_base)).keys()
+
+
+def test_of_lists_of_any_name_what_lies_elsewhere_stays(base: Path, new: Path) -> None:
+    lists = {"QT_PLUGIN_PATH": f"{base}/plugins:/mine/plugins", "LD_PRELOAD": f"/mine/x.so {base}/lib/y.so"}
+    found = move(base, new, variables_of(base, **lists))
+    assert (found["QT_PLUGIN_PATH"], found["LD_PRELOAD"]) == ("/mine/plugins", "/mine/x.so")
+
+
+def test_what_does_not_lead_into_the_base_stays_as_it_is(base: Path, new: Path) -> None:
+    elsewhere = {
+        "SSL_CERT_FILE": "/etc/ssl/cert.pem",
+        "NEIGHBOUR": f"{base}-other/x",
+        "BACKUP": f"/backup{base}/x",
+        "FLAGS": f"-L{base}.old/lib -L/backup{base}/lib",
+        "LD_PRELOAD": "/mine/x.so /mine/y.so",
+        "EMPTY": "",
+        "WORDS": "base: of all",
+    }
+    assert elsewhere.items() <= move(base, new, variables_of(base, **elsewhere)).items()
+
+
+def test_settings_and_the_place_of_the_process_stay_even_below_the_base(base: Path, new: Path) -> None:
+    below = {
+        name: f"{base}/{name}"
+        for name in ("HOME", "TMPDIR", "PWD", "ENVSHIP_STORE", "DASK_CONFIG", "DASK_ENVSHIP__STORE")
+    }
+    assert below.items() <= move(base, new, variables_of(base, **below)).items()
+
+
 def test_marks_of_the_environment_left_are_gone(base: Path, new: Path) -> None:
     found = move(base, new, variables_of(base, ENVSHIP_ENVIRONMENT="0" * 64, ENVSHIP_PREFIX="/x", ENVSHIP_STORE="/s"))
     assert "ENVSHIP_ENVIRONMENT" not in found and "ENVSHIP_PREFIX" not in found
@@ -157,10 +200,10 @@ def test_the_shell_leaves_no_traces(base: Path, new: Path) -> None:
 
 def test_deactivation_scripts_of_the_base_run_with_its_variables(base: Path, new: Path) -> None:
     script(base, "activate.d", "gdal.sh", 'export GDAL_DATA="$CONDA_PREFIX/gdal"')
-    script(base, "deactivate.d", "gdal.sh", 'test "$CONDA_PREFIX" = "$EXPECTED" && unset GDAL_DATA')
-    found = move(base, new, variables_of(base, GDAL_DATA=f"{base}/gdal", EXPECTED=str(base)))
+    script(base, "deactivate.d", "gdal.sh", 'test "$CONDA_PREFIX" = "$DASK_EXPECTED" && unset GDAL_DATA')
+    found = move(base, new, variables_of(base, GDAL_DATA=f"{base}/gdal", DASK_EXPECTED=str(base)))
     assert "GDAL_DATA" not in found
-    assert found["EXPECTED"] == str(base)
+    assert found["DASK_EXPECTED"] == str(base)
 
 
 def test_what_a_script_of_the_base_set_goes_though_none_unsets_it(base: Path, new: Path) -> None:

@@ -85,9 +85,12 @@ def test_a_checkout_is_named_by_its_commit_and_not_by_its_folder(environment: En
 
 
 def test_activation_sets_what_the_environment_defines_and_nothing_of_the_base(
-    environment: Environment, built: Path, conda_pair: tuple[Path, Path]
+    environment: Environment, built: Path, conda_pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
+    """What of the user's home conda itself lets in is in, here and there."""
     base = conda_pair[1]
+    user_site = tmp_path / ".local" / SITE
+    user_site.mkdir(parents=True)
     before = {
         "PATH": f"{base}/bin:/opt/conda/condabin:/usr/bin:/bin",
         "CONDA_PREFIX": str(base),
@@ -97,10 +100,16 @@ def test_activation_sets_what_the_environment_defines_and_nothing_of_the_base(
         "LD_LIBRARY_PATH": f"{base}/lib:/opt/lib",
         "VIRTUAL_ENV": "/home/me/venv",
         "MY_OWN": "stays",
+        "HOME": str(tmp_path),
+        "SSL_CERT_FILE": f"{base}/ssl/cacert.pem",
+        "QT_PLUGIN_PATH": f"{base}/plugins:/opt/plugins",
+        "LD_PRELOAD": f"{base}/lib/libmini.so",
+        "CONDA_EXE": f"{base}/bin/conda",
+        "CONDA_PYTHON_EXE": f"{base}/bin/python",
     }
     assert environment.manifest.environ["FROM_STATE"] == f"{PLACEHOLDER}/share/state"
     variables = activated(before, str(built), environment.manifest.environ, base_prefixes=[str(base)])
-    code = "import json, os, sys; print(json.dumps(dict(os.environ)))"
+    code = "import json, os, sys; print(json.dumps({**os.environ, 'seen': sys.path}))"
     done = subprocess.run(
         [built / "bin" / "python", "-c", code], env=variables, capture_output=True, text=True, check=True
     )
@@ -115,10 +124,12 @@ def test_activation_sets_what_the_environment_defines_and_nothing_of_the_base(
         "OF_PACKAGE": f"{built}/share/libmini",
         "PLAIN": "1",
         "LD_LIBRARY_PATH": "/opt/lib",
+        "QT_PLUGIN_PATH": "/opt/plugins",
         "MY_OWN": "stays",
     }
+    assert str(user_site) in seen.pop("seen")
     assert {name: seen.get(name) for name in expected} == expected
-    assert "VIRTUAL_ENV" not in seen and "GONE" not in seen
+    assert not {"VIRTUAL_ENV", "GONE", "SSL_CERT_FILE", "LD_PRELOAD", "CONDA_EXE", "CONDA_PYTHON_EXE"} & seen.keys()
     assert not [name for name, value in seen.items() if str(base) in value]
 
 

@@ -1,8 +1,8 @@
 """The variables of a process that runs from another environment.
 
-What ``conda activate`` would set is set, what belongs to the environment left behind is gone, and what the user set
-stays. Activation scripts run in one shell, whose variables before and after are compared. Does not start the
-environment's interpreter; marks of envship itself are set by who does (`worker_bootstrap.interpreter`).
+What ``conda activate`` would set is set, what belongs to the environment left behind or leads into it is gone, and what
+the user set otherwise stays. Activation scripts run in one shell, whose variables before and after are compared. Does
+not start the environment's interpreter; marks of envship itself are set by who does (`worker_bootstrap.interpreter`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -36,7 +37,8 @@ PATH_LISTS = (
     *("CPATH", "PKG_CONFIG_PATH", "CMAKE_PREFIX_PATH", "MANPATH", "INFOPATH", "XDG_DATA_DIRS"),
 )
 
-# conda's own installation (CONDA_EXE) and the user's settings for it (CONDA_PKGS_DIRS, CONDA_OVERRIDE_CUDA) stay.
+# conda's own installation (CONDA_EXE), unless that is the base, and the user's settings for it (CONDA_PKGS_DIRS,
+# CONDA_OVERRIDE_CUDA) stay.
 _OF_CONDA_ACTIVATE = ("CONDA_PREFIX", "CONDA_DEFAULT_ENV", "CONDA_PROMPT_MODIFIER", "CONDA_SHLVL", "CONDA_STACKED_")
 _OF_OLD_ENVIRONMENT = frozenset(
     (
@@ -44,6 +46,9 @@ _OF_OLD_ENVIRONMENT = frozenset(
         *("PIXI_PROJECT_ROOT", "PIXI_ENVIRONMENT_NAME", "PIXI_PROMPT", "ENVSHIP_ENVIRONMENT", "ENVSHIP_PREFIX"),
     )
 )
+# Where these lead to is no matter of the environment's, even if that is below it.
+_OF_PROCESS = frozenset(("HOME", "TMPDIR", "TMP", "TEMP", "PWD", "OLDPWD"))
+_SETTINGS = ("ENVSHIP_", "DASK_")
 _OF_SHELL = frozenset(("_", "SHLVL", "PWD", "OLDPWD", "PS1", "BASH_ENV", "ENV", "BASHOPTS", "SHELLOPTS"))
 
 # Whatever scripts print goes to standard error; a script that exits still leaves its variables.
@@ -116,7 +121,26 @@ def _without_base(variables: dict[str, str], prefixes: Sequence[str]) -> dict[st
                 del variables[name]
             else:
                 variables[name] = os.defpath
+    for name in set(variables) - {*PATH_LISTS, *_OF_PROCESS}:
+        if not name.startswith(_SETTINGS):
+            outside = _outside(name, variables[name], left)
+            if outside is None:
+                del variables[name]
+            else:
+                variables[name] = outside
     return variables
+
+
+def _outside(name: str, value: str, left: Sequence[str]) -> str | None:
+    """*value*, a list without its paths inside *left*; None if nothing remains of it, or a text names one of them."""
+    entries = re.split("[: ]", value) if name == "LD_PRELOAD" else _split(value)
+    if all(entry.startswith("/") or not entry for entry in entries):
+        kept = [entry for entry in entries if not _is_inside(entry, left)]
+        return value if kept == entries else os.pathsep.join(kept) or None
+    # Such as `-L/base/lib -lz`, or `file:///base/x`: what would remain without the path has another meaning.
+    names = "|".join(re.escape(prefix) for prefix in left)
+    named = names and re.search(rf"(?:\A|[^\w.-]|\B-[A-Za-z])(?:{names})(?![\w-]|\.\w)", value)
+    return None if named else value
 
 
 def _deactivated(variables: dict[str, str], active: str) -> dict[str, str]:
