@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from envship.pack import pack
+from worker_bootstrap.activation import activated
 from worker_bootstrap.materialise import materialise
 from worker_bootstrap.store import Store
 
@@ -91,6 +92,23 @@ def test_the_installer_makes_no_difference(store: Store, tmp_path: Path) -> None
     built = materialise(Store(far / "store", [store.layout.root]), ids["uv"])
     assert len(str(built)) > 127
     assert said(built / "bin" / "where") == str(built)
+
+
+def test_packages_of_the_users_home_do_not_come_before_those_of_a_venv(
+    venv: Path, shared_store: Store, tmp_path: Path
+) -> None:
+    user_site = tmp_path / ".local" / "lib" / VERSIONED / "site-packages"
+    user_site.mkdir(parents=True)
+    (user_site / "onlyhere.py").write_text("def f(x):\n    return 'of the user'\n")
+    environment = pack(venv, store=shared_store)
+    built = materialise(shared_store, environment.id)
+    before = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    variables = activated(before, str(built), environment.manifest.environ, base_prefixes=[sys.prefix])
+    code = "import onlyhere; print(onlyhere.f(1))"
+    # Without the variable, the environment, which has no pyvenv.cfg, sees what its source does not.
+    assert said(built / "bin" / "python", "-c", code, **before) == "of the user"
+    assert said(venv / "bin" / "python", "-c", code, **before) == "42"
+    assert said(built / "bin" / "python", "-c", code, **variables) == "42"
 
 
 MODULES = (

@@ -29,6 +29,9 @@ _LEFT_OUT = re.compile(
 )
 """What makes a folder a venv, which the prefix is not any more; caches and logs."""
 
+NO_USER_SITE = {"PYTHONNOUSERSITE": "1"}
+"""A venv sees no packages of its user, or sees its own first; without ``pyvenv.cfg``, the user's come first."""
+
 _NAMED = 5
 """Packages that are named where some are said to come along."""
 
@@ -72,7 +75,7 @@ def plan_venv(prefix: Path, trees: Trees, options: PackOptions, is_archive: bool
         interpreter=str(executable),
         platform=interpreter.platform,
         python=interpreter.version,
-        environ={},
+        environ={} if _settings(prefix) is None else NO_USER_SITE,
         drafts=[
             draft._replace(items=list(with_byte_code(draft.items, library, interpreter.cache_tag))) for draft in drafts
         ],
