@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from envship.sources import ignored as module
 from envship.sources.ignored import ignored
+from envship.sources.tree import Trees
 
 from .projects import git
 
@@ -103,3 +105,17 @@ def test_a_tree_that_a_repository_around_it_ignores_is_one_of_its_own(tree: Path
     git(tree.parent, "init")
     (tree.parent / ".gitignore").write_text("*\n")
     assert ignored(str(tree)) == expected
+
+
+def test_an_ignored_folder_that_cannot_be_read_is_not_missed(tree: Path) -> None:
+    if os.getuid() == 0:
+        pytest.skip("root reads everything")
+    (tree / "notes").chmod(0)
+    try:
+        modules = ignored(str(tree))["notes"].modules
+        assert modules is not None
+        trees = Trees()
+        assert not trees.walk(modules)
+        assert trees.unreadable == []
+    finally:
+        (tree / "notes").chmod(0o755)

@@ -228,5 +228,8 @@ def _walk(root: Root) -> Walk:
         except FileNotFoundError:
             continue
         except OSError as error:
+            if root.suffixes:
+                # Nothing in it is asked for by name: what cannot be read there is not missed.
+                continue
             unreadable.append(f"{folder} cannot be read: {error.strerror}")
     return Walk(dict(sorted(found.items())), changed_ns, unreadable)
