@@ -272,7 +272,7 @@ def test_a_checkout_in_the_environment_goes_along_without_what_git_left(
     plain: tuple[Path, Store], tmp_path: Path
 ) -> None:
     """``pip install -e git+…`` clones into the environment: two clones are one environment, and nobody's no more."""
-    checkout = project(tmp_path, "cloned", "flit")
+    checkout = project(tmp_path / "repository", "cloned", "flit").parent
     (checkout / ".gitignore").write_text("*.csv\n")
     git(checkout, "init")
     git(checkout, "add", "-A")
@@ -280,17 +280,17 @@ def test_a_checkout_in_the_environment_goes_along_without_what_git_left(
     ids = set()
     for name in ("one", "another"):
         prefix = small_venv(tmp_path / name, [])
-        install_editable(prefix, more=["-e", f"git+file://{checkout}#egg=cloned"])
+        install_editable(prefix, more=["-e", f"git+file://{checkout}#egg=cloned&subdirectory=cloned"])
         (prefix / "src" / "cloned" / "rows.csv").write_text(name)
         environment = pack(prefix, store=plain[1])
         ids.add(environment.id)
     assert len(ids) == 1
     files = entries(environment, package(environment, "cloned", "project"))
-    assert {"src/cloned/cloned/__init__.py", "src/cloned/unrelated.txt"} <= files.keys()
+    assert {"src/cloned/.gitignore", "src/cloned/cloned/cloned/__init__.py"} <= files.keys()
     assert not any("/.git/" in path or path.endswith(".csv") for path in all_entries(environment))
     built = materialise(plain[1], environment.id)
     code = "import cloned; print(cloned.__file__)"
-    assert said(built / "bin/python", "-c", code) == f"{built}/src/cloned/cloned/__init__.py"
+    assert said(built / "bin/python", "-c", code) == f"{built}/src/cloned/cloned/cloned/__init__.py"
 
 
 def test_an_edit_in_a_large_project_ships_less_than_a_mebibyte(tree: Path, prefix: Path, store: Store) -> None:

@@ -118,10 +118,20 @@ class Project:
 
 
 def place_inside(distribution: Distribution, prefixes: Sequence[str]) -> str | None:
-    """Where in the environment the tree of an editable *distribution* lies (pip puts checkouts at ``src/NAME``)."""
+    """Where in the environment the tree of an editable *distribution* lies (pip puts checkouts at ``src/NAME``).
+
+    With the repository that it is a folder of, if that lies in the environment, too.
+    """
     root = _root_of(distribution)
-    inside = (root[len(prefix) + 1 :] for prefix in prefixes if root.startswith(prefix + "/"))
-    return next(inside, None)
+    prefix = next((prefix for prefix in prefixes if root.startswith(prefix + "/")), None)
+    if prefix is None:
+        return None
+    top = folder = root
+    while folder != prefix:
+        if os.path.exists(f"{folder}/.git"):
+            top = folder
+        folder = os.path.dirname(folder)
+    return top[len(prefix) + 1 :]
 
 
 def without_leavings(
