@@ -5,6 +5,7 @@ No step of it needs Dask, so that it can run in a process of its own: see `envsh
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import time
@@ -102,10 +103,7 @@ class Packer:
         raise SourceProblems(str(prefix), [f"{path} changed while it was packed" for path in changed], remedy)
 
     def _attempt(self, prefix: Path, trees: Trees, index: ScanIndex, is_archive: bool) -> tuple[_Done, list[str]]:
-        whole = self._whole(prefix, trees, index)
-        plan = plan_prefix(prefix, trees, self._options, is_archive)
-        if whole and context(plan) != index.known.context:
-            return self._attempt(prefix, Trees(), ScanIndex.none(self._store), is_archive)
+        whole, plan = self._planned(prefix, trees, index, is_archive)
         drafts = [part for draft in plan.drafts for part in _parts(draft) if draft.items]
         keys = [signature(draft, plan, trees.started_ns) for draft in drafts]
         packed = [self._known(key, index) for key in keys]
@@ -131,6 +129,18 @@ class Packer:
         )
         packages += [each.package for each in whole]
         return _Done(Manifest(plan.platform, plan.python, packages, plan.environ), trees, known), changed
+
+    def _planned(self, prefix: Path, trees: Trees, index: ScanIndex, is_archive: bool) -> tuple[list[Whole], Plan]:
+        """Packages that need not even be planned, and the plan of the others; of all, where that cannot do."""
+        whole = self._whole(prefix, trees, index)
+        if whole:
+            # What the others miss may be there, but hidden: a package that came later may record a path of theirs.
+            with contextlib.suppress(SourceProblems):
+                plan = plan_prefix(prefix, trees, self._options, is_archive)
+                if context(plan) == index.known.context:
+                    return whole, plan
+            trees.show_all()
+        return [], plan_prefix(prefix, trees, self._options, is_archive)
 
     def _whole(self, prefix: Path, trees: Trees, index: ScanIndex) -> list[Whole]:
         """Packages that need not even be planned, because nothing that they depend on has changed; hides their files.
@@ -211,6 +221,9 @@ def _whole_of(prefix: Path, trees: Trees, packed: Sequence[tuple[Draft, Packed]]
         return
     marks = trees.marks(root)
     for draft, found in packed:
+        if any(isinstance(item, FileItem) and item.origin != f"{root.path}/{item.path}" for item in draft.items):
+            # What a link out of the prefix points to changes without a trace in the prefix.
+            continue
         paths = tuple(item.path for item in draft.items if not isinstance(item, (CodeItem, MadeItem)))
         fingerprint = fingerprint_of(paths, marks) if draft.is_whole else None
         if fingerprint is not None:

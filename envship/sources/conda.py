@@ -9,9 +9,10 @@ two); asking it took as long as all the rest of planning. Source of the format: 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from envship.sources.faults import Fault, Owner
 from envship.sources.installed import distribution_draft, missing_files, path_file_drafts
 from envship.sources.interpreter import ask
 from envship.sources.items import Collector, with_byte_code
-from envship.sources.projects import without_leavings
+from envship.sources.projects import LINKING, without_leavings
 from envship.sources.tree import Found, Root, Trees
 from envship.sources.unpacked import read_unpacked
 from worker_bootstrap.digest import Digest, digest_of_file, is_digest
@@ -75,7 +76,8 @@ def plan_conda(prefix: Path, trees: Trees, options: PackOptions, is_archive: boo
     files = without_leavings(files, distributions, str(prefix), trees)
     faults = [*_missing(records, files), *missing_files(distributions, files)]
     faults += _take_over(prefix, records, owners, distributions)
-    drafts = [_package(record, files, owners, collector) for record in records]
+    shared = _shared(records, distributions)
+    drafts = [_package(record, files, owners, shared, collector) for record in records]
     for distribution in distributions:
         drafts.append(distribution_draft(distribution, files, owners, collector))
     drafts += path_file_drafts(f"{library}/site-packages", files, distributions, owners, collector)
@@ -192,6 +194,16 @@ def _missing(records: Sequence[Mapping[str, Any]], files: Mapping[str, Found]) -
     ]
 
 
+def _shared(records: Sequence[Mapping[str, Any]], distributions: Sequence[Distribution]) -> set[str]:
+    """The paths that were recorded more than once."""
+    seen: set[str] = set()
+    shared: set[str] = set()
+    recorded = [(entry["_path"] for entry in _paths(record)) for record in records]
+    for path in itertools.chain(*recorded, *(distribution.files for distribution in distributions)):
+        (shared if path in seen else seen).add(path)
+    return shared
+
+
 def _owner(record: Mapping[str, Any]) -> Owner:
     return Owner(record["name"], str(record["version"]), "conda")
 
@@ -251,6 +263,7 @@ def _package(
     record: Mapping[str, Any],
     files: Mapping[str, Found],
     owners: Mapping[str, str],
+    shared: Container[str],
     collector: Collector,
 ) -> Draft:
     me = record["envship-record"]
@@ -262,7 +275,8 @@ def _package(
         if owners.get(path) == me:
             items += collector.item(path, *files[path], _treatment(entry, collector))
     items = list({item.path: item for item in items}.values())
-    is_whole = all(owners.get(entry["_path"]) == me for entry in _paths(record))
+    paths = [entry["_path"] for entry in _paths(record)]
+    is_whole = all(owners.get(path) == me and path not in shared and not path.endswith(LINKING) for path in paths)
     return Draft(record["name"], str(record["version"]), str(record.get("build", "")), "conda", items, is_whole)
 
 

@@ -18,8 +18,8 @@ from worker_bootstrap.manifest import Directory, HardLink, Link
 class Draft(NamedTuple):
     """One package of a plan. *items* in any order, no path twice. The rest is as in `manifest.Package`.
 
-    *is_whole* tells that its files depend on no other package, and no other on them: it has all that it recorded, and
-    recorded all that it has.
+    *is_whole* tells that its files depend on no other package, and no other on them: it has all that it recorded,
+    nobody else recorded any of it, and nothing of it leads to a project.
     """
 
     name: str

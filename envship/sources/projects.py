@@ -25,6 +25,8 @@ from worker_bootstrap.manifest import Relocation
 from worker_bootstrap.relocate import PLACEHOLDER
 
 PLACE = "share/envship/projects"
+LINKING = (".pth", ".egg-link")
+"""How the names of files end that may link to a project, besides modules of one in editable mode."""
 _REBUILDING = "_editable_loader.py"
 """What meson-python writes: a module that builds the project anew whenever it is imported."""
 

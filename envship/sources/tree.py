@@ -116,6 +116,10 @@ class Trees:
         hidden = frozenset(paths)
         self._visible[root] = {path: node for path, node in self._walk(root).nodes.items() if path not in hidden}
 
+    def show_all(self) -> None:
+        """Hide nothing any more."""
+        self._visible.clear()
+
     @property
     def roots(self) -> tuple[Root, ...]:
         """What has been walked so far, in that order."""
