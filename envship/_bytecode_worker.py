@@ -1,8 +1,9 @@
 """Makes byte code that depends on nothing but source and interpreter. Run by the environment's own interpreter.
 
-One JSON object per line on standard input asks for one module; the answer on standard output is four bytes of length
-(big-endian), a byte (``C`` compiled, ``R`` reused), and the file; length 0 where there is none. Standard library only,
-Python 3.9 and later. See `envship.bytecode`, which starts it.
+A JSON object on a line of standard input, and the text of the module after it, ask for one module: its file may have
+changed by now. The answer on standard output is four bytes of length (big-endian), a byte (``C`` compiled, ``R``
+reused), and the file; length 0 where there is none. Standard library only, Python 3.9 and later. See
+`envship.bytecode`, which starts it.
 
 What varies from one compilation to the next, and why it does not here: the header is the hash of the source (PEP 552);
 the file name in code objects is the one asked for; marshal marks an object for later reference if anything else refers
@@ -35,15 +36,14 @@ def main() -> None:
     answers.write(greeting.encode() + b"\n")
     answers.flush()
     for line in requests:
-        kind, data = answer(json.loads(line))
+        request = json.loads(line)
+        kind, data = answer(request, requests.read(request["size_bytes"]))
         answers.write(len(data).to_bytes(4, "big") + (kind + data if data else b""))
         answers.flush()
 
 
-def answer(request: Request) -> tuple[bytes, bytes]:
+def answer(request: Request, source: bytes) -> tuple[bytes, bytes]:
     """The kind of result, and the bytes of the file (none if the source cannot be compiled)."""
-    with open(request["source"], "rb") as file:
-        source = file.read()
     # Interned, as some versions of the compiler do by themselves with names of files.
     name = sys.intern(request["name"])
     code = reusable(request, source)
@@ -66,7 +66,7 @@ def header(source: bytes) -> bytes:
 def reusable(request: Request, source: bytes) -> types.CodeType | None:
     """The code object of byte code that lies on disk and belongs to the source, or None."""
     try:
-        with open(request["cached"], "rb") as file:
+        with open(request["cached"].encode("latin-1"), "rb") as file:
             cached = file.read()
     except OSError:
         return None

@@ -71,14 +71,15 @@ class Compiler:
         with contextlib.suppress(OSError):
             return _checked(path.read_bytes())
         request = {
-            "source": item.origin,
-            "cached": item.cached,
+            "size_bytes": len(source),
+            # As bytes: the interpreter may take names of files for another encoding than this one does.
+            "cached": os.fsencode(item.cached).decode("latin-1"),
             "name": item.module_path,
             "mtime": item.node.st_mtime_ns // 1_000_000_000,
             "source_digest": item.source_digest,
             "cached_digest": item.cached_digest,
         }
-        kind, data = self._ask(json.dumps(request).encode() + b"\n")
+        kind, data = self._ask(json.dumps(request).encode() + b"\n" + source)
         if kind == b"C" and data:
             # Losing it to a full disk costs time only.
             with contextlib.suppress(OSError):
@@ -103,7 +104,8 @@ class Compiler:
         self.close()
 
     def _kept_path(self, item: CodeItem, source: bytes) -> Path:
-        name = digest_of(b"\0".join((self.magic.encode(), os.fsencode(item.module_path), source)))
+        module_path = item.module_path.encode("utf-8", "surrogateescape")
+        name = digest_of(b"\0".join((self.magic.encode(), module_path, source)))
         return self.kept / name[:2] / name
 
     def _ask(self, request: bytes) -> tuple[bytes, bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import marshal
 import os
 import shutil
 import signal
@@ -14,11 +15,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from envship.bytecode import Compiler
 from envship.environment import Environment
 from envship.options import NO_OPTIONS
 from envship.pack import pack
 from envship.packer import Packer
 from envship.scan_index import ScanIndex, index_folder
+from envship.sources.draft import CodeItem
 from envship.sources.tree import Trees
 from worker_bootstrap import ready_mark
 from worker_bootstrap.errors import SourceProblems, StoreFull
@@ -184,6 +187,39 @@ def test_a_source_that_changes_is_packed_again_as_it_is_then(
     for path in (mine / SITE).glob("*.py"):
         assert mine_now[f"{SITE}/{path.name}"] == path.read_bytes()
     assert f"{SITE}/another.py" in mine_now or change is remove
+
+
+@pytest.mark.parametrize("name", ["Before", "after"])
+def test_byte_code_is_that_of_the_source_that_was_read(
+    mine: Path, store: Store, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Edited once its source has been read to be compiled: after the turn of the file itself, or before it."""
+    module = mine / SITE / f"{name}.py"
+    module.write_text("X = 1\n")
+    make = Compiler.make
+
+    def edited_first(self: Compiler, item: CodeItem, source: bytes) -> bytes | None:
+        if Path(item.origin) == module and source == b"X = 1\n":
+            module.write_text("X = 2\n")
+        return make(self, item, source)
+
+    monkeypatch.setattr(Compiler, "make", edited_first)
+    environment_id = Packer(store, NO_OPTIONS, None).pack(mine, Trees(), ScanIndex.none(store))
+    monkeypatch.undo()
+    of_code, of_source = values_of_x(Environment.open(environment_id, store), name)
+    assert of_code == of_source
+    module.write_text("X = 1\n")
+    assert values_of_x(pack(mine, store=store), name) == (1, 1), "nor is anything else kept for later"
+
+
+def values_of_x(environment: Environment, name: str) -> tuple[int, int]:
+    """What ``X`` is in a module: in its byte code, and in its source."""
+    files = contents(environment, package(environment, "", "files"))
+    code: dict[str, int] = {}
+    exec(marshal.loads(files[f"{SITE}/__pycache__/{name}.{sys.implementation.cache_tag}.pyc"][16:]), code)
+    source: dict[str, int] = {}
+    exec(files[f"{SITE}/{name}.py"], source)
+    return code["X"], source["X"]
 
 
 def test_a_source_that_goes_on_changing_is_refused(mine: Path, store: Store) -> None:

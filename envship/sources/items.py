@@ -186,16 +186,20 @@ def with_byte_code(items: Iterable[Item], library: str, cache_tag: str) -> Itera
         treatment = item.treatment
         if not isinstance(treatment, (Own, Recorded)) or getattr(treatment, "relocation", None) is not None:
             continue
-        folder, name = os.path.split(item.path)
-        cached = f"__pycache__/{name[:-3]}.{cache_tag}.pyc"
         yield CodeItem(
-            path=f"{folder}/{cached}",
+            path=_cached(item.path, cache_tag),
             origin=item.origin,
             node=item.node,
-            cached=os.path.join(os.path.dirname(item.origin), cached),
+            cached=_cached(item.origin, cache_tag),
             module_path=item.path,
             source_digest=treatment.digest if isinstance(treatment, Recorded) else None,
         )
+
+
+def _cached(module: str, cache_tag: str) -> str:
+    """Where the byte code of *module* lies."""
+    folder, name = os.path.split(module)
+    return f"{folder}/__pycache__/{os.path.splitext(name)[0]}.{cache_tag}.pyc"
 
 
 def with_hard_links(items: Iterable[Item]) -> list[Item]:
