@@ -4,8 +4,8 @@ environments made of them; or of those of another channel.
 rattler-build makes the packages (with conda's long placeholder, ``paths.json`` and all), rattler installs them; both
 are libraries on PyPI, so that no conda, channel or compiler is needed. The package ``python`` is the interpreter that
 runs this. The others have one of everything that relocation meets: binary files (a compiled library, where there is a
-compiler), text files, scripts, a module, a chain of links, a ``noarch: python`` package with an entry point, an
-activation script.
+compiler), text files, scripts, a module, a chain of links, a link to a folder, a ``noarch: python`` package with an
+entry point, an activation script.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ ln -s python{short} "$PREFIX/bin/python"
 ln -s python{short} "$PREFIX/bin/python3"
 tar -C "{stdlib}" {exclude} --exclude=__pycache__ --exclude='*.a' --exclude='config-*' -chf - . \
   | tar -C "$PREFIX/{library}" -xf -
+echo 'packages go here' > "$PREFIX/{library}/site-packages/README.txt"
 ln -sfn site-packages "$PREFIX/{library}/dist-packages"
 if [ -e "{libpython}" ]; then cp -L "{libpython}" "$PREFIX/lib/"; fi
 "{patchelf}" --force-rpath --set-rpath '$ORIGIN/../lib' "$PREFIX/bin/python{short}"
@@ -64,6 +65,9 @@ if command -v cc > /dev/null; then
   cc -shared -fPIC -o $PREFIX/lib/libplace.so place.c
 fi
 printf '[libmini]\nprefix=%s\n' "$PREFIX" > $PREFIX/share/libmini/libmini.conf
+mkdir -p $PREFIX/share/libmini/data/deep
+printf 'kept in %s\n' "$PREFIX" > $PREFIX/share/libmini/data/deep/table.txt
+ln -s ../share/libmini/data $PREFIX/lib/minidata
 mkdir -p $PREFIX/lib/pkgconfig
 printf 'prefix=%s\nName: libmini\n' "$PREFIX" > $PREFIX/lib/pkgconfig/libmini.pc
 printf '#!%s/bin/python -I\nimport sys\nprint(sys.prefix, sys.flags.isolated)\n' "$PREFIX" > $PREFIX/bin/mini-isolated

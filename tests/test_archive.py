@@ -19,9 +19,12 @@ from envship.pack import pack
 from envship.sources import archive as archives
 from envship.sources.archive import is_archive, unpacked
 from worker_bootstrap.errors import ArchiveInvalid, NotAnEnvironment, SourceProblems
+from worker_bootstrap.manifest import File
+from worker_bootstrap.materialise import materialise
 from worker_bootstrap.store import Store
 
 from .contents import all_entries
+from .prefixes import said
 from .snapshots import untouched
 
 
@@ -62,6 +65,20 @@ def test_an_archive_is_the_environment_that_it_was_made_of(
     assert environment.id == expected.id
     assert sorted(path for path in tmp_path.rglob("*") if store.layout.root not in path.parents) == before
     assert list(store.layout.tmp.iterdir()) == []
+
+
+def test_a_zip_with_copies_in_the_place_of_links_is_packed_and_runs(
+    conda_pair: tuple[Path, Path], store: Store, tmp_path: Path
+) -> None:
+    """As conda-pack makes it by default; links to folders, too."""
+    made = packed_by_conda_pack(conda_pair[0], tmp_path / "env.zip")
+    environment = pack(made, store=store)
+    files = all_entries(environment)
+    assert isinstance(files["lib/libmini.so"], File) and isinstance(files["lib/minidata/deep/table.txt"], File)
+    built = materialise(store, environment.id)
+    assert said(built / "bin" / "mini-prefix") == str(built)
+    assert said(built / "bin" / "mininoarch") == f"mininoarch {built}"
+    assert said(built / "bin" / "python", "-c", "import libmini; print(libmini.VERSION)") == "1.0"
 
 
 def test_an_archive_that_was_unpacked_and_moved_by_conda_unpack_is_the_same_environment(

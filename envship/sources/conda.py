@@ -74,7 +74,7 @@ def plan_conda(prefix: Path, trees: Trees, options: PackOptions, is_archive: boo
     owners = _owners(records, files)
     distributions = _foreign_distributions(prefix, f"{library}/site-packages", records, files, owners)
     files = without_leavings(files, distributions, str(prefix), trees)
-    faults = [*_missing(records, files), *missing_files(distributions, files)]
+    faults = [*_missing(prefix, records, files), *missing_files(distributions, files)]
     faults += _take_over(prefix, records, owners, distributions)
     shared = _shared(records, distributions)
     drafts = [_package(record, files, owners, shared, collector) for record in records]
@@ -185,13 +185,19 @@ def _owners(records: Sequence[Mapping[str, Any]], files: Mapping[str, Found]) ->
     return owners
 
 
-def _missing(records: Sequence[Mapping[str, Any]], files: Mapping[str, Found]) -> list[Fault]:
+def _missing(prefix: Path, records: Sequence[Mapping[str, Any]], files: Mapping[str, Found]) -> list[Fault]:
     return [
         Fault(_owner(record), entry["_path"])
         for record in records
         for entry in _paths(record)
-        if entry["_path"] not in files and entry["_path"] not in NOT_CONTENT
+        if entry["_path"] not in files and entry["_path"] not in NOT_CONTENT and not _is_copied_folder(prefix, entry)
     ]
+
+
+def _is_copied_folder(prefix: Path, entry: Mapping[str, Any]) -> bool:
+    """Whether a folder lies where the package has a link: a zip may hold copies of what links point to."""
+    kind: str = entry.get("path_type", "softlink")
+    return kind == "softlink" and prefix.joinpath(entry["_path"]).is_dir()
 
 
 def _shared(records: Sequence[Mapping[str, Any]], distributions: Sequence[Distribution]) -> set[str]:
