@@ -113,11 +113,32 @@ class Recorded:
                     return Content(original, self.relocation, self.digest)
         if self.relocation.mode == "binary":
             # Signed or stripped after installing: no longer the original, but the room for a longer prefix is there.
-            for prefix in self.own.prefixes:
-                original = restore(data, self.relocation, prefix)
-                if original != data and _comes_back(original, self.relocation, prefix, data):
-                    return Content(original, self.relocation)
+            return _with_room(data, self.relocation, self.own)
         return self.own(data)
+
+
+@dataclass(frozen=True)
+class Undigested:
+    """A file whose package, an old one, recorded how it names the prefix, and no digest of the original.
+
+    Which of its bytes name the prefix is seen from the file itself: text as everywhere, binary files by the padding
+    that an installer left. Where conda-pack kept the original, the placeholder is there.
+    """
+
+    relocation: Relocation
+    own: Own
+
+    @property
+    def key(self) -> str:
+        return f"undigested {self.relocation} {self.own.key}"
+
+    def __call__(self, data: bytes) -> Content:
+        placeholder = os.fsencode(self.relocation.placeholder)
+        if self.relocation.mode == "text":
+            return self.own(data.replace(placeholder, os.fsencode(self.own.prefixes[0])))
+        if placeholder in data:
+            return Content(data, self.relocation)
+        return _with_room(data, self.relocation, self.own)
 
 
 @dataclass(frozen=True)
@@ -150,6 +171,15 @@ def names_prefix(data: bytes, prefixes: tuple[str, ...]) -> bool:
     """Whether a module with the text *data* would be relocated."""
     pattern = _text_pattern(prefixes)
     return pattern is not None and pattern.search(data) is not None
+
+
+def _with_room(data: bytes, relocation: Relocation, own: Own) -> Content:
+    """A binary file with the placeholder in it again, if that is what it could be made of; else its *own* content."""
+    for prefix in own.prefixes:
+        original = restore(data, relocation, prefix)
+        if original != data and _comes_back(original, relocation, prefix, data):
+            return Content(original, relocation)
+    return own(data)
 
 
 def _comes_back(original: bytes, relocation: Relocation, prefix: str, data: bytes) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from envship import elf
-from envship.canonical import PLACEHOLDER, Own, Recorded, Rewritten, names_prefix
+from envship.canonical import PLACEHOLDER, Own, Recorded, Rewritten, Undigested, names_prefix
 from worker_bootstrap.digest import digest_of
 from worker_bootstrap.manifest import Relocation
 from worker_bootstrap.relocate import relocate
@@ -78,6 +78,24 @@ def test_a_recorded_file_turns_back_into_its_original(mode: str) -> None:
     installed = relocate(original, relocation, HERE)
     assert installed != original
     assert Recorded(digest_of(original), relocation, Own((HERE,)))(installed)[:2] == (original, relocation)
+
+
+@pytest.mark.parametrize("mode", ["text", "binary"])
+def test_without_a_digest_the_same_comes_from_an_installed_file_and_from_the_original(mode: str) -> None:
+    original = b"\0a " + LONG.encode() + b"/lib:" + LONG.encode() + b"/bin\0\0tail"
+    if mode == "text":
+        original = original.replace(b"\0", b"\n")
+    relocation = Relocation(mode, LONG)
+    treatment = Undigested(relocation, Own((HERE,), "lib/x"))
+    content = treatment(relocate(original, relocation, HERE))
+    assert content == treatment(original)
+    assert content.relocation == (relocation if mode == "binary" else Relocation("text", PLACEHOLDER))
+    assert relocate(content.data, content.relocation, "/new") == relocate(original, relocation, "/new")
+
+
+def test_a_binary_file_without_room_for_the_placeholder_is_content_of_its_own() -> None:
+    packed_tight = b"\0" + HERE.encode() + b"/lib\0tail"
+    assert Undigested(Relocation("binary", LONG), Own((HERE,)))(packed_tight)[:2] == (packed_tight, None)
 
 
 def test_a_recorded_text_that_was_edited_is_content_of_its_own() -> None:

@@ -24,7 +24,7 @@ from worker_bootstrap.relocate import PLACEHOLDER
 from worker_bootstrap.store import Store
 
 from .contents import all_entries, contents, entries, package
-from .prefixes import copy_of, install, onlyhere_wheel, rename_module
+from .prefixes import clone_of, copy_of, install, onlyhere_wheel, rename_module
 
 SITE = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
 
@@ -74,6 +74,27 @@ def test_relocation_is_undone_to_what_the_package_recorded(conda_pair: tuple[Pat
             checked += 1
     assert checked >= 10
     assert packed["lib/libmini.so"] == Link("lib/libmini.so", "libmini.so.1")
+
+
+def test_what_an_old_package_recorded_without_digests_is_relocated(
+    conda_pair: tuple[Path, Path], store: Store, tmp_path: Path
+) -> None:
+    """As conda records packages that have no paths.json: modes and placeholders, nothing else."""
+    prefix = clone_of(conda_pair[0], tmp_path / "env")
+    record = next((prefix / "conda-meta").glob("libmini-*.json"))
+    content = json.loads(record.read_bytes())
+    for path in content["paths_data"]["paths"]:
+        for key in ("sha256", "sha256_in_prefix", "size_in_bytes"):
+            path.pop(key, None)
+    content["paths_data"]["paths_version"] = 0
+    record.unlink()  # rather than write into a hard link
+    record.write_text(json.dumps(content))
+    library = prefix / "lib" / "libmini.so.1.0.0"
+    built = materialise(store, pack(prefix, store=store).id)
+    names = [f"{place}/share:{place}/lib\0".encode() for place in (prefix, built)]
+    assert [name in library.read_bytes() for name in names] == [True, False]
+    assert [name in (built / "lib" / library.name).read_bytes() for name in names] == [False, True]
+    assert (built / "share" / "libmini" / "libmini.conf").read_text() == f"[libmini]\nprefix={built}\n"
 
 
 def test_an_entry_point_is_the_same_from_every_prefix(conda_pair: tuple[Path, Path], shared_store: Store) -> None:

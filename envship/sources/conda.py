@@ -16,7 +16,7 @@ from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from envship.canonical import Own, Recorded, Rewritten, Treatment, with_interpreter_of
+from envship.canonical import Own, Recorded, Rewritten, Treatment, Undigested, with_interpreter_of
 from envship.options import PackOptions
 from envship.sources.distributions import Distribution, is_byte_code, read_distributions
 from envship.sources.draft import CodeItem, Draft, Item, MadeItem, Plan
@@ -293,10 +293,10 @@ def _treatment(entry: Mapping[str, Any], collector: Collector) -> Treatment | No
         # Written by the installer: with the interpreter's path, or where that is too long without it.
         prefix = own.prefixes[0]
         return Rewritten(f"entry point {prefix}", functools.partial(with_interpreter_of, prefix=prefix), own)
-    if not is_digest(digest):
-        return None
     named = isinstance(placeholder, str) and placeholder.startswith("/") and mode in ("text", "binary")
     relocation = Relocation(str(mode), str(placeholder)) if named else None
+    if not is_digest(digest):
+        return None if relocation is None else Undigested(relocation, own)
     return Recorded(Digest(str(digest)), relocation, own)
 
 
