@@ -61,10 +61,14 @@ def test_editable_projects_may_stay_away(tmp_path: Path, store: Store) -> None:
     (info / "direct_url.json").write_text('{"url": "file:///home/me/onlyhere", "dir_info": {"editable": true}}')
     (tmp_path / "elsewhere").mkdir()
     (prefix / SITE / "elsewhere.pth").write_text(f"{tmp_path}/elsewhere\n")
+    (prefix / SITE / "inside.pth").write_text("vendored\n")
+    (prefix / SITE / "vendored").mkdir()
     with pytest.raises(SourceProblems) as caught:
         pack(prefix, store=store)
     assert len(caught.value.problems) == 1
     assert paths(prefix, store, ignore_editable=True) == set()
+    kept = all_entries(pack(prefix, store=store, options=PackOptions(ignore_editable=True)))
+    assert [path.rpartition("/")[2] for path in kept if path.endswith(".pth")] == ["inside.pth"]
 
 
 def test_the_command_line_keeps_the_order_of_filters() -> None:

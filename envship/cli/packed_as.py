@@ -21,7 +21,7 @@ class PackingCommand(click.Command):
             _filter("--exclude", "Leave out files whose path in the environment matches (repeatable)."),
             _filter("--include", "Take back files that an --exclude before it left out (repeatable)."),
             _flag("--ignore-missing", "Go on if files of packages are missing or were overwritten."),
-            _flag("--ignore-editable", "Leave out projects that are installed in editable mode."),
+            _flag("--ignore-editable", "Leave out projects in editable mode, and path files that lead outside."),
             _flag("--copy-outside-links", "Put what symbolic links out of the environment point to in their place."),
             click.Option(
                 ["--project-limit", "project_limit_bytes"],

@@ -102,12 +102,17 @@ def path_file_drafts(
 ) -> list[Draft]:
     """The drafts of projects to which ``.pth`` files in the site folder link; they take these files.
 
-    The ``.pth`` files of an archive mean folders of the machine that it was made on, and are left as they are.
+    None, where the user wants none: the files are taken all the same, and so stay away. The ``.pth`` files of an
+    archive mean folders of the machine that it was made on, and are left as they are.
     """
-    if collector.options.ignore_editable or collector.is_archive:
+    if collector.is_archive:
         return []
     drafts = []
     for project in linked_by_path_files(site_path, files, distributions, collector.prefixes):
+        if collector.options.ignore_editable:
+            for path in project.links:
+                owners.setdefault(path, project.name)
+            continue
         if project.problem:
             collector.note(project.problem, _NOT_EDITABLE)
             continue
