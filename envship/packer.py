@@ -88,7 +88,7 @@ class Packer:
             try:
                 return self._prefix(prefix, Trees(), ScanIndex.none(self._store), is_archive=True)
             except SourceProblems as error:
-                raise SourceProblems(str(archive), error.problems, error.remedy) from error
+                raise SourceProblems(str(archive), error.problems, error.remedy, error.shown) from error
             except NotAnEnvironment as error:
                 raise NotAnEnvironment(str(archive), error.reason) from error
 

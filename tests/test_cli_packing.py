@@ -11,7 +11,11 @@ import pytest
 from click.testing import CliRunner
 
 from envship.cli import main
+from envship.pack import pack
+from worker_bootstrap.errors import SourceProblems
 from worker_bootstrap.store import Store
+
+from .prefixes import onlyhere_wheel, small_venv
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +31,29 @@ def envship(*arguments: object) -> str:
 
 def envship_json(*arguments: object) -> Any:
     return json.loads(envship(*arguments, "--json"))
+
+
+def test_everything_that_is_wrong_can_be_had(tmp_path: Path, shared_store: Store) -> None:
+    """The message is short, and says where the rest is."""
+    prefix = small_venv(tmp_path / "env", [onlyhere_wheel(tmp_path)])
+    links, missing = [f"link{number:02}" for number in range(60)], [f"gone{number}.py" for number in range(10)]
+    for link in links:
+        (prefix / link).symlink_to("/etc/hosts")
+    with open(next(prefix.rglob("onlyhere-1.0.dist-info/RECORD")), "a") as record:
+        record.writelines(f"{name},,\n" for name in missing)
+    with pytest.raises(SourceProblems) as caught:
+        pack(prefix, store=shared_store)
+    assert all(any(name in problem for problem in caught.value.problems) for name in (*links, *missing))
+    assert len(caught.value.problems) == 61
+    told = {}
+    for options in ((), ("--all-problems",)):
+        result = CliRunner().invoke(main, ["pack", str(prefix), *options])
+        assert result.exit_code == 1
+        told[options] = result.stderr
+    assert told[()].strip() == f"Error: {caught.value}"
+    assert len(told[()].splitlines()) == 54
+    assert "… and 11 more" in told[()] and "--all-problems" in told[()]
+    assert all(name in told["--all-problems",] for name in (*links, *missing))
 
 
 def test_an_environment_is_packed_shown_compared_and_exported(venv: Path, tmp_path: Path) -> None:

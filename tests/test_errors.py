@@ -20,6 +20,7 @@ CLASSES = [kind for _, kind in tree(EnvshipError)]
 SAMPLES = {
     "looked_in": ["~/.conda"],
     "problems": [f"line {number}" for number in range(60)],
+    "shown": None,
     "mismatches": [("python", "3.11", "3.13")],
     "causes": {"host-1": "no room", "host-0": "no route"},
     "needed_bytes": 2_000_000,
@@ -31,7 +32,7 @@ SAMPLES = {
 }
 TOLD = {
     "looked_in": ["~/.conda"],
-    "problems": [*(f"line {number}\n" for number in range(50)), "10 more"],
+    "problems": [*(f"line {number}\n" for number in range(50)), "10 more", "--all-problems"],
     "mismatches": ["python", "3.11", "3.13"],
     "causes": ["host-1: no room", "host-0: no route"],
 }

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from envship.sources.faults import Fault, Owner, report
+from envship.sources.faults import SHOWN, Fault, Owner, report
 
 NUMPY = Owner("numpy", "2.0", "conda")
 
 
 def test_a_package_is_one_line_that_names_some_files_and_counts_the_rest() -> None:
-    (line,) = report(Fault(NUMPY, f"lib/{number}.py") for number in range(1000))
+    faults = [Fault(NUMPY, f"lib/{number}.py") for number in range(1000)]
+    (line,) = report(faults, SHOWN)
     assert line == (
         "numpy 2.0 (conda): missing: lib/0.py, lib/1.py, lib/10.py and 997 more. "
         "Mend it: conda install --force-reinstall numpy=2.0"
     )
+    (line,) = report(faults)
+    assert all(f" lib/{number}.py" in line for number in range(1000))
 
 
 def test_lines_are_sorted_and_say_who_overwrote_what() -> None:

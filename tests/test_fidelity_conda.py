@@ -151,13 +151,15 @@ def test_everything_that_is_wrong_is_in_one_report_with_a_remedy_for_each_packag
     with pytest.raises(SourceProblems) as caught:
         pack(prefix, store=store)
     assert caught.value.problems == [
-        "libmini 1.0 (conda): missing: bin/mini-other, lib/pkgconfig/libmini.pc, share/libmini/end.bin and 1 more. "
+        "libmini 1.0 (conda): missing: bin/mini-other, lib/pkgconfig/libmini.pc, share/libmini/end.bin, "
+        "share/libmini/libmini.conf. "
         "Mend it: conda install --force-reinstall libmini=1.0",
         f"mininoarch 1.0 (conda): overwritten by mininoarch 2.0 (pip): {SITE}/mininoarch/__init__.py. "
         "Mend it: pip uninstall mininoarch; conda install --force-reinstall mininoarch=1.0",
         f"onlyhere 1.0 (pip): missing: {SITE}/onlyhere.py. "
         "Mend it: pip install --force-reinstall --no-deps onlyhere==1.0",
     ]
+    assert "lib/pkgconfig/libmini.pc, share/libmini/end.bin and 1 more. Mend it: " in str(caught.value)
     assert "--ignore-missing" in caught.value.remedy
     environment = pack(prefix, store=store, options=PackOptions(ignore_missing=True))
     here = materialise(store, environment.id)

@@ -40,6 +40,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+_SHOWN_LINES = 50
+"""So many problems of a source stand in its message."""
+
 
 class EnvshipError(Exception):
     """Base of all errors that envship raises on purpose.
@@ -104,18 +107,31 @@ class NotAnEnvironment(PackError):
 
 
 class SourceProblems(PackError):
-    """Everything that is wrong with a source, collected before raising. ``problems`` are single lines."""
+    """Everything that is wrong with a source, collected before raising.
 
-    fields = ("source", "problems", "remedy")
+    ``problems`` are single lines, which name every file; ``shown``, where it is given, are the same in fewer words.
+    """
+
+    fields = ("source", "problems", "remedy", "shown")
     source: str
     problems: Sequence[str]
     remedy: str
+    shown: Sequence[str] | None
 
     def describe(self) -> str:
-        lines = list(self.problems)
-        shown = "\n".join(f"  {line}" for line in lines[:50])
-        more = f"\n  … and {len(lines) - 50} more" if len(lines) > 50 else ""
-        return f"{self.source} cannot be packed as it is:\n{shown}{more}\n{self.remedy}"
+        lines = list(self.shown or self.problems)
+        more = [f"… and {len(lines) - _SHOWN_LINES} more"] if len(lines) > _SHOWN_LINES else []
+        text = self._text([*lines[:_SHOWN_LINES], *more])
+        is_all = not more and lines == list(self.problems)
+        return text if is_all else f"{text}\nTo see all of it: --all-problems; in Python, the `problems` of this error."
+
+    def in_full(self) -> str:
+        """The message with all problems, however many."""
+        return self._text(self.problems)
+
+    def _text(self, lines: Sequence[str]) -> str:
+        indented = "".join(f"  {line}\n" for line in lines)
+        return f"{self.source} cannot be packed as it is:\n{indented}{self.remedy}"
 
 
 class ContentError(EnvshipError):

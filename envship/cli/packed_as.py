@@ -7,13 +7,18 @@ from typing import Any
 import click
 
 from envship.options import Filter, PackOptions
+from worker_bootstrap.errors import SourceProblems
 
 _FILTERS = ("exclude", "include")
 _SETTINGS = ("ignore_missing", "ignore_editable", "copy_outside_links", "project_limit_bytes")
+_ALL_PROBLEMS = f"{__name__}.all_problems"
 
 
 class PackingCommand(click.Command):
-    """A command that packs what it is given. Its function gets what the user said about that as ``packed_as``."""
+    """A command that packs what it is given. Its function gets what the user said about that as ``packed_as``.
+
+    With ``--all-problems``, what keeps it from being packed is told in full.
+    """
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
@@ -31,6 +36,7 @@ class PackingCommand(click.Command):
                 callback=_size,
                 help="Refuse a project in editable mode that is larger than this.",
             ),
+            _flag("--all-problems", "If it cannot be packed, print everything that is wrong with it, file by file."),
         ]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -41,9 +47,18 @@ class PackingCommand(click.Command):
         rest = super().parse_args(ctx, args)
         for name in _FILTERS:
             ctx.params.pop(name, None)
+        ctx.meta[_ALL_PROBLEMS] = ctx.params.pop("all_problems")
         flags = {name: ctx.params.pop(name) for name in _SETTINGS}
         ctx.params["packed_as"] = PackOptions(tuple(filters), **flags)
         return rest
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SourceProblems as error:
+            if not ctx.meta[_ALL_PROBLEMS]:
+                raise
+            raise click.ClickException(error.in_full()) from error
 
 
 def _filter(name: str, text: str) -> click.Option:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-_SHOWN = 3
-"""Paths that are named for each kind of fault of a package."""
+SHOWN = 3
+"""Paths that a message names for each kind of fault of a package."""
 
 
 class Owner(NamedTuple):
@@ -28,24 +28,24 @@ class Fault(NamedTuple):
     by: Owner | None = None
 
 
-def report(faults: Iterable[Fault]) -> list[str]:
-    """One line for each package, with the remedy."""
+def report(faults: Iterable[Fault], shown: int | None = None) -> list[str]:
+    """One line for each package, with the remedy; names all files, or as many as are to be *shown* of each kind."""
     grouped: dict[Owner, list[Fault]] = {}
     for fault in faults:
         grouped.setdefault(fault.owner, []).append(fault)
-    return [f"{owner}: {_what(found)}. {_remedy(owner, found)}" for owner, found in sorted(grouped.items())]
+    return [f"{owner}: {_what(found, shown)}. {_remedy(owner, found)}" for owner, found in sorted(grouped.items())]
 
 
-def _what(faults: list[Fault]) -> str:
+def _what(faults: list[Fault], shown: int | None) -> str:
     kinds: dict[str, list[str]] = {}
     for fault in faults:
         kinds.setdefault(f"overwritten by {fault.by}" if fault.by else "missing", []).append(fault.path)
-    return "; ".join(f"{kind}: {_paths(sorted(paths))}" for kind, paths in kinds.items())
+    return "; ".join(f"{kind}: {_paths(sorted(paths), shown)}" for kind, paths in kinds.items())
 
 
-def _paths(paths: list[str]) -> str:
-    more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
-    return ", ".join(paths[:_SHOWN]) + more
+def _paths(paths: list[str], shown: int | None) -> str:
+    more = f" and {len(paths) - shown} more" if shown is not None and len(paths) > shown else ""
+    return ", ".join(paths[:shown]) + more
 
 
 def _remedy(owner: Owner, faults: list[Fault]) -> str:

@@ -14,7 +14,7 @@ from envship import elf
 from envship.canonical import Own, Recorded, Treatment
 from envship.options import NO_OPTIONS, PackOptions
 from envship.sources.draft import CodeItem, FileItem, Item
-from envship.sources.faults import Fault, report
+from envship.sources.faults import SHOWN, Fault, report
 from envship.sources.projects import PLACE
 from envship.sources.symlinks import leads_back, target_inside
 from envship.sources.tree import Root, Trees
@@ -100,13 +100,15 @@ class Collector:
         if self.trees.unreadable:
             self.problems += sorted(self.trees.unreadable)
             self.remedies[_MAKE_READABLE] = None
-        lines = report(fault for fault in faults if self.options.keeps(fault.path))
+        kept = [fault for fault in faults if self.options.keeps(fault.path)]
+        lines = report(kept, SHOWN)
+        shown = list(self.problems)
         if lines and not self.options.ignore_missing:
-            self.problems += lines
+            shown += lines
+            self.problems += report(kept)
             self.remedies[_GO_ON] = None
-            lines = []
         if self.problems:
-            raise SourceProblems(prefix, self.problems, " ".join(self.remedies))
+            raise SourceProblems(prefix, self.problems, " ".join(self.remedies), shown)
         for line in lines:
             logger.warning("packed all the same: %s", line)
         return lines
