@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -42,6 +44,42 @@ def test_an_unchanged_environment_is_recognised_without_reading_it(
     for name in ("pack_in_processes", "Packer"):
         monkeypatch.setattr(sys.modules["envship.pack"], name, packed)
     assert pack(mine, store=store).id == first.id
+
+
+PACK_WATCHED = """
+import json, os, sys
+from envship.pack import pack
+opened = []
+def hook(event, arguments):
+    if event in ("open", "subprocess.Popen", "os.posix_spawn", "os.fork", "os.exec"):
+        path = arguments[0] if arguments else ""
+        opened.append([event, "" if isinstance(path, int) else os.fsdecode(path)])
+sys.addaudithook(hook)
+environment = pack(sys.argv[1], store=sys.argv[2])
+print(json.dumps([environment.id, opened]))
+"""
+
+
+@pytest.mark.parametrize("kind", ["venv", "conda"])
+def test_of_an_unchanged_environment_no_file_is_opened(
+    kind: str, mine: Path, conda_pair: tuple[Path, Path], tmp_path: Path, shared_store: Store
+) -> None:
+    """Below the prefix, that is, and but for conda-meta; nor is another process started, which could."""
+    prefix = {"venv": mine, "conda": conda_pair[0]}[kind]
+    time.sleep(0.1)
+    first = pack(prefix, store=shared_store)
+
+    def seen() -> tuple[str, list[tuple[str, str]]]:
+        command = [sys.executable, "-c", PACK_WATCHED, str(prefix), str(shared_store.layout.root)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        environment_id, opened = json.loads(done.stdout)
+        found = [(event, path) for event, path in opened if event != "open" or path.startswith(f"{prefix}/")]
+        return environment_id, [row for row in found if not row[1].startswith(f"{prefix}/conda-meta/")]
+
+    assert seen() == (first.id, [])
+    if kind == "venv":
+        (prefix / SITE / "onlyhere.py").write_text("N = 1\n")
+        assert ("open", f"{prefix}/{SITE}/onlyhere.py") in seen()[1], "what is opened is seen"
 
 
 def test_a_store_may_be_named_by_its_folder(mine: Path, tmp_path: Path) -> None:
