@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from environments import prefixes
 from floors import Tree, create, link, tree_of
 from held_memory import held
 from rivals import Skipped, Uv, archive_of, rattler, unpack
@@ -85,18 +86,6 @@ def main() -> None:
     if options.json is not None:
         report = {"metrics": metrics, "medians": bench.medians, "samples": bench.samples, "skipped": bench.skipped}
         options.json.write_text(json.dumps({**report, "machine": machine()}, indent=2) + "\n")
-
-
-def prefixes(prefix: Path | None, changed: Path | None) -> tuple[Path, Path | None]:
-    """The environments to measure."""
-    if prefix is not None:
-        return prefix.resolve(), changed.resolve() if changed else None
-    lab = Path(os.environ.get("ENVSHIP_CONDA_LAB") or Path.home() / ".cache/envship-conda-lab") / "envs"
-    if (lab / "big311/conda-meta").is_dir():
-        return lab / "big311", lab / "big311b" if (lab / "big311b/conda-meta").is_dir() else None
-    if "CONDA_PREFIX" in os.environ:
-        return Path(os.environ["CONDA_PREFIX"]), None
-    raise SystemExit("name a conda environment: python benchmarks/materialise.py PREFIX [CHANGED]")
 
 
 class Bench:

@@ -1,12 +1,15 @@
 """Packing against conda-pack and against the least that it can take; prints ratios and what they should be.
 
-    python benchmarks/pack.py PREFIX [--changed OTHER] [--repetitions N] [--json FILE]
+    python benchmarks/pack.py [PREFIX] [--changed OTHER] [--repetitions N] [--json FILE]
     python benchmarks/pack.py --chunking OLD.whl NEW.whl [OLD.whl NEW.whl ...]
 
 PREFIX is a conda environment; OTHER is the same one with one package in another version, without which a module is
-edited. Everything is measured in this run, one thing after the other, on warm caches; stores, archives and copies lie
-in the temporary folder, which needs three times the room of the environment. The floor is reading every file of PREFIX
-and putting it through SHA-256 and zstd in two processes. With --chunking, the way in which packages are cut is compared
+edited. Without PREFIX, ``big311`` and ``big311b`` in the folder ``envs`` of ``ENVSHIP_CONDA_LAB``
+(``~/.cache/envship-conda-lab``) are taken, the active conda environment if these are not there.
+
+Everything is measured in this run, one thing after the other, on warm caches; stores, archives and copies lie in the
+temporary folder, which needs three times the room of the environment. The floor is reading every file of PREFIX and
+putting it through SHA-256 and zstd in two processes. With --chunking, the way in which packages are cut is compared
 with others, on two versions of packages.
 """
 
@@ -32,6 +35,7 @@ from typing import Any
 import psutil
 import zstandard
 from chunking import compare_cuts
+from environments import prefixes
 
 import envship
 from envship.cli.tables import console, table
@@ -80,10 +84,9 @@ def main() -> None:
     if options.chunking:
         compare_cuts(options.chunking)
         return
-    if options.prefix is None:
-        parser.error("which environment?")
+    prefix, changed = prefixes(options.prefix, options.changed)
     with tempfile.TemporaryDirectory(prefix="envship-pack-") as folder:
-        figures = measure(options.prefix.absolute(), options.changed, Path(folder), options.repetitions)
+        figures = measure(prefix, changed, Path(folder), options.repetitions)
     medians = {name: statistics.median(values) for name, values in figures.items()}
     metrics = metrics_of(figures, medians)
     print_tables(figures, medians, metrics)

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks import held_memory, swap
+from benchmarks import environments, held_memory, swap
 
 from .prefixes import clone_of, install, onlyhere_wheel
 
@@ -81,6 +81,21 @@ def test_the_benchmark_of_packing(changed_pair: tuple[Path, Path], tmp_path: Pat
         "store_over_tar_zst",
     }
     assert all(value > 0 for value in measured.values())
+
+
+def test_what_is_measured_where_nothing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENVSHIP_CONDA_LAB", str(tmp_path))
+    monkeypatch.delenv("CONDA_PREFIX", raising=False)
+    for script in ("pack", "materialise"):
+        ran = subprocess.run([sys.executable, CHECKOUT / "benchmarks" / f"{script}.py"], capture_output=True, text=True)
+        assert ran.returncode == 1 and ran.stderr.startswith("name a conda environment")
+    monkeypatch.setenv("CONDA_PREFIX", "/active")
+    assert environments.prefixes(None, None) == (Path("/active"), None)
+    (tmp_path / "envs" / "big311" / "conda-meta").mkdir(parents=True)
+    assert environments.prefixes(None, None) == (tmp_path / "envs" / "big311", None)
+    (tmp_path / "envs" / "big311b" / "conda-meta").mkdir(parents=True)
+    assert environments.prefixes(None, None) == (tmp_path / "envs" / "big311", tmp_path / "envs" / "big311b")
+    assert environments.prefixes(tmp_path, None) == (tmp_path, None)
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_NOHUGEPAGE"), reason="a matter of Linux")
