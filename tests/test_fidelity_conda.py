@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from envship.options import PackOptions
 from envship.pack import pack
 from worker_bootstrap.activation import activated
 from worker_bootstrap.errors import SourceProblems
+from worker_bootstrap.manifest import File, Link
 from worker_bootstrap.materialise import materialise
 from worker_bootstrap.relocate import PLACEHOLDER
 from worker_bootstrap.store import Store
@@ -235,8 +235,16 @@ def test_the_account_of_what_is_compiled_is_true(built: Path, tmp_path: Path) ->
     assert len([line for line in told if line.startswith("# code object from /")]) == 2
 
 
-def test_listed_files_are_whole(environment: Environment) -> None:
-    """Nothing that conda recorded is missing from the packed environment."""
-    found = entries(environment, package(environment, "libmini"))
-    assert {"lib/libmini.so", "bin/mini-isolated", f"{SITE}/libmini/config.py"} <= found.keys()
-    assert not any(os.path.isabs(path) for path in found)
+def test_nothing_that_conda_recorded_is_missing_or_changed(environment: Environment, lived_in: Path) -> None:
+    for path in (lived_in / "conda-meta").glob("*.json"):
+        record = json.loads(path.read_bytes())
+        found = entries(environment, package(environment, record["name"], "conda"))
+        assert f"conda-meta/{path.name}" in found
+        recorded = {each["_path"]: each for each in record["paths_data"]["paths"] if not each["_path"].endswith(".pyc")}
+        assert recorded.keys() - found.keys() == set()
+        for name, each in recorded.items():
+            entry = found[name]
+            if each["path_type"] == "hardlink":
+                assert isinstance(entry, File) and entry.digest == each["sha256"], name
+            else:
+                assert isinstance(entry, Link if each["path_type"] == "softlink" else File), name

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import click
+import conda_pack
 import pytest
 from click.testing import CliRunner
 
 from envship.cli.packed_as import PackingCommand
 from envship.options import Filter, PackOptions
 from envship.pack import pack
+from envship.sources.plan import plan
+from envship.sources.tree import Trees
 from worker_bootstrap.errors import SourceProblems
 from worker_bootstrap.store import Store
 
@@ -45,6 +48,28 @@ def test_filters_work_in_their_order_and_byte_code_goes_with_its_module(
     venv: Path, shared_store: Store, filters: Sequence[Filter], left: set[str]
 ) -> None:
     assert paths(venv, shared_store, *filters) == left
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [
+        [("exclude", "*.py")],
+        [("exclude", "lib/*"), ("include", "lib/python*/site-packages/*"), ("exclude", "*/config.py")],
+        [("include", "*"), ("exclude", "bin/mini-?so*"), ("exclude", "share")],
+        [("exclude", "share/[!d]*"), ("include", "share/libmini/*.conf"), ("exclude", "*.CONF")],
+        [("exclude", "*/deep/*"), ("exclude", "lib/libmini.so"), ("include", "*[so]"), ("exclude", "conda-meta/lib*")],
+    ],
+)
+def test_filters_leave_what_those_of_conda_pack_leave(conda_pair: tuple[Path, Path], filters: Sequence[Filter]) -> None:
+    theirs = conda_pack.CondaEnv.from_prefix(str(conda_pair[0]))
+    before = len(theirs)
+    for kind, pattern in filters:
+        theirs = theirs.exclude(pattern) if kind == "exclude" else theirs.include(pattern)
+    assert 0 < len(theirs) < before
+    drafts = plan(conda_pair[0], Trees(), PackOptions(tuple(filters))).drafts
+    ours = {item.path for draft in drafts for item in draft.items}
+    unlike = {path for path in ours ^ {file.target for file in theirs} if not path.endswith(".pyc")}
+    assert unlike <= {"conda-meta/history", "CACHEDIR.TAG"}
 
 
 def test_options_do_not_mix_in_the_index(venv: Path, store: Store) -> None:
