@@ -75,6 +75,7 @@ printf '#!%s/bin/mini-prefix -x\n' "$PREFIX" > $PREFIX/bin/mini-other
 chmod +x $PREFIX/bin/mini-isolated $PREFIX/bin/mini-other
 printf '#!%s/bin/python\nimport sys\nprint(sys.prefix, *sys.argv[1:2])\n' "$PREFIX" > $PREFIX/bin/mini-prefix
 chmod +x $PREFIX/bin/mini-prefix
+ln -s mini-prefix $PREFIX/bin/mini-alias
 printf 'export LIBMINI_DATA=%s/share/libmini\n' "$PREFIX" > $PREFIX/etc/conda/activate.d/libmini.sh
 mkdir -p $PREFIX/{library}/site-packages/libmini
 printf 'VERSION = "1.0"\n' > $PREFIX/{library}/site-packages/libmini/__init__.py

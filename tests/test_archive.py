@@ -76,7 +76,8 @@ def test_a_zip_with_copies_in_the_place_of_links_is_packed_and_runs(
     files = all_entries(environment)
     assert isinstance(files["lib/libmini.so"], File) and isinstance(files["lib/minidata/deep/table.txt"], File)
     built = materialise(store, environment.id)
-    assert said(built / "bin" / "mini-prefix") == str(built)
+    assert (built / "lib" / "libmini.so").read_bytes() == (built / "lib" / "libmini.so.1.0.0").read_bytes()
+    assert said(built / "bin" / "mini-prefix") == said(built / "bin" / "mini-alias") == str(built)
     assert said(built / "bin" / "mininoarch") == f"mininoarch {built}"
     assert said(built / "bin" / "python", "-c", "import libmini; print(libmini.VERSION)") == "1.0"
 

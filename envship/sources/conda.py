@@ -11,8 +11,9 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import os
 import re
-from collections.abc import Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def plan_conda(prefix: Path, trees: Trees, options: PackOptions, is_archive: boo
     owners = _owners(records, files)
     distributions = _foreign_distributions(prefix, f"{library}/site-packages", records, files, owners)
     files = without_leavings(files, distributions, str(prefix), trees)
-    faults = [*_missing(prefix, records, files), *missing_files(distributions, files)]
+    faults = [*_missing(records, files), *missing_files(distributions, files)]
     faults += _take_over(prefix, records, owners, distributions)
     shared = _shared(records, distributions)
     drafts = [_package(record, files, owners, shared, collector) for record in records]
@@ -185,19 +186,28 @@ def _owners(records: Sequence[Mapping[str, Any]], files: Mapping[str, Found]) ->
     return owners
 
 
-def _missing(prefix: Path, records: Sequence[Mapping[str, Any]], files: Mapping[str, Found]) -> list[Fault]:
-    return [
-        Fault(_owner(record), entry["_path"])
+def _missing(records: Sequence[Mapping[str, Any]], files: Mapping[str, Found]) -> list[Fault]:
+    absent = [
+        (record, entry)
         for record in records
         for entry in _paths(record)
-        if entry["_path"] not in files and entry["_path"] not in NOT_CONTENT and not _is_copied_folder(prefix, entry)
+        if entry["_path"] not in files and entry["_path"] not in NOT_CONTENT
+    ]
+    # A zip may hold copies of what links point to: a folder, where the package has a link.
+    folders = _folders_of(files) if absent else ()
+    return [
+        Fault(_owner(record), entry["_path"])
+        for record, entry in absent
+        if entry["_path"] not in folders or entry.get("path_type", "softlink") != "softlink"
     ]
 
 
-def _is_copied_folder(prefix: Path, entry: Mapping[str, Any]) -> bool:
-    """Whether a folder lies where the package has a link: a zip may hold copies of what links point to."""
-    kind: str = entry.get("path_type", "softlink")
-    return kind == "softlink" and prefix.joinpath(entry["_path"]).is_dir()
+def _folders_of(paths: Iterable[str]) -> set[str]:
+    folders: set[str] = set()
+    for path in paths:
+        while (path := os.path.dirname(path)) and path not in folders:
+            folders.add(path)
+    return folders
 
 
 def _shared(records: Sequence[Mapping[str, Any]], distributions: Sequence[Distribution]) -> set[str]:
@@ -276,14 +286,25 @@ def _package(
     own_record = f"conda-meta/{me}"
     treatment = Rewritten("conda-meta", canonical_conda_meta)
     items: list[Item] = list(collector.item(own_record, *files[own_record], treatment))
-    for entry in _paths(record):
+    for entry in _as_copies(_paths(record)):
         path = entry["_path"]
         if owners.get(path) == me:
             items += collector.item(path, *files[path], _treatment(entry, collector))
     items = list({item.path: item for item in items}.values())
-    paths = [entry["_path"] for entry in _paths(record)]
+    paths = (entry["_path"] for entry in _paths(record))
     is_whole = all(owners.get(path) == me and path not in shared and not path.endswith(LINKING) for path in paths)
     return Draft(record["name"], str(record["version"]), str(record.get("build", "")), "conda", items, is_whole)
+
+
+def _as_copies(entries: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """*entries*, with what is true of the files that links point to in those of the links: a zip may hold copies."""
+    entries = list(entries)
+    files = {
+        entry["sha256"]: entry for entry in entries if "prefix_placeholder" in entry and is_digest(entry.get("sha256"))
+    }
+    for entry in entries:
+        is_link = entry.get("path_type") == "softlink" and is_digest(entry.get("sha256"))
+        yield {**files.get(entry["sha256"], entry), "_path": entry["_path"]} if is_link else entry
 
 
 def _treatment(entry: Mapping[str, Any], collector: Collector) -> Treatment | None:
