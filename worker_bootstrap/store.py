@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import re
+import stat
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -241,11 +242,13 @@ class Store:
         for layout in self.layouts:
             for name in known:
                 path = layout.chunk(digest, codec.SUFFIXES[name])
-                size_bytes = _size_bytes(path)
-                if size_bytes or (size_bytes == 0 and digest == EMPTY):
+                found = _status(path)
+                if found is None:
+                    continue
+                if found.st_size == 0 and digest != EMPTY and stat.S_ISREG(found.st_mode):
+                    self._drop(path)  # as a crash of the machine leaves files whose bytes it lost
+                else:
                     yield path, name
-                elif size_bytes == 0:  # as a crash of the machine leaves files whose bytes it lost
-                    self._drop(path)
 
     def _find(self, digest: Digest) -> Path | None:
         return next((path for path, _ in self._candidates(digest)), None)
@@ -291,10 +294,10 @@ class Store:
             raise
 
 
-def _size_bytes(path: Path) -> int | None:
+def _status(path: Path) -> os.stat_result | None:
     """None if there is no such file, or an ailing network mount answers whatever else."""
     try:
-        return os.stat(path).st_size
+        return os.stat(path)
     except (OSError, ValueError):
         return None
 
