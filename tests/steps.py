@@ -12,6 +12,7 @@ import mmap
 import os
 import random
 import signal
+import stat
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -212,7 +213,8 @@ class Counter:
             self._step("sync ")  # all of the store
 
     def _do_write(self, handle: int, data: Any) -> int:
-        if self._half and self._last is not None:
+        # What is less than a page goes through a pipe as a whole, or not at all (pipe(7)).
+        if self._half and self._last is not None and stat.S_ISREG(os.fstat(handle).st_mode):
             number = self._number("write")
             if number == self._last[0] and self._count(number) + 1 >= self._last[1]:
                 self._write(handle, memoryview(data)[: len(data) // 2])

@@ -153,7 +153,7 @@ class _Helper:
     def answer(self) -> int | None:
         """What it did next, None if it found nothing more to do; raises what it raised."""
         raw = os.read(self._answers, _ANSWER.size)
-        if not raw:
+        if len(raw) < _ANSWER.size:
             ended_by = self._wait()
             if ended_by:
                 raise ChildProcessError(errno.ECHILD, f"a process that helped was ended by signal {ended_by}")
