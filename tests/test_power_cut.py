@@ -288,4 +288,5 @@ def test_without_the_fsyncs_it_is_found_out(
     run = recorded(name)
     calls = without(run.calls, unwanted)
     assert len(calls) < len(run.calls)
-    assert next(violations(run, calls, 60, seed=2), None) is not None
+    # Mostly among the first; which of a mend are decisive is a matter of the trace, so there are many to look at.
+    assert next(violations(run, calls, 1000, seed=2), None) is not None
