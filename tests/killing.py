@@ -8,9 +8,7 @@ Prints one JSON object: where it killed, and every state that was neither old no
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
 import os
 import random
 import shutil
@@ -22,7 +20,7 @@ from envship import bundle
 from tests.environments import EVERY_KIND, environment_of, package_of
 from tests.fetching import bring
 from tests.halves import halves
-from tests.steps import drawn, killed, traced
+from tests.steps import drawn, killed, tell_outcome, traced
 from tests.wrong_ways import WRONG_WAYS
 from worker_bootstrap import crew, writer
 from worker_bootstrap.errors import EnvshipError
@@ -192,17 +190,5 @@ def try_points(folder: Path, work: str, seed: int, runs: int, wrong_way: str = "
     return {"work": work, "kinds": kinds, "killed_at": killed_at, "problems": found}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("work")
-    parser.add_argument("seed", type=int)
-    parser.add_argument("runs", type=int)
-    parser.add_argument("--wrong-way", choices=WRONG_WAYS, default="")
-    options = parser.parse_args()
-    outcome = try_points(options.folder, options.work, options.seed, options.runs, options.wrong_way)
-    print(json.dumps(outcome))  # noqa: T201
-
-
 if __name__ == "__main__":
-    main()
+    tell_outcome(try_points, "work", str, WRONG_WAYS)

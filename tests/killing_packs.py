@@ -6,8 +6,6 @@ killed at its very end), or from one that it has been packed into (*again*).
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,7 +18,7 @@ from envship.packer import Packer
 from envship.scan_index import ScanIndex
 from envship.sources.tree import Trees
 from tests.halves import halves
-from tests.steps import drawn, killed, traced
+from tests.steps import drawn, killed, tell_outcome, traced
 from tests.wrong_ways import WRONG_WAYS
 from worker_bootstrap.digest import EnvironmentId
 from worker_bootstrap.store import Store
@@ -109,17 +107,5 @@ def try_points(folder: Path, prefix: Path, seed: int, runs: int, wrong_way: str 
     return {"work": "pack", "kinds": kinds, "killed_at": killed_at, "problems": found}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("prefix", type=Path)
-    parser.add_argument("seed", type=int)
-    parser.add_argument("runs", type=int)
-    parser.add_argument("--wrong-way", choices=WRONG_WAYS, default="")
-    options = parser.parse_args()
-    outcome = try_points(options.folder, options.prefix, options.seed, options.runs, options.wrong_way)
-    print(json.dumps(outcome))  # noqa: T201
-
-
 if __name__ == "__main__":
-    main()
+    tell_outcome(try_points, "prefix", Path, WRONG_WAYS)

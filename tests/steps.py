@@ -7,7 +7,9 @@ the store. A process that has one thread forks in milliseconds, so hundreds of p
 
 from __future__ import annotations
 
+import argparse
 import collections
+import json
 import mmap
 import os
 import random
@@ -15,7 +17,7 @@ import signal
 import stat
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -230,3 +232,21 @@ class Counter:
         if not found.startswith(self._root + "/"):
             return "elsewhere"
         return next(name for name in FOLDERS if found.startswith(f"{self._root}/{name}/".replace("//", "/")))
+
+
+def tell_outcome(
+    try_points: Callable[[Path, Any, int, int, str], dict[str, Any]],
+    what: str,
+    kind: Callable[[str], Any],
+    wrong_ways: Iterable[str],
+) -> None:
+    """The command line ``FOLDER WHAT SEED RUNS [--wrong-way WAY]`` of a program that kills: prints what came of it."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument(what, type=kind)
+    parser.add_argument("seed", type=int)
+    parser.add_argument("runs", type=int)
+    parser.add_argument("--wrong-way", choices=wrong_ways, default="")
+    options = vars(parser.parse_args())
+    outcome = try_points(options["folder"], options[what], options["seed"], options["runs"], options["wrong_way"])
+    print(json.dumps(outcome))  # noqa: T201

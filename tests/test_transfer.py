@@ -203,11 +203,8 @@ def test_uploads_are_halved_as_long_as_they_take_long() -> None:
     assert addresses == [f"tcp://{name}:1" for name in "aaaaba"]
 
 
-def test_a_chunk_damaged_in_the_clients_store_is_an_error_that_says_so(tmp_path: Path) -> None:
-    source, needed = filled(tmp_path / "client", count=3)
-    bad = next(iter(needed))
-    damage(source, bad)
-    target = Store(tmp_path / "agent")
+def uploaded(source: Store, target: Store, messages: Sequence[Sequence[Digest]]) -> None:
+    """Bring chunks from one store into another, over a connection, one message after the other."""
 
     async def main() -> None:
         async def report(outcome: Outcome) -> None:
@@ -215,11 +212,19 @@ def test_a_chunk_damaged_in_the_clients_store_is_an_error_that_says_so(tmp_path:
 
         async with Peer(ChunkServer(target).handlers()) as agent, Peer({}) as client:
             peers = client.chunks()
-            plan = [Upload(agent.address, tuple(needed))]
-            await upload_chunks(source, plan, held=peers.held, put=peers.put, report=report)
+            plan = [Upload(agent.address, tuple(digests)) for digests in messages]
+            await upload_chunks(source, plan, held=peers.held, put=peers.put, report=report, parallel=1)
 
+    asyncio.run(main())
+
+
+def test_a_chunk_damaged_in_the_clients_store_is_an_error_that_says_so(tmp_path: Path) -> None:
+    source, needed = filled(tmp_path / "client", count=3)
+    bad = list(needed)[-1]
+    damage(source, bad)
+    target = Store(tmp_path / "agent")
     with pytest.raises(ChunkMissing) as caught:
-        asyncio.run(main())
+        uploaded(source, target, [list(needed)])
     assert caught.value.digest == bad
     assert not target.has_chunk(bad)
     assert target.missing(needed) == [bad], "what was not damaged has arrived"
@@ -231,18 +236,8 @@ def test_an_upload_that_finds_one_chunk_damaged_looks_at_all(tmp_path: Path) -> 
     for digest in list(needed)[1::2]:
         damage(source, digest)
     target = Store(tmp_path / "agent")
-
-    async def main() -> None:
-        async def report(outcome: Outcome) -> None:
-            pass
-
-        async with Peer(ChunkServer(target).handlers()) as agent, Peer({}) as client:
-            peers = client.chunks()
-            plan = [Upload(agent.address, (digest,)) for digest in needed]
-            await upload_chunks(source, plan, held=peers.held, put=peers.put, report=report, parallel=1)
-
     with pytest.raises(ChunkMissing):
-        asyncio.run(main())
+        uploaded(source, target, [[digest] for digest in needed])
     assert source.missing(needed) == list(needed)[1::2]
 
 
