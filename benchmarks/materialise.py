@@ -8,7 +8,9 @@ environment if these are not there. Without CHANGED, environments that share fil
 one of the comparisons is said, and that comparison is skipped.
 
 The measurements take turns, so that a noisy moment of the machine hits all of them, and ``sync`` comes before each.
-Virtual machines that give free memory back to their host keep it meanwhile (`held_memory`).
+Virtual machines that give free memory back to their host keep it meanwhile (`held_memory`). Nothing is deleted before
+the end, which takes room for a few environments in each repetition: ext4 without a journal uses no inode again for
+minutes after its file was deleted, and looks at all of these whenever somebody makes a file.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ import argparse
 import functools
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -134,7 +135,7 @@ class Bench:
             self.skipped[name] = str(reason)
             say(f"{name} is skipped: {reason}")
         finally:
-            shutil.rmtree(self._target, ignore_errors=True)
+            self._put_away(self._target)
 
     def clean(self) -> None:
         """Leave chunks only: the next run starts as this one did."""
@@ -233,7 +234,12 @@ class Bench:
 
     def _evict(self, environment: Environment) -> None:
         self._store.layout.ready(environment.id).unlink(missing_ok=True)
-        shutil.rmtree(self._store.layout.prefix(environment.id), ignore_errors=True)
+        self._put_away(self._store.layout.prefix(environment.id))
+
+    def _put_away(self, tree: Path) -> None:
+        """Take *tree* out of the way, to be deleted at the end of all measurements."""
+        if tree.exists():
+            tree.rename(tempfile.mkdtemp(dir=self._folder, prefix="away-"))
 
 
 def _watch(pid: int, peak: list[float], over: threading.Event) -> None:

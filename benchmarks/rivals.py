@@ -96,8 +96,7 @@ class Uv:
     def install(self, destination: Path) -> float:
         """Seconds of ``uv pip install`` of the environment's wheels from the warm cache into the new venv there."""
         if not self._warm:
-            self._install(destination)
-            shutil.rmtree(destination)
+            self._install(destination.with_name("warming"))
             self._warm = True
         return self._install(destination, "--offline")
 
