@@ -108,6 +108,9 @@ class Arrivals:
         TransferError
             As `until`.
         """
+        if self.are_complete:
+            yield from _largest_first(runs)
+            return
         needed = dict.fromkeys(chunk.digest for run in runs for chunk in run.chunks)
         absent = {digest for digest in needed if not has(digest)}
         awaited = [{chunk.digest for chunk in run.chunks} & absent for run in runs]

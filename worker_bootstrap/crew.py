@@ -97,11 +97,15 @@ class Crew:
         while self._waiting >= WAITING_LIMIT:
             self._hear(None)
 
-    def finish(self) -> None:
-        """Wait until all jobs are done. Raises as `give`."""
-        self._close()
+    def wait(self) -> None:
+        """Wait until all jobs that were given are done. Raises as `give`."""
         while self._waiting:
             self._hear(None)
+
+    def finish(self) -> None:
+        """Wait until all jobs are done; there are no more. Raises as `give`."""
+        self._close()
+        self.wait()
 
     def _start(self) -> None:
         take, self._tickets = os.pipe()

@@ -66,8 +66,8 @@ class Donors:
         prefix = self._sources.get(file.path)
         if prefix is None:
             return False
-        source = os.path.join(prefix, file.path)
-        for way in list(self._ways):
+        source = f"{prefix}/{file.path}"
+        for way in tuple(self._ways):
             try:
                 if not _is_untouched(source, file):
                     return False
@@ -129,11 +129,12 @@ def _common(store: Store, package: Package, listing: Listing, other: Manifest) -
 
 def _is_untouched(source: str, file: File) -> bool:
     found = os.lstat(source)
-    executable = bool(found.st_mode & stat.S_IXUSR)
+    mode = found.st_mode
     return (
-        stat.S_ISREG(found.st_mode)
-        and (found.st_size, found.st_mtime_ns) == (file.size_bytes, WRITTEN_AT_NS)
-        and executable == file.executable
+        found.st_mtime_ns == WRITTEN_AT_NS
+        and found.st_size == file.size_bytes
+        and stat.S_ISREG(mode)
+        and bool(mode & stat.S_IXUSR) == file.executable
     )
 
 

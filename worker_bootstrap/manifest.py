@@ -33,7 +33,6 @@ ENTRY_LIMIT = 1_000_000
 SIZE_LIMIT_BYTES = 1 << 60
 """No file is larger; sums of sizes stay far from where that would matter."""
 
-_HEX_DIGITS = re.compile("[0-9a-f]*")
 
 
 class Chunk(NamedTuple):
@@ -278,8 +277,9 @@ def _row_entry(row: Any) -> Entry:
 def _check_digests(entries: Sequence[Entry]) -> None:
     digests = [entry[2] for entry in entries if type(entry) is File]
     try:
-        are_digests = _HEX_DIGITS.fullmatch("".join(digests)) is not None and {64}.issuperset(map(len, digests))
-    except TypeError:
+        joined = "".join(digests)
+        are_digests = bytes.fromhex(joined).hex() == joined and {64}.issuperset(map(len, digests))
+    except (TypeError, ValueError):
         are_digests = False
     if not are_digests:
         odd = next(digest for digest in digests if not is_digest(digest))

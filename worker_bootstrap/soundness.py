@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import random
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -48,11 +48,9 @@ class Inventory(NamedTuple):
         """What building *blueprint* makes."""
         files = [file.path for run in blueprint.runs for file in run.files]
         files += [hard_link.path for hard_link in blueprint.hard_links]
-        return cls(
-            (b"", *map(os.fsencode, blueprint.directories)),
-            tuple(map(os.fsencode, files)),
-            {os.fsencode(link.path): os.fsencode(link.target) for link in blueprint.links},
-        )
+        links = _encoded([link.path for link in blueprint.links])
+        targets = _encoded([link.target for link in blueprint.links])
+        return cls((b"", *_encoded(blueprint.directories)), _encoded(files), dict(zip(links, targets)))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Inventory:
@@ -77,7 +75,12 @@ class Inventory(NamedTuple):
         """A header with the three counts, then every name (and target) followed by a NUL, which none can hold."""
         counts = b" %d %d %d\n" % (len(self.folders), len(self.files), len(self.links))
         names = [*self.folders, *self.files, *(part for link in self.links.items() for part in link)]
-        return _HEADER + counts + b"".join(name + b"\0" for name in names)
+        return _HEADER + counts + b"\0".join((*names, b""))
+
+
+def _encoded(names: Sequence[str]) -> tuple[bytes, ...]:
+    """*names* as the file system has them: all at once, for there may be 100,000."""
+    return tuple(os.fsencode("\0".join(names)).split(b"\0")) if names else ()
 
 
 def seal(layout: Layout, environment_id: EnvironmentId, blueprint: Blueprint, root: str) -> None:

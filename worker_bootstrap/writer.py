@@ -7,10 +7,11 @@ count is `worker_bootstrap.materialise`.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Callable, NamedTuple
+from typing import Callable, NamedTuple, TypeVar
 
 from worker_bootstrap.arrivals import Arrivals
 from worker_bootstrap.blueprint import Blueprint, Run
@@ -18,10 +19,12 @@ from worker_bootstrap.crew import Crew
 from worker_bootstrap.digest import Digest, digest_of
 from worker_bootstrap.donor import Donors, seal
 from worker_bootstrap.errors import ManifestInvalid
-from worker_bootstrap.manifest import Chunk, File
+from worker_bootstrap.manifest import Chunk, File, Link
 from worker_bootstrap.relocate import relocate
 from worker_bootstrap.store import Store
 
+_Share = TypeVar("_Share")
+_Name = TypeVar("_Name")
 Report = Callable[[int, int], None]
 """Called with (bytes done, bytes in total)."""
 
@@ -29,7 +32,8 @@ JOB_BYTES = 8 << 20
 """What one process takes at a time: neighbours, so that two processes seldom write to one folder at once."""
 FILE_COST_BYTES = 32 << 10
 """Making a file takes as long as writing so many bytes."""
-JOB_LINKS = 512
+JOB_NAMES = 256
+"""The same for directories and links."""
 ALONE_FILES = 200
 """So few files are written before another process would have started."""
 
@@ -71,7 +75,7 @@ class Writer:
         self.prefix = prefix
         self.work = work
         self._processes = work.processes if blueprint.file_count + len(blueprint.links) > ALONE_FILES else 1
-        self._done_bytes = 0
+        self._done_bytes, self._total_bytes = 0, blueprint.size_bytes
 
     def write(self) -> None:
         """Write everything; once.
@@ -87,25 +91,29 @@ class Writer:
         OSError
             If something cannot be written.
         """
-        for path in self.blueprint.directories:
-            os.mkdir(self._at(path))
-            os.chmod(self._at(path), 0o755)
         # While chunks still come, each is to be written as soon as it is there.
         runs = _joined(self.blueprint.runs) if self.work.arrivals.are_complete else self.blueprint.runs
-        numbers = {id(run): number for number, run in enumerate(runs)}
-        with Crew(lambda number: self._write_run(runs[number]), self._advance, self._processes) as crew:
-            for run in self.work.arrivals.as_they_come(runs, self.store.has_chunk):
-                crew.give(numbers[id(run)])
-            crew.finish()
-        for hard_link in self.blueprint.hard_links:
-            os.link(self._at(hard_link.target), self._at(hard_link.path), follow_symlinks=False)
-        with Crew(self._write_links, lambda _: None, self._processes) as crew:
-            for first in range(0, len(self.blueprint.links), JOB_LINKS):
-                crew.give(first)
+        pile = _Pile()
+        levels = [pile.add(self._make_directories, _parts(level)) for level in _levels(self.blueprint.directories)]
+        numbers = dict(zip(map(id, runs), pile.add(self._write_run, runs)))
+        links = pile.add(self._write_links, _parts(self.blueprint.links))
+        with Crew(pile.do, self._advance, self._processes) as crew:
+            for level in levels:
+                _give(crew, level)
+            _give(crew, (numbers[id(run)] for run in self.work.arrivals.as_they_come(runs, self.store.has_chunk)))
+            for hard_link in self.blueprint.hard_links:
+                os.link(self._at(hard_link.target), self._at(hard_link.path), follow_symlinks=False)
+            _give(crew, links)
             crew.finish()
 
-    def _write_links(self, first: int) -> int:
-        for link in self.blueprint.links[first : first + JOB_LINKS]:
+    def _make_directories(self, paths: Sequence[str]) -> int:
+        for path in paths:
+            os.mkdir(self._at(path))
+            os.chmod(self._at(path), 0o755)
+        return 0
+
+    def _write_links(self, links: Sequence[Link]) -> int:
+        for link in links:
             os.symlink(link.target, self._at(link.path))
         return 0
 
@@ -115,7 +123,10 @@ class Writer:
         Every byte is compared with its file's digest. So the chunks that they come from are compared with their own
         only where that fails: to say which of the two is wrong, and to find a sound copy in another store.
         """
-        wanted = frozenset(file.path for file in run.files if not self.donors.give(file, self._at(file.path)))
+        give, scratch = self.donors.give, self.scratch
+        wanted = frozenset(file.path for file in run.files if not give(file, f"{scratch}/{file.path}"))
+        if not wanted:
+            return run.size_bytes
         try:
             self._write_files(run, wanted, self.store.read_unverified)
         except ManifestInvalid:
@@ -158,11 +169,48 @@ class Writer:
         return Digest(state.hexdigest())
 
     def _advance(self, count: int) -> None:
-        self._done_bytes += count
-        self.work.report(self._done_bytes, self.blueprint.size_bytes)
+        if count:
+            self._done_bytes += count
+            self.work.report(self._done_bytes, self._total_bytes)
 
     def _at(self, path: str) -> str:
         return f"{self.scratch}/{path}"
+
+
+class _Pile:
+    """Jobs with numbers, for a crew."""
+
+    def __init__(self) -> None:
+        self._jobs: list[Callable[[], int]] = []
+
+    def add(self, work: Callable[[_Share], int], shares: Iterable[_Share]) -> range:
+        """*work* on each of *shares* becomes a job; returns their numbers."""
+        before = len(self._jobs)
+        self._jobs += [functools.partial(work, share) for share in shares]
+        return range(before, len(self._jobs))
+
+    def do(self, number: int) -> int:
+        """The job with that number."""
+        return self._jobs[number]()
+
+
+def _give(crew: Crew, numbers: Iterable[int]) -> None:
+    """Have these jobs done, and wait for that."""
+    for number in numbers:
+        crew.give(number)
+    crew.wait()
+
+
+def _levels(directories: Iterable[str]) -> list[list[str]]:
+    """*directories* by depth: those of one level can be made at once, each after the one that it lies in."""
+    levels: dict[int, list[str]] = {}
+    for path in directories:
+        levels.setdefault(path.count("/"), []).append(path)
+    return [levels[depth] for depth in sorted(levels)]
+
+
+def _parts(names: Sequence[_Name]) -> list[Sequence[_Name]]:
+    return [names[start : start + JOB_NAMES] for start in range(0, len(names), JOB_NAMES)]
 
 
 def _joined(runs: Sequence[Run]) -> list[Run]:
@@ -183,21 +231,29 @@ def _joined(runs: Sequence[Run]) -> list[Run]:
 
 
 class _Content:
-    """The concatenated bytes of some chunks, read one chunk at a time."""
+    """The concatenated bytes of some chunks, read one chunk at a time, and only where somebody wants bytes of it."""
 
     def __init__(self, chunks: Sequence[Chunk], read: Callable[[Digest], bytes]) -> None:
         self._chunks = iter(chunks)
         self._read = read
         self._rest = memoryview(b"")
+        self._skipped = 0
 
     def read(self, count: int) -> Iterable[memoryview]:
         """The next *count* bytes, in pieces: to be consumed before the next call."""
+        if self._skipped and count:
+            self._pass()
         if count <= len(self._rest):
             return (self._taken(count),)
         return self._pieces(count)
 
     def skip(self, count: int) -> None:
-        """Leave the next *count* bytes out; chunks that lie within them altogether are not read."""
+        """Leave the next *count* bytes out."""
+        self._skipped += count
+
+    def _pass(self) -> None:
+        """Go where reading goes on; chunks that are left out altogether are not loaded."""
+        count, self._skipped = self._skipped, 0
         while count:
             if self._rest:
                 count -= len(self._taken(count))
