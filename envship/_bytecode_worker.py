@@ -114,19 +114,22 @@ def canonical(code: types.CodeType, name: str) -> bytes:
 
 def rebuilt(value: Any, name: str, strings: dict[str, str], done: dict[int, Any]) -> Any:
     """*value*, a constant or a code object, with its strings taken from *strings*; what was one object stays one."""
-    if isinstance(value, str):
+    kind = type(value)
+    if kind is str:
         return strings.setdefault(value, value)
-    if not isinstance(value, (tuple, types.CodeType)):
-        if isinstance(value, frozenset):
-            strings.update((item, strings.get(item, item)) for item in value if isinstance(item, str))
-        return value
-    if id(value) not in done:
-        if isinstance(value, tuple):
-            done[id(value)] = tuple(rebuilt(item, name, strings, done) for item in value)
-        else:
-            constants = tuple(rebuilt(item, name, strings, done) for item in value.co_consts)
-            done[id(value)] = value.replace(co_consts=constants, co_filename=name)
-    return done[id(value)]
+    if kind is tuple or kind is types.CodeType:
+        made = done.get(id(value))
+        if made is None:
+            if kind is tuple:
+                made = tuple([rebuilt(item, name, strings, done) for item in value])
+            else:
+                constants = tuple([rebuilt(item, name, strings, done) for item in value.co_consts])
+                made = value.replace(co_consts=constants, co_filename=name)
+            done[id(value)] = made
+        return made
+    if kind is frozenset:
+        strings.update((item, strings.get(item, item)) for item in value if isinstance(item, str))
+    return value
 
 
 def codes_in(code: types.CodeType) -> Iterator[types.CodeType]:

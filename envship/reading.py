@@ -82,19 +82,25 @@ class Reader:
 
     def _read(self, item: FileItem | CodeItem) -> bytes | None:
         try:
-            with open(item.origin, "rb", buffering=0) as file:
-                self._compare(item, os.fstat(file.fileno()))
-                data = file.readall()
-                self._compare(item, os.fstat(file.fileno()))
+            handle = os.open(item.origin, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                data = _read_all(handle, item.node.st_size)
+                # What changed before it was opened shows afterwards, too.
+                self._compare(item, os.fstat(handle))
                 return data
+            finally:
+                os.close(handle)
         except OSError as error:
             self.note(item, error)
             return None
 
     def _compare(self, item: FileItem | CodeItem, now: os.stat_result) -> None:
         seen = item.node
-        if (now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns) != (
-            *(seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns),
+        if (
+            now.st_mtime_ns != seen.st_mtime_ns
+            or now.st_ctime_ns != seen.st_ctime_ns
+            or now.st_size != seen.st_size
+            or now.st_ino != seen.st_ino
         ):
             self.changed.append(item.origin)
 
@@ -104,6 +110,14 @@ class Reader:
             if me not in self._compilers:
                 self._compilers[me] = Compiler(self._plan.interpreter, self._kept, self._tmp)
             return self._compilers[me]
+
+
+def _read_all(handle: int, size_bytes: int) -> bytes:
+    """The rest of a file of which *size_bytes* are expected: one system call where it has as many."""
+    data = os.read(handle, size_bytes + 1)
+    while len(data) != size_bytes and (more := os.read(handle, size_bytes + 1)):
+        data += more
+    return data
 
 
 def is_streamed(item: FileItem) -> bool:

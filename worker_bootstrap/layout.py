@@ -90,7 +90,7 @@ class Layout(NamedTuple):
     def chunk(self, digest: Digest, suffix: str) -> Path:
         """Path of a chunk stored with the codec whose file suffix is *suffix* (``.zst``, ``.zlib``, ``.raw``)."""
         name = _checked(digest)
-        return self.chunks / name[:2] / (name + suffix)
+        return self.root / f"chunks/{name[:2]}/{name}{suffix}"
 
     def manifest(self, environment_id: EnvironmentId) -> Path:
         return self.manifests / (_checked(environment_id) + ".json")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import operator
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, Union
@@ -32,7 +31,6 @@ ENTRY_LIMIT = 1_000_000
 
 SIZE_LIMIT_BYTES = 1 << 60
 """No file is larger; sums of sizes stay far from where that would matter."""
-
 
 
 class Chunk(NamedTuple):

@@ -143,6 +143,7 @@ def _read_records(prefix: Path, files: Collection[str]) -> list[dict[str, Any]]:
                 str(prefix), [f"conda-meta/{path.name} cannot be read: {error}"], _UNREADABLE
             ) from error
         record["envship-record"] = path.name
+        record["envship-paths"] = list(_recorded_paths(record))
         records.append(record)
     return records
 
@@ -160,13 +161,13 @@ def _placeholders(records: Sequence[Mapping[str, Any]]) -> frozenset[str]:
     return frozenset(
         str(entry["prefix_placeholder"])
         for record in records
-        for entry in _paths(record)
+        for entry in record["envship-paths"]
         if "prefix_placeholder" in entry
     )
 
 
-def _paths(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The paths of a record: those of ``paths_data``, or where an old conda wrote none, of ``files``."""
+def _recorded_paths(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The paths of a record without byte code: of ``paths_data``, or where an old conda wrote none, of ``files``."""
     recorded = record.get("paths_data", {}).get("paths")
     paths = recorded if recorded is not None else [{"_path": name} for name in record.get("files", [])]
     names = {path["_path"] for path in paths}
@@ -180,7 +181,7 @@ def _owners(records: Sequence[Mapping[str, Any]], files: Mapping[str, Found]) ->
     owners: dict[str, str] = {}
     for record in records:
         own_record = f"conda-meta/{record['envship-record']}"
-        for path in (own_record, *(entry["_path"] for entry in _paths(record))):
+        for path in (own_record, *(entry["_path"] for entry in record["envship-paths"])):
             if path in files:
                 owners.setdefault(path, record["envship-record"])
     return owners
@@ -190,7 +191,7 @@ def _missing(records: Sequence[Mapping[str, Any]], files: Mapping[str, Found]) -
     absent = [
         (record, entry)
         for record in records
-        for entry in _paths(record)
+        for entry in record["envship-paths"]
         if entry["_path"] not in files and entry["_path"] not in NOT_CONTENT
     ]
     # A zip may hold copies of what links point to: a folder, where the package has a link.
@@ -214,7 +215,7 @@ def _shared(records: Sequence[Mapping[str, Any]], distributions: Sequence[Distri
     """The paths that were recorded more than once."""
     seen: set[str] = set()
     shared: set[str] = set()
-    recorded = [(entry["_path"] for entry in _paths(record)) for record in records]
+    recorded = [(entry["_path"] for entry in record["envship-paths"]) for record in records]
     for path in itertools.chain(*recorded, *(distribution.files for distribution in distributions)):
         (shared if path in seen else seen).add(path)
     return shared
@@ -270,7 +271,7 @@ def _is_changed(prefix: Path, recorded: Mapping[str, Mapping[str, Any]], owners:
 
 
 def _is_original(file: Path, record: Mapping[str, Any], path: str) -> bool:
-    entry = next((entry for entry in _paths(record) if entry["_path"] == path), {})
+    entry: Mapping[str, Any] = next((entry for entry in record["envship-paths"] if entry["_path"] == path), {})
     digest = entry.get("sha256_in_prefix") or entry.get("sha256")
     return digest is not None and file.is_file() and digest_of_file(file) == digest
 
@@ -286,12 +287,12 @@ def _package(
     own_record = f"conda-meta/{me}"
     treatment = Rewritten("conda-meta", canonical_conda_meta)
     items: list[Item] = list(collector.item(own_record, *files[own_record], treatment))
-    for entry in _as_copies(_paths(record)):
+    for entry in _as_copies(record["envship-paths"]):
         path = entry["_path"]
         if owners.get(path) == me:
             items += collector.item(path, *files[path], _treatment(entry, collector))
     items = list({item.path: item for item in items}.values())
-    paths = (entry["_path"] for entry in _paths(record))
+    paths = (entry["_path"] for entry in record["envship-paths"])
     is_whole = all(owners.get(path) == me and path not in shared and not path.endswith(LINKING) for path in paths)
     return Draft(record["name"], str(record["version"]), str(record.get("build", "")), "conda", items, is_whole)
 
