@@ -154,3 +154,21 @@ def test_parked_ones_are_given_up_when_memory_is_short(store: Store, monkeypatch
         assert (await pool.prepare(A)).alive, "a swap goes on without"
 
     run(store)
+
+
+@with_pool
+async def test_parking_one_twice_at_once_starts_one(pool: Lab) -> None:
+    await asyncio.gather(pool.park(A, keep=1), pool.park(A, keep=1))
+    assert pool.starts == [A]
+    assert pool.parked[A].alive
+
+
+@with_pool
+async def test_one_that_is_discarded_while_it_starts_is_not_parked(pool: Lab) -> None:
+    """Its environment may have turned out to be damaged meanwhile."""
+    parking = asyncio.ensure_future(pool.park(A, keep=1))
+    while not pool.starts:
+        await asyncio.sleep(0)
+    await pool.discard(A)
+    await parking
+    assert not pool.parked

@@ -51,6 +51,7 @@ class StandbyPool:
         self._is_current = is_current
         self._parked: OrderedDict[Name, Standby] = OrderedDict()
         self._prepared: dict[Name, Standby] = {}
+        self._starting: set[Name] = set()
         self._watcher: asyncio.Task[Any] | None = None
 
     async def prepare(self, name: Name) -> Standby:
@@ -81,15 +82,25 @@ class StandbyPool:
         return standby
 
     async def discard(self, name: Name) -> None:
-        """End every standby of *name*."""
+        """End every standby of *name*, and the one that is being started to be parked."""
+        self._starting.discard(name)
         for standby in (self._prepared.pop(name, None), self._parked.pop(name, None)):
             if standby is not None:
                 await standby.discard()
 
     async def park(self, name: Name, keep: int) -> None:
         """Keep a standby of *name*, unless memory is short, and in all not more than *keep* parked ones."""
-        if keep > 0 and name not in self._parked and not _memory_is_short():
-            self._parked[name] = await self._start(name)
+        if keep > 0 and name not in self._parked.keys() | self._starting and not _memory_is_short():
+            self._starting.add(name)
+            try:
+                standby = await self._start(name)
+            finally:
+                is_wanted = name in self._starting
+                self._starting.discard(name)
+            if not is_wanted:
+                await standby.discard()
+                return
+            self._parked[name] = standby
             if self._watcher is None or self._watcher.done():
                 self._watcher = self._in_background(self._watch_memory())
         while len(self._parked) > keep:
@@ -108,6 +119,7 @@ class StandbyPool:
 
     async def close(self) -> None:
         """End them all."""
+        self._starting.clear()
         for standby in [*self._parked.values(), *self._prepared.values()]:
             await standby.discard()
 
