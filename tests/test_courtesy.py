@@ -12,7 +12,7 @@ import dask
 import pytest
 from distributed.core import Server
 
-from tests.test_transfer import Peer
+from tests.peers import Peer
 from worker_bootstrap import codec
 from worker_bootstrap.chunk_service import ChunkServer, PeerChunks, read_chunks
 from worker_bootstrap.courtesy import DSCP_CS1, PRIORITY_BULK, SO_MAX_PACING_RATE, Pace, own_rate, slower_of

@@ -167,8 +167,8 @@ async def test_parking_one_twice_at_once_starts_one(pool: Lab) -> None:
 async def test_one_that_is_discarded_while_it_starts_is_not_parked(pool: Lab) -> None:
     """Its environment may have turned out to be damaged meanwhile."""
     parking = asyncio.ensure_future(pool.park(A, keep=1))
-    while not pool.starts:
-        await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert pool.starts == [A]
     await pool.discard(A)
     await parking
     assert not pool.parked
