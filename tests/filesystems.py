@@ -1,4 +1,4 @@
-"""File systems that a test makes for itself: small, read-only, without execution, or with reflinks. Needs root.
+"""File systems that a test makes for itself: small, read-only, without execution, with reflinks, or odd. Needs root.
 
 And a folder in memory, which needs nothing.
 """
@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,9 @@ needs_mount = pytest.mark.skipif(os.getuid() != 0, reason="only root may mount a
 
 IMAGE_BYTES = {"btrfs": 128 << 20, "xfs": 320 << 20}
 """As small as ``mkfs`` lets them be."""
+
+END_TIMEOUT_S = 20
+"""So long a process that serves a file system may take to begin, or to end after it was unmounted."""
 
 MEMORY = Path("/dev/shm")
 MEMORY_BYTES = 1 << 30
@@ -55,6 +60,35 @@ def with_reflinks(path: Path, kind: str) -> Iterator[Path]:
     with _mounted(path, "-o", "loop", str(image)):
         yield path
     image.unlink()
+
+
+@contextmanager
+def odd(path: Path, folder: Path, *oddities: str, kind: str = "odd") -> Iterator[Path]:
+    """*folder*, at *path* as well, with the *oddities* of `tests.odd_file_system`; for the kernel, a ``fuse.KIND``."""
+    pytest.importorskip("mfusepy", reason="needs mfusepy, and libfuse", exc_type=Exception)
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        pytest.skip("no /dev/fuse here")
+    path.mkdir(exist_ok=True)
+    program = [sys.executable, "-m", "tests.odd_file_system", str(folder), str(path), kind, *oddities]
+    server = subprocess.Popen(program, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    try:
+        deadline = time.monotonic() + END_TIMEOUT_S
+        while not os.path.ismount(path) and server.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if not os.path.ismount(path):
+            server.kill()
+            pytest.skip(f"cannot be mounted here: {server.communicate()[1].strip()[-300:]}")
+        yield path
+    finally:
+        if os.path.ismount(path):
+            # A lazy one lets go of it also where a failed test still has a file open there.
+            subprocess.run(["umount", "--lazy", str(path)], check=True)
+        try:
+            server.communicate(timeout=END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.communicate()
+            raise
 
 
 def remount(path: Path, options: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.environments import PLACEHOLDER, Content, environment_of, package_of, tiny_environment
-from tests.filesystems import needs_mount, remount, tmpfs
+from tests.filesystems import needs_mount, odd, remount, tmpfs
 from tests.hostile import OUT, E, aimed, packed, surrounded
 from tests.test_manifest import HOSTILE_ROWS
 from tests.test_paths import HOSTILE_PATHS, HOSTILE_TARGETS
@@ -288,22 +288,6 @@ def test_a_name_longer_than_the_file_system_allows(store: Store, name: str) -> N
     assert_nothing_built(store, environment_id)
 
 
-@needs_mount
-def test_names_that_the_file_system_does_not_tell_apart(tmp_path: Path) -> None:
-    with tmpfs(tmp_path / "mount", "size=20m,casefold=utf8-12.1.0") as path:
-        store = Store(path / "store")
-        for folder in (store.layout.tmp, store.layout.envs):
-            folder.rmdir()
-            folder.mkdir()
-            done = subprocess.run(["chattr", "+F", str(folder)], capture_output=True, text=True, check=False)
-            if done.returncode:
-                pytest.skip(f"no folder that ignores case: {done.stderr.strip()}")
-        environment_id = tiny_environment(store, {"Case": b"1", "case": b"2"})
-        with pytest.raises(MaterialiseError, match="exists"):
-            materialise(store, environment_id)
-        assert_nothing_built(store, environment_id)
-
-
 COLLIDING: dict[str, dict[str, Content]] = {
     "files": {"Case": b"1", "case": b"2"},
     "files with the same content": {"Case": b"1", "case": b"1"},
@@ -337,6 +321,25 @@ def test_names_that_differ_in_case_only_where_case_is_ignored(
     assert {str(path.relative_to(prefix)) for path in prefix.rglob("*") if path.is_symlink() or path.is_file()} == {
         each.rstrip("*") for each in COLLIDING[name]
     }
+
+
+@needs_mount
+@pytest.mark.parametrize("link_mode", ["copy", "hardlink"])
+def test_names_that_the_file_system_does_not_tell_apart(tmp_path: Path, link_mode: str) -> None:
+    """The same on a file system that has one place for both: a store there takes what is told apart otherwise."""
+    lower = tmp_path / "mount" / "folder"
+    lower.mkdir(parents=True)
+    with odd(tmp_path / "mount" / "point", lower, "ignores-case") as path:
+        store = Store(path / "store")
+        materialise(store, tiny_environment(store, {"one": b"1", "two": b"2"}))
+        for files in COLLIDING.values():
+            environment_id = tiny_environment(store, files)
+            with pytest.raises(MaterialiseError, match="exists"):
+                materialise(store, environment_id, link_mode=link_mode)
+            assert_nothing_built(store, environment_id)
+        prefix = materialise(store, tiny_environment(store), link_mode=link_mode)
+        assert (prefix / "BIN" / "TOOL").samefile(prefix / "bin" / "tool")
+        assert list(verify.damaged_files(store, tiny_environment(store))) == []
 
 
 # -- chunks
