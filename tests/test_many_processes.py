@@ -192,6 +192,12 @@ def test_a_file_system_whose_locks_do_not_work_is_refused(tmp_path: Path, fault:
         ("nfs srv:/home rw,vers=3,local_lock=posix", False),
         ("lustre mgs:/fs rw,localflock", True),
         ("lustre mgs:/fs rw,flock", False),
+        ("cifs //server/home rw,nobrl", True),
+        ("cifs //server/home rw", False),
+        ("gfs2 /dev/vdb rw,localflocks", True),
+        ("gpfs home rw", True),
+        ("fuse.sshfs server:/home rw", True),
+        ("fuse.juicefs JuiceFS:home rw", False),
         ("ext4 /dev/vda rw", False),
     ],
 )

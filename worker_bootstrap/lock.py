@@ -192,8 +192,9 @@ def check_locks(folder: Path) -> None:
     """
     if locks_are_local(folder):
         raise StoreError(
-            f"{folder} is mounted so that no other machine sees its locks (nolock, local_lock or localflock), so a "
-            "store on it cannot be shared. Put the store on a local disk (ENVSHIP_STORE), or mount it with locks."
+            f"{folder} is mounted so that no other machine sees its locks (its file system has none between machines, "
+            "or an option says so: nolock, local_lock, localflock, nobrl), so a store on it cannot be shared. Put the "
+            "store on a local disk (ENVSHIP_STORE), or mount it with locks."
         )
     path = folder / "try.lock"
     one, two = _open(path), _open(path)

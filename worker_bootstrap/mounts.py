@@ -8,13 +8,19 @@ from pathlib import Path
 NETWORK_FILE_SYSTEMS = frozenset(
     (
         *("nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ceph", "lustre", "gpfs", "beegfs", "panfs", "pvfs2"),
-        *("orangefs", "glusterfs", "fuse.glusterfs", "fuse.sshfs", "fuse.s3fs", "fuse.ceph", "fuse.juicefs", "wekafs"),
+        *("orangefs", "glusterfs", "fuse.glusterfs", "fuse.ceph", "fuse.ceph-fuse", "fuse.juicefs", "wekafs"),
+        *("fuse.sshfs", "fuse.s3fs", "fuse.rclone", "fuse.gcsfuse"),
     )
 )
 """Where locks are slow or missing, and many small files are a burden: no place for a store that nobody asked for."""
 
-LOCAL_LOCKS = frozenset(("nolock", "local_lock=all", "local_lock=flock", "localflock"))
-"""Options of NFS (nfs(5)) and Lustre (mount.lustre(8)) that leave ``flock`` to the one machine that it is called on."""
+LOCAL_LOCKS = frozenset(("nolock", "local_lock=all", "local_lock=flock", "localflock", "localflocks", "nobrl"))
+"""Options that leave ``flock`` to the one machine that it is called on: of NFS (nfs(5)), Lustre (mount.lustre(8)), GFS2
+and OCFS2 (gfs2(5), ocfs2(7)), CIFS (mount.cifs(8))."""
+
+LOCAL_LOCK_FILE_SYSTEMS = frozenset(("gpfs", "fuse.sshfs", "fuse.s3fs", "fuse.rclone", "fuse.gcsfuse"))
+"""Where ``flock`` is so whatever the options: GPFS has only ``fcntl`` locks between machines, the others have none, and
+Linux keeps locks that a FUSE program does not ask for to itself."""
 
 LOCAL_FILE_SYSTEMS = frozenset(
     ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "jfs", "reiserfs", "bcachefs", "tmpfs", "overlay")
@@ -31,9 +37,11 @@ def file_system_of(path: Path, mount_table: str | None = None) -> str:
 
 
 def locks_are_local(path: Path, mount_table: str | None = None) -> bool:
-    """Whether *path* lies on a network file system that is mounted so that no other machine sees our locks there."""
+    """Whether *path* lies on a file system that other machines may see, where none of them sees our locks."""
     kind, options = _mount_of(path, mount_table)
-    return kind in NETWORK_FILE_SYSTEMS and not LOCAL_LOCKS.isdisjoint(options)
+    if kind in LOCAL_LOCK_FILE_SYSTEMS:
+        return True
+    return kind not in LOCAL_FILE_SYSTEMS and not LOCAL_LOCKS.isdisjoint(options)
 
 
 def _mount_of(path: Path, mount_table: str | None) -> tuple[str, list[str]]:
