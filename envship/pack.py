@@ -105,9 +105,9 @@ def _place(source: str | os.PathLike[str] | None) -> Path:
 
 
 def _held(store: Store, environment_id: EnvironmentId) -> Manifest | None:
-    """The manifest, if the store has it and every chunk that it names."""
+    """The manifest, if the store has it and every chunk that it names, whatever a power cut took since."""
     try:
         manifest = store.read_manifest(environment_id)
     except (EnvironmentMissing, ManifestInvalid):
         return None
-    return None if store.missing(manifest.chunks) else manifest
+    return None if store.lost(manifest.chunks) else manifest

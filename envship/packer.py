@@ -158,7 +158,7 @@ class Packer:
             for each in index.known.whole
             if each.package.name != "python"
             and fingerprint_of(each.paths, marks) == each.fingerprint
-            and not self._store.missing(_digests(each.package))
+            and not self._store.lost(_digests(each.package))
         ]
         hidden = {path for each in found for path in each.paths}
         if any(path.endswith(".pyc") and path not in hidden for path in nodes):
@@ -169,7 +169,7 @@ class Packer:
 
     def _known(self, key: str | None, index: ScanIndex) -> Packed | None:
         found = index.known.packages.get(key) if key else None
-        return None if found is None or self._store.missing(_digests(found)) else found
+        return None if found is None or self._store.lost(_digests(found)) else found
 
     def _write(self, drafts: Sequence[Draft], plan: Plan) -> Written:
         new_reader = functools.partial(Reader, plan, index_folder(self._store) / "bytecode", self._store.layout.tmp)

@@ -102,6 +102,24 @@ def test_a_pack_that_a_power_cut_interrupted_leaves_chunks_that_the_next_one_rea
     assert list(damaged_chunks(store, store.read_manifest(environment_id))) == []
 
 
+@pytest.mark.parametrize("change", ["nothing", "a file of nobody"])
+def test_a_pack_that_knows_everything_reads_the_chunks_that_a_power_cut_may_have_taken(
+    mine: Path, store: Store, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """The index and the manifest came to the disk, and of the chunks a part: nobody has to ask twice."""
+    time.sleep(0.1)  # until time stamps are old enough to be believed
+    first = pack(mine, store=store)
+    for path in sorted(chunks(store))[::2]:
+        os.truncate(path, path.stat().st_size - 1)
+    monkeypatch.setattr(ready_mark, "booted_at", time.time)
+    if change == "a file of nobody":
+        (mine / "share").mkdir(exist_ok=True)
+        (mine / "share" / "note.txt").write_text("mine")
+    again = pack(mine, store=store)
+    assert (again.id == first.id) == (change == "nothing")
+    assert list(damaged_chunks(store, again.manifest)) == []
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system with room for a part of an environment."""

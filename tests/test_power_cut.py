@@ -188,8 +188,6 @@ def _store_problems(run: Run, store: Store, acknowledged: bool) -> list[str]:
         read_bundle(run.root.parent / "new.envship", store)
         found += [f"loaded again, but: {each}" for each in damaged_chunks(store, run.new)]
     if run.name == "pack":
-        if is_there:
-            list(damaged_chunks(store, run.new))  # drops them, as an upload does
         index = ScanIndex.load(store, str(run.prefix), NO_OPTIONS)
         if Packer(store, NO_OPTIONS, None).pack(run.prefix, Trees(), index) != run.environment_id:
             found.append("packed again, it is another environment")

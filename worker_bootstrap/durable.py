@@ -8,10 +8,14 @@ import logging
 import os
 import tempfile
 from pathlib import Path
+from typing import Callable
 
 from worker_bootstrap.errors import StoreFull
 
 logger = logging.getLogger("envship.store")
+
+BROKEN = frozenset((errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO)))
+"""Answers of a disk, or a file system, that has lost the bytes of a file."""
 
 
 def publish(path: Path, data: bytes | memoryview, tmp: Path, *, sync: bool) -> None:
@@ -72,8 +76,10 @@ def sync_file_system(path: Path) -> None:
         os.close(handle)
 
 
-def content_of(path: Path, limit_bytes: int) -> bytes | None:
+def content_of(path: Path, limit_bytes: int, broken: Callable[[Path], None] | None = None) -> bytes | None:
     """At most ``limit_bytes + 1`` bytes of a file; None if it is gone or cannot be read.
+
+    *broken* is called with *path* if its bytes are lost: nobody will read them again.
 
     Raises
     ------
@@ -90,4 +96,6 @@ def content_of(path: Path, limit_bytes: int) -> bytes | None:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise
         logger.warning("%s cannot be read: %s", path, error)
+        if error.errno in BROKEN and broken is not None:
+            broken(path)
         return None

@@ -53,13 +53,18 @@ class Store:
     Raises
     ------
     StoreError
-        If the writable store was made by a version of envship that keeps things elsewhere.
+        If the writable store was made by a version of envship that keeps things elsewhere, or cannot be written to.
+    StoreFull
+        If there is no room to make it.
     """
 
     def __init__(self, root: Path, read_only: Sequence[Path] = ()) -> None:
         self.layout = Layout(Path(root))
         self.layouts = (*(other for other in map(Layout, map(Path, read_only)) if _is_readable(other)), self.layout)
-        self.host_id = _prepare(self.layout)
+        try:
+            self.host_id = _prepare(self.layout)
+        except OSError as error:
+            raise _unusable(error, self.layout.root) from error
 
     def has_chunk(self, digest: Digest) -> bool:
         """Whether some store holds a chunk of that name (unread, so perhaps damaged)."""
@@ -68,6 +73,13 @@ class Store:
     def missing(self, digests: Iterable[Digest]) -> list[Digest]:
         """Those of *digests* that no store holds, in the order given, each once."""
         return [digest for digest in dict.fromkeys(digests) if not self.has_chunk(digest)]
+
+    def lost(self, digests: Iterable[Digest]) -> list[Digest]:
+        """As `missing`, but each chunk from before the machine started is read, once: a power cut may have left less.
+
+        Copies of which it has are dropped.
+        """
+        return [digest for digest in dict.fromkeys(digests) if not self._is_kept(digest)]
 
     def read_chunk(self, digest: Digest) -> bytes:
         """The verified, uncompressed bytes of a chunk.
@@ -179,7 +191,7 @@ class Store:
         """
         for layout in self.layouts:
             path = layout.manifest(environment_id)
-            data = content_of(path, MANIFEST_LIMIT_BYTES)
+            data = content_of(path, MANIFEST_LIMIT_BYTES, self._drop)
             if data is None:
                 continue
             if str(digest_of(data)) == environment_id:
@@ -262,7 +274,7 @@ class Store:
         if path is None:
             return False
         with contextlib.suppress(OSError):
-            if self.layout.root not in path.parents or os.stat(path).st_ctime > ready_mark.booted_at():
+            if os.stat(path).st_ctime > ready_mark.booted_at() or self.layout.root not in path.parents:
                 return True
         try:
             self.read_chunk(digest)
@@ -273,8 +285,11 @@ class Store:
         return True
 
     def _read(self, path: Path) -> bytes | None:
-        """The file's bytes; None if it is gone, cannot be read, or is damaged by its size alone (dropped then)."""
-        data = content_of(path, PAYLOAD_LIMIT_BYTES)
+        """The file's bytes; None if it is gone, cannot be read, or is damaged by its size alone.
+
+        What is damaged, or lies where the disk has gone bad, is dropped.
+        """
+        data = content_of(path, PAYLOAD_LIMIT_BYTES, self._drop)
         if data is not None and len(data) > PAYLOAD_LIMIT_BYTES:
             self._drop(path)
             return None
@@ -289,9 +304,18 @@ class Store:
         try:
             publish(path, data, self.layout.tmp, sync=sync)
         except OSError as error:
-            if (full := full_error(error, self.layout.root)) is not None:
-                raise full from error
-            raise
+            raise _unusable(error, self.layout.root) from error
+
+
+def _unusable(error: OSError, root: Path) -> StoreError:
+    """What to say where a store cannot be written to."""
+    with contextlib.suppress(OSError):  # it may not even be there
+        if (full := full_error(error, root)) is not None:
+            return full
+    return StoreError(
+        f"the store {root} cannot be written to ({error.filename or 'a file'}: {error.strerror or error}). Mend that, "
+        "or name another folder (ENVSHIP_STORE)."
+    )
 
 
 def _status(path: Path) -> os.stat_result | None:
