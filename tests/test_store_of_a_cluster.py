@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import dask
 import pytest
@@ -65,6 +66,64 @@ def test_what_workers_run_from_stays_until_they_leave(client: Client, cluster: C
         assert store.built(EnvironmentId(packed.id)) is None
         assert list(store.layout.chunks.glob("*/*")) == []
     assert client.use_environment(packed).uploaded_chunks == len(packed.chunks)
+
+
+def gated(operation: str, folder: str) -> Callable[[Any], None]:
+    """What makes an agent wait with *operation* until there is a file ``open`` in *folder*, in which it says so."""
+
+    # Made in here so that it is pickled by value: the cluster cannot import the tests.
+    def install(dask_worker: Any) -> None:
+        import asyncio
+        import os
+        import pathlib
+        import time
+
+        right = dask_worker.handlers[operation]
+
+        def wait() -> None:
+            pathlib.Path(folder, str(os.getpid())).touch()
+            while not os.path.exists(os.path.join(folder, "open")):
+                time.sleep(0.01)
+
+        async def waiting(**what: Any) -> Any:
+            await asyncio.to_thread(wait)
+            return await right(**what)
+
+        dask_worker.handlers[operation] = waiting
+
+    return install
+
+
+@pytest.mark.parametrize("operation", ["envship_prepare", "envship_commit"])
+def test_an_eviction_in_the_middle_of_a_swap_takes_nothing(
+    client: Client, cluster: Cluster, packed: Environment, operation: str
+) -> None:
+    """Before a process of the environment has started, and, without a nanny, after what proved it has ended."""
+    gate = cluster.folder / operation
+    gate.mkdir()
+    stores = [Store(cluster.store(host)) for host in "ab"]
+    client.stage_environment(packed)  # with it come the agents
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    nannies = [address for address, info in workers.items() if info["nanny"]]
+    install = gated(operation, str(gate))
+    client.run(install, workers=nannies, nanny=True)
+    client.run(install, workers=[address for address in workers if address not in nannies])
+    swap = threading.Thread(target=client.use_environment, args=[packed])
+    swap.start()
+    try:
+        eventually(lambda: len(list(gate.iterdir())) == 2, "both agents wait")
+        for store in stores:
+            freed = evicted(store)
+            assert freed.evicted == ()
+            assert [each.reason for each in freed.kept] == ["a process runs from it"]
+    finally:
+        (gate / "open").touch()
+        swap.join()
+    assert {Path(place.prefix).name for place in places(client).values()} == {packed.id[:16]}
+    client.reset_environment()
+    cluster.wait_for_workers(client, 2)
+    for store in stores:
+        eventually(lambda store=store: evicted(store).evicted, "nobody runs from it any more")  # type: ignore[misc]
 
 
 def test_a_damaged_environment_is_mended_when_it_is_used_with_chunks_of_a_peer(

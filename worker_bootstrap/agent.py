@@ -30,6 +30,7 @@ from worker_bootstrap.interpreter import (
 )
 from worker_bootstrap.manifest import Manifest
 from worker_bootstrap.provision import Call, Provision
+from worker_bootstrap.reservation import Reservations
 from worker_bootstrap.shared import SharedReader
 from worker_bootstrap.standby import Standby, StartRequest
 from worker_bootstrap.store import Store
@@ -80,6 +81,7 @@ class Agent:
         self.code = str(carry.publish(store.layout))
         self.base = base_interpreter()
         self.provision = Provision(server, store, self.code, call)
+        self.reservations = Reservations(store)
         self.tasks: set[asyncio.Task[Any]] = set()
 
     def handlers(self) -> dict[str, Callable[..., Any]]:
@@ -154,13 +156,19 @@ class Agent:
         link_mode: str = "auto",
         chunks_only: bool = False,
         rate_limit: float | None = None,
+        reserve: bool = False,
     ) -> dict[str, Any]:
         """Fetch what is missing and, unless *chunks_only*, build; returns the seconds that each took.
 
-        From now on, chunks are sent and received at no more than *rate_limit* bytes per second.
+        From now on, chunks are sent and received at no more than *rate_limit* bytes per second. Nobody evicts the
+        environment meanwhile; with *reserve* not either until a process runs from it, or it is discarded.
         """
         self.provision.limit(rate_limit)
-        return await self.provision.provide(EnvironmentId(environment_id), manifest, link_mode, chunks_only)
+        wanted = EnvironmentId(environment_id)
+        if reserve:
+            await self.reservations.keep(wanted)
+        async with self.reservations.during(wanted):
+            return await self.provision.provide(wanted, manifest, link_mode, chunks_only)
 
     async def prepare(self, environment_id: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
         """Prove that the environment's interpreter starts; returns the standby's description."""
@@ -175,6 +183,7 @@ class Agent:
 
     async def discard(self, environment_id: str | None) -> None:
         """Forget what `prepare` made: the swap was given up."""
+        self.reservations.drop(None if environment_id is None else EnvironmentId(environment_id))
 
     async def built(self) -> list[str]:
         """Ids of the environments that are built here."""

@@ -44,6 +44,10 @@ class ExecAgent(Agent):
             return f"it was not started by `dask {self.kind}`, so it cannot be re-executed; {self.remedy}"
         return None
 
+    async def _reserve(self, environment_id: str | None) -> None:
+        """What shows here that an environment works has ended when this process moves there: so it holds it itself."""
+        await self.reservations.keep(None if environment_id is None else EnvironmentId(environment_id))
+
     def _orders(self, interpreter: Interpreter, **more: Any) -> reexec.Orders:
         current = self._current
         fallback = (current.python, dict(current.environ), self.lease_of(current))
@@ -68,12 +72,14 @@ class WorkerAgent(ExecAgent):
         return super().obstacle()
 
     async def prepare(self, environment_id: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+        await self._reserve(environment_id)
         interpreter = await self.interpreter(environment_id)
         request = self.start_request(interpreter, modules=["distributed.cli.dask_worker"], checks_command=True)
         return await self.probe(interpreter, request, float(options["start_timeout_s"]))
 
     async def commit(self, environment_id: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
         if environment_id == self.environment_id and not options["scheduler_moves"]:
+            self.reservations.clear()
             return {}  # It did not start where it was sent, and is back before the cluster is; see `_stand_aside`.
         interpreter = await self.interpreter(environment_id)
         # The answer must have left before the process is replaced, or the coordinator sees a broken connection.
@@ -87,7 +93,7 @@ class WorkerAgent(ExecAgent):
             return
         try:
             if target is not None:
-                await self.provide(target, manifest, options["link_mode"])
+                await self.provide(target, manifest, options["link_mode"], reserve=True)
             await self.prepare(target, options)
             await self._leave(await self.interpreter(target), scheduler_moves=False)
         except Exception as error:
@@ -143,6 +149,7 @@ class SchedulerAgent(ExecAgent):
         """Environments that have shown here that a scheduler starts in them; the content of one never changes."""
 
     async def prepare(self, environment_id: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+        await self._reserve(environment_id)
         interpreter = await self.interpreter(environment_id)
         plugins = scheduler_state.dump_plugins(self.server)
         if plugins or environment_id not in self.proven:

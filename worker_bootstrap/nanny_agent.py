@@ -79,9 +79,11 @@ class NannyAgent(Agent):
         self._link_mode = str(options.get("link_mode", self._link_mode))
         if options.get("built_anew"):
             await self.standbys.discard(name)  # What it has imported may be damaged.
-        return dict((await self.standbys.prepare(name)).description)
+        async with self.reservations.during(name):
+            return dict((await self.standbys.prepare(name)).description)
 
     async def discard(self, environment_id: str | None) -> None:
+        await super().discard(environment_id)
         await self.standbys.discard(None if environment_id is None else EnvironmentId(environment_id))
 
     async def commit(self, environment_id: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,11 +112,12 @@ class NannyAgent(Agent):
         """Bring a nanny that came late, and was told to `hold`, into the environment *target*."""
         try:
             await self._end_held()
-            if target is not None:
-                await self.provide(target, manifest, options["link_mode"])
-            self._start_timeout_s = float(options["start_timeout_s"])
-            async with self._moving:
-                await self._start(await self._process_for(target))
+            async with self.reservations.during(target):
+                if target is not None:
+                    await self.provide(target, manifest, options["link_mode"])
+                self._start_timeout_s = float(options["start_timeout_s"])
+                async with self._moving:
+                    await self._start(await self._process_for(target))
             logger.info("worker %s runs in environment %s", self.server.worker_address, target)
         except Exception as error:
             logger.error(
@@ -150,6 +153,7 @@ class NannyAgent(Agent):
     async def close(self) -> None:
         await super().close()
         await self.standbys.close()
+        self.reservations.clear()  # The process may be the user's own, and go on.
 
     def _take_process(self) -> Any:
         """Take the worker's process away from the nanny; its end no longer concerns the nanny."""
@@ -172,15 +176,19 @@ class NannyAgent(Agent):
 
     async def _start_again(self, name: EnvironmentId | None) -> Standby:
         """A standby for a worker that has died, or was restarted: what was damaged meanwhile is mended before."""
-        if name is not None:
-            try:
-                await self.provision.provide(name, None, self._link_mode)
-            except EnvironmentMissing:  # its manifest is damaged, and other hosts have it
-                answer = await self.call("envship_find_manifest", environment_id=name)
-                if "ok" not in answer:
-                    raise
-                await self.provision.provide(name, answer["ok"], self._link_mode)
-        return await self._start_standby(name)
+        async with self.reservations.during(name):
+            if name is not None:
+                await self._mend(name)
+            return await self._start_standby(name)
+
+    async def _mend(self, name: EnvironmentId) -> None:
+        try:
+            await self.provision.provide(name, None, self._link_mode)
+        except EnvironmentMissing:  # its manifest is damaged, and other hosts have it
+            answer = await self.call("envship_find_manifest", environment_id=name)
+            if "ok" not in answer:
+                raise
+            await self.provision.provide(name, answer["ok"], self._link_mode)
 
     async def _start_standby(self, name: EnvironmentId | None) -> Standby:
         interpreter = await self.interpreter(name)
@@ -196,6 +204,7 @@ class NannyAgent(Agent):
     async def _start(self, new: HostedProcess) -> None:
         self.server.process = new
         await new.start()
+        self.reservations.drop(new.interpreter.environment_id)
         if self.server.status in (Status.closing, Status.closed):
             await new.kill()
 

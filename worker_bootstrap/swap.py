@@ -190,6 +190,8 @@ class Swap(SwapAccount):
         """Have the first agent of a host that is there fetch and build; the others share its store."""
         what = {"environment_id": self.environment_id, "link_mode": self.options["link_mode"]}
         what.update((name, self.options[name]) for name in ("chunks_only", "rate_limit") if self.options.get(name))
+        if not self.options.get("stage_only"):
+            what["reserve"] = True
         for address in addresses:
             try:
                 try:
