@@ -16,7 +16,7 @@ from worker_bootstrap import evict, verify
 from worker_bootstrap.chunk_service import read_chunks
 from worker_bootstrap.digest import Digest, EnvironmentId
 from worker_bootstrap.errors import ChunkMissing, EnvironmentMissing
-from worker_bootstrap.evict import GRACE_S, collect, plan
+from worker_bootstrap.evict import GRACE_S, Kept, collect, plan
 from worker_bootstrap.lock import Lease, Lock
 from worker_bootstrap.materialise import materialise
 from worker_bootstrap.stock import Holding, Holdings, survey
@@ -83,6 +83,19 @@ def test_what_may_not_go_is_passed_over_with_the_reason() -> None:
         (B, "it has just been packed or built"),
         (C, "it was used in the last 15 minutes"),
     ]
+
+
+def test_what_is_being_built_is_passed_over_with_its_process() -> None:
+    holdings = Holdings((holding(A, 9e5)._replace(builders=[7]),), {}, 0)
+    assert plan(holdings, 0, now=NOW).kept == (Kept(A, "it is being built (process 7)"),)
+
+
+def test_chunks_that_are_so_new_that_their_manifest_may_come_are_not_counted_as_freed() -> None:
+    """Neither those of nobody, nor those of an environment that goes."""
+    written_at = {ONE: NOW - GRACE_S - 1, TWO: NOW - 1, THREE: NOW - 1}
+    holdings = Holdings((holding(A, 9e5, ONE, THREE),), {ONE: 10, TWO: 20, THREE: 5}, 0, written_at)
+    found = plan(holdings, 0, now=NOW)
+    assert (found.chunks, found.new_chunks, found.freed_bytes) == ({ONE}, 2, 110)
 
 
 def test_what_nobody_used_for_too_long_goes_whatever_the_size() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from worker_bootstrap.location import open_store
 from worker_bootstrap.lock import Lease
 from worker_bootstrap.materialise import materialise
 from worker_bootstrap.soundness import sound_prefix
+from worker_bootstrap.stock import survey
 from worker_bootstrap.store import Store
 from worker_bootstrap.verify import damaged_files
 
@@ -281,6 +283,49 @@ def test_a_dry_run_takes_nothing(bundle: Path, tmp_path: Path) -> None:
     done = envship("gc", "--store", tmp_path / "store", "--limit", "0", "--grace", "0s")
     assert {**done, "dry_run": True} == said
     assert Store(tmp_path / "store").environments() == []
+
+
+HOLD = "import sys; from pathlib import Path; from worker_bootstrap.lock import Lock\n"
+HOLD += "with Lock(Path(sys.argv[1]), shared=len(sys.argv) > 2): print('held', flush=True); sys.stdin.read()"
+
+
+@contextlib.contextmanager
+def held(path: Path, *shared: str) -> Iterator[int]:
+    """A process (its id) that holds a lock."""
+    command = [sys.executable, "-c", HOLD, path, *shared]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdin is not None
+        assert process.stdout.readline() == b"held\n"
+        yield process.pid
+        process.stdin.close()
+
+
+@pytest.mark.parametrize("meanwhile", ["a build", "a pack", "new chunks"])
+def test_a_dry_run_says_what_may_not_go_and_is_right(bundle: Path, tmp_path: Path, meanwhile: str) -> None:
+    told = envship("stage", bundle, "--store", tmp_path / "store")
+    store = Store(tmp_path / "store")
+    layout = store.layout
+    for path in layout.root.rglob("*"):
+        if path.is_file() and layout.envs not in path.parents:
+            os.utime(path, (0, 0))
+    left_over = store.write_chunk(os.urandom(100_000))
+    arguments = ["gc", "--store", tmp_path / "store", "--limit", "0"]
+    if meanwhile == "new chunks":
+        said, done = envship(*arguments, "--dry-run"), envship(*arguments)
+        assert said["kept_chunks"].startswith("1 chunks: they are so new")
+        assert said["evicted"] == [told["id"]]
+    else:
+        lock = [layout.lock(told["id"])] if meanwhile == "a build" else [layout.collect_lock, "shared"]
+        with held(*lock) as pid:  # type: ignore[arg-type]
+            said = envship(*arguments, "--grace", "0s", "--dry-run")
+            done = envship(*arguments, "--grace", "0s")
+        if meanwhile == "a build":
+            assert said["kept"] == {told["id"]: f"it is being built (process {pid})"}
+        else:
+            assert f"process {pid} packs" in said["kept_chunks"]
+    assert {**done, "dry_run": True} == said
+    assert store.has_chunk(left_over) == (meanwhile != "a build")
+    assert survey(store).size_bytes == done["bytes_after"] > 0
 
 
 def test_gc_says_why_it_keeps_what_is_new(bundle: Path, tmp_path: Path) -> None:

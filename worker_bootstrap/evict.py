@@ -42,8 +42,9 @@ class Plan(NamedTuple):
     """What is to go.
 
     *evicted* in the order in which they go; *kept* are those that had to be passed over. *freed_bytes* counts prefixes
-    and chunks, *size_bytes* is the size of the store before. *chunks* are those that no manifest names afterwards.
-    What has been used since *made_at* (seconds since the epoch) is not to go after all.
+    and chunks, *size_bytes* is the size of the store before. *chunks* are those that no manifest names afterwards, but
+    for *new_chunks*: so many were written so recently that their manifest may be still to come. What has been used
+    since *made_at* (seconds since the epoch) is not to go after all.
     """
 
     evicted: tuple[EnvironmentId, ...]
@@ -52,6 +53,7 @@ class Plan(NamedTuple):
     freed_bytes: int
     size_bytes: int
     made_at: float
+    new_chunks: int = 0
 
 
 class Freed(NamedTuple):
@@ -87,11 +89,12 @@ def plan(
     keep
         Environments that stay whatever happens.
     grace_s
-        Environments used in the last so many seconds stay as well.
+        Environments used, and chunks written, in the last so many seconds stay as well.
     unused_s
         Environments that nobody used for so many seconds go in any case.
     """
-    account = _Account(holdings, needed_elsewhere)
+    new = {digest for digest, written_at in holdings.written_at.items() if now - written_at < grace_s}
+    account = _Account(holdings, needed_elsewhere, new)
     evicted: list[EnvironmentId] = []
     kept: list[Kept] = []
     for holding in sorted(holdings.environments, key=lambda holding: holding.used_at):
@@ -105,7 +108,8 @@ def plan(
         evicted.append(holding.environment_id)
         account.remove(holding)
     before = holdings.size_bytes
-    return Plan(tuple(evicted), tuple(kept), account.unneeded, before - account.size_bytes, before, now)
+    freed_bytes = before - account.size_bytes
+    return Plan(tuple(evicted), tuple(kept), account.unneeded, freed_bytes, before, now, account.new_chunks)
 
 
 def collect(
@@ -156,12 +160,15 @@ def carry_out(store: Store, planned: Plan, *, grace_s: float = GRACE_S) -> Freed
 class _Account:
     """The size of a store while environments go: what is shared goes with the last one that has it."""
 
-    def __init__(self, holdings: Holdings, needed_elsewhere: Collection[Digest]) -> None:
+    def __init__(self, holdings: Holdings, needed_elsewhere: Collection[Digest], new: Collection[Digest]) -> None:
         self._chunks = holdings.chunks
+        self._new = new
         self._inodes = Counter(inode for holding in holdings.environments for inode in holding.shared)
         self._needs = Counter(digest for holding in holdings.environments for digest in holding.chunks)
         self._needs.update(needed_elsewhere)
-        self.unneeded = frozenset(digest for digest in holdings.chunks if not self._needs[digest])
+        unneeded = [digest for digest in holdings.chunks if not self._needs[digest]]
+        self.new_chunks = sum(digest in new for digest in unneeded)
+        self.unneeded = frozenset(digest for digest in unneeded if digest not in new)
         gone_bytes = sum(holdings.chunks[digest] for digest in self.unneeded)
         self.size_bytes = holdings.size_bytes - gone_bytes - holdings.leftovers_bytes
 
@@ -175,7 +182,8 @@ class _Account:
         for digest in holding.chunks:
             self._needs[digest] -= 1
             if not self._needs[digest] and digest in self._chunks:
-                gone.append(digest)
+                self.new_chunks += digest in self._new
+                gone += [] if digest in self._new else [digest]
         self.size_bytes -= sum(self._chunks[digest] for digest in gone)
         self.unneeded = self.unneeded.union(gone)
 
@@ -183,6 +191,8 @@ class _Account:
 def _reason_to_keep(holding: Holding, now: float, keep: Collection[EnvironmentId], grace_s: float) -> str:
     if holding.in_use:
         return "a process runs from it"
+    if holding.builders:
+        return f"it is being built (process {', '.join(map(str, holding.builders))})"
     if holding.environment_id in keep:
         return "it has just been packed or built"
     if now - holding.used_at < grace_s:

@@ -11,12 +11,13 @@ import os
 import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from worker_bootstrap.digest import Digest, EnvironmentId, is_digest
 from worker_bootstrap.errors import EnvshipError
 from worker_bootstrap.layout import SHORT_ID_LENGTH, Layout
-from worker_bootstrap.lock import Lease
+from worker_bootstrap.lock import Lease, holders
 from worker_bootstrap.store import Store
 
 BLOCK_BYTES = 512
@@ -28,6 +29,7 @@ class Holding(NamedTuple):
 
     *own_bytes* are what its prefix alone takes up on disk; *shared* the inodes that have names outside of it as well
     (other environments link to them) and their sizes. *chunks* are those that its manifest names, here or not.
+    *builders* are the processes that build, mend or evict it, as far as the kernel tells.
     """
 
     environment_id: EnvironmentId
@@ -37,14 +39,19 @@ class Holding(NamedTuple):
     own_bytes: int
     shared: Mapping[int, int]
     chunks: Collection[Digest]
+    builders: Collection[int] = ()
 
 
 class Holdings(NamedTuple):
-    """A whole store. *chunks* maps each digest to the bytes that its copies take up on disk."""
+    """A whole store. *chunks* maps each digest to the bytes that its copies take up on disk.
+
+    *written_at* says of each chunk when the newest of its copies was written (seconds since the epoch).
+    """
 
     environments: tuple[Holding, ...]
     chunks: Mapping[Digest, int]
     leftovers_bytes: int
+    written_at: Mapping[Digest, float] = MappingProxyType({})
 
     @property
     def size_bytes(self) -> int:
@@ -65,9 +72,11 @@ def survey(store: Store) -> Holdings:
     layout = store.layout
     names = {path.stem for path in layout.manifests.glob("*.json")} | set(os.listdir(layout.ready_marks))
     known = [EnvironmentId(name) for name in sorted(names) if is_digest(name)]
+    chunks, written_at = _chunks(layout)
     return Holdings(
+        written_at=written_at,
         environments=tuple(_holding(store, environment_id) for environment_id in known),
-        chunks=_chunk_sizes(layout),
+        chunks=chunks,
         leftovers_bytes=sum(size for path in leftovers(layout) for _, size, _ in _files(path)),
     )
 
@@ -133,15 +142,19 @@ def _holding(store: Store, environment_id: EnvironmentId) -> Holding:
         chunks = frozenset(store.read_manifest(environment_id).chunks)
     built = layout.ready(environment_id).exists()
     used_at = time.time() if in_use else last_used(layout, environment_id)
-    return Holding(environment_id, built, in_use, used_at, own_bytes, shared, chunks)
+    builders = holders(layout.lock(environment_id))
+    return Holding(environment_id, built, in_use, used_at, own_bytes, shared, chunks, builders)
 
 
-def _chunk_sizes(layout: Layout) -> dict[Digest, int]:
-    found: dict[Digest, int] = {}
+def _chunks(layout: Layout) -> tuple[dict[Digest, int], dict[Digest, float]]:
+    sizes: dict[Digest, int] = {}
+    written_at: dict[Digest, float] = {}
     for digest, entry in chunk_files(layout):
         with contextlib.suppress(OSError):
-            found[digest] = found.get(digest, 0) + entry.stat().st_blocks * BLOCK_BYTES
-    return found
+            found = entry.stat()
+            sizes[digest] = sizes.get(digest, 0) + found.st_blocks * BLOCK_BYTES
+            written_at[digest] = max(written_at.get(digest, 0.0), found.st_mtime)
+    return sizes, written_at
 
 
 def _files(folder: Path) -> Iterator[tuple[int, int, int]]:

@@ -73,9 +73,9 @@ def gc(
 
     store = open_store(store_path)
     limit_bytes = config.store_limit_bytes() if limit is None else limit
-    now = time.time()
+    now, holdings = time.time(), survey(store)
     planned = evict.plan(
-        survey(store),
+        holdings,
         limit_bytes,
         now=now,
         needed_elsewhere=needed_chunks(store) if store.layouts[:-1] else (),
@@ -88,6 +88,9 @@ def gc(
         after = survey(store).size_bytes
     else:
         after = planned.size_bytes - planned.freed_bytes
+        if _adding(store):
+            after += sum(holdings.chunks[digest] for digest in planned.chunks)
+            done = done._replace(chunks=0)
     _tell_of_gc(store, planned, done, after, dry_run=dry_run, as_json=as_json)
 
 
@@ -100,6 +103,7 @@ def _tell_of_gc(store: Store, planned: Plan, done: Any, after: int, *, dry_run: 
         "evicted": list(done.evicted),
         "kept": {kept.environment_id: kept.reason for kept in done.kept},
         "chunks": done.chunks,
+        "kept_chunks": _kept_chunks(store, planned),
         "bytes_before": planned.size_bytes,
         "bytes_after": after,
     }
@@ -110,12 +114,29 @@ def _tell_of_gc(store: Store, planned: Plan, done: Any, after: int, *, dry_run: 
         click.echo(f"{'would evict' if dry_run else 'evicted'}  {environment_id}")
     for kept in done.kept:
         click.echo(f"kept  {kept.environment_id}: {kept.reason}")
+    if told["kept_chunks"]:
+        click.echo(f"kept  {told['kept_chunks']}")
     verb = "would free" if dry_run else "freed"
     freed_bytes = max(0, planned.size_bytes - after)
     click.echo(
         f"{verb} {format_bytes(freed_bytes)} ({len(done.evicted)} environments, {done.chunks} chunks): "
         f"{store.layout.root} has {format_bytes(after)}"
     )
+
+
+def _adding(store: Store) -> list[int]:
+    """Processes that add chunks, or find them there, ahead of a manifest: meanwhile all of them stay."""
+    from worker_bootstrap.lock import holders
+
+    return holders(store.layout.collect_lock)
+
+
+def _kept_chunks(store: Store, planned: Plan) -> str | None:
+    """Which chunks of no environment stay, and why; None if none do."""
+    adding = ", ".join(map(str, _adding(store)))
+    if adding and (planned.chunks or planned.new_chunks):
+        return f"{len(planned.chunks) + planned.new_chunks} chunks: process {adding} packs, or loads a bundle"
+    return f"{planned.new_chunks} chunks: they are so new that their manifest may come" if planned.new_chunks else None
 
 
 @click.command()
