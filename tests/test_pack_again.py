@@ -13,7 +13,9 @@ import pytest
 from envship.options import NO_OPTIONS, PackOptions
 from envship.pack import pack
 from envship.scan_index import index_folder
+from worker_bootstrap import ready_mark
 from worker_bootstrap.store import Store
+from worker_bootstrap.verify import damaged_chunks
 
 from .contents import all_entries, contents, package
 from .prefixes import copy_of, install, onlyhere_wheel, rename_module
@@ -93,6 +95,21 @@ def test_a_package_that_comes_later_and_recorded_a_file_of_another(prefix: Path,
     again = pack(prefix, store=store)
     assert (SHARED in contents(again, package(again, "libmini"))) == (name != "earlier")
     assert again.id == without_index(prefix, store)
+
+
+def test_chunks_of_packages_that_are_not_even_planned_are_read_after_a_power_cut(
+    prefix: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed_once(prefix, store)
+    first = pack(prefix, store=store)
+    chunk = package(first, "libmini").chunks[0]
+    path = next(store.layout.chunks.glob(f"*/{chunk.digest}.*"))
+    path.write_bytes(b"\0" * path.stat().st_size)
+    monkeypatch.setattr(ready_mark, "booted_at", time.time)
+    (prefix / "share" / "note.txt").write_text("mine")
+    again = pack(prefix, store=store)
+    assert again.id != first.id
+    assert list(damaged_chunks(store, again.manifest)) == []
 
 
 def test_records_that_are_left_out_are_no_reason_to_miss_their_files(prefix: Path, store: Store) -> None:
