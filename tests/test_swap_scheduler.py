@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import dask
 import dask.array
@@ -207,6 +209,59 @@ def test_restarts_and_deaths_afterwards_stay_in_the_environment(
             assert len({p.pid for p in restarted.values()} & {p.pid for p in back.values()}) == 1
             assert client.submit(onlyhere.f, 1).result(timeout=30) == 42
             assert several.alive
+
+
+IDLE_S = 20.0
+
+
+@pytest.mark.heavy
+def test_a_scheduler_with_an_idle_timeout_lives_as_long_as_a_swap_and_ends_after_it(
+    base_venv: Path, tmp_path: Path, warm_stores: Path, packed: Environment, onlyhere: ModuleType
+) -> None:
+    """Nobody has a task for it meanwhile. Its successor has the option as well, and takes nobody's swap for work."""
+    gate = tmp_path / "open"
+    with Cluster(base_venv, tmp_path / "c", stores=warm_stores) as cluster:
+        scheduler = cluster.start_scheduler("--idle-timeout", f"{IDLE_S} s")
+        cluster.start_worker("plain", "--no-nanny", "--death-timeout", "10", host="b")
+        with cluster.client(workers=1) as client:
+            client.stage_environment(packed)  # with it come the agents
+            client.run(gated("envship_prepare", str(gate)))
+            swap = threading.Thread(target=client.use_environment, args=[packed])
+            swap.start()
+            began_s = time.monotonic()
+            try:
+                eventually(lambda: not scheduler.alive or time.monotonic() > began_s + 1.5 * IDLE_S, "it is time")
+                assert scheduler.alive, scheduler.log
+            finally:
+                gate.touch()
+                swap.join()
+            assert scheduler_place(client)[0].endswith(packed.id[:16])
+        eventually(lambda: not scheduler.alive, "nobody needs it any more")
+        assert "being idle for" in scheduler.log
+
+
+def gated(operation: str, gate: str) -> Callable[[Any], None]:
+    """What makes an agent wait with *operation* until there is a file *gate*."""
+
+    # Made in here so that it is pickled by value: the cluster cannot import the tests.
+    def install(dask_worker: Any) -> None:
+        import asyncio
+        import os
+        import time
+
+        right = dask_worker.handlers[operation]
+
+        def wait() -> None:
+            while not os.path.exists(gate):
+                time.sleep(0.01)
+
+        async def waiting(**what: Any) -> Any:
+            await asyncio.to_thread(wait)
+            return await right(**what)
+
+        dask_worker.handlers[operation] = waiting
+
+    return install
 
 
 def test_an_encrypted_cluster(

@@ -42,6 +42,7 @@ RELEASE_TIMEOUT_S = 2.0
 PROTOCOL = 5
 """Of the operations that clients and agents call; a client of another one is told so."""
 POLL_INTERVAL_S = 0.005
+AWAKE_INTERVAL_S = 0.1
 SUCCESSION_TIMEOUT_S = 60.0
 """So long an agent waits for the scheduler's successor."""
 EVENTS = "envship"
@@ -70,6 +71,7 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
         self.leaving = False
         self._resumed: tuple[Swap, dict[str, dict[str, Any]]] | None = None
         self._waiting: list[Mapping[str, Any]] = []
+        self._awake: asyncio.Task[Any] | None = None
 
     # -- life
 
@@ -87,6 +89,7 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
         if resumed is not None:
             self.queue.resume(*resumed)
             self.queue.take_over(self._waiting)
+            self._stay_awake()
 
     def take_over(self, scheduler: Any, state: Mapping[str, Any]) -> None:
         """Continue what the predecessor of *scheduler* wrote down; before anybody can connect."""
@@ -230,11 +233,15 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
 
     async def use(self, environment_id: str | None, options: dict[str, Any]) -> str:
         """Begin a swap; returns its id. Swaps of several clients take turns."""
-        return self.queue.begin(None if environment_id is None else EnvironmentId(environment_id), options)
+        swap_id = self.queue.begin(None if environment_id is None else EnvironmentId(environment_id), options)
+        self._stay_awake()
+        return swap_id
 
     async def stage(self, environment_id: str, options: dict[str, Any]) -> str:
         """Bring an environment to every host and build it there, without moving anybody."""
-        return self.queue.begin(EnvironmentId(environment_id), {**options, "stage_only": True})
+        swap_id = self.queue.begin(EnvironmentId(environment_id), {**options, "stage_only": True})
+        self._stay_awake()
+        return swap_id
 
     async def status(self) -> dict[str, Any]:
         """Who runs what, who holds what."""
@@ -324,6 +331,17 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
                 self.agent.in_background(self.roster.ask_quietly(address, "envship_rejoin"))
 
     # -- own
+
+    def _stay_awake(self) -> None:
+        """A cluster on its way into an environment may have no task for long: for ``idle-timeout``, it is not idle."""
+
+        async def while_busy() -> None:
+            while self.queue.busy:
+                self.scheduler.idle_since = None
+                await asyncio.sleep(AWAKE_INTERVAL_S)
+
+        if self._awake is None or self._awake.done():
+            self._awake = self.agent.in_background(while_busy())
 
     def _log(self, stage: str, **what: Any) -> None:
         self.scheduler.log_event(EVENTS, {"stage": stage, **what})

@@ -58,6 +58,11 @@ class SwapQueue:
         """Whether a swap is under way."""
         return self._turn.locked()
 
+    @property
+    def busy(self) -> bool:
+        """Whether a swap or a staging is under way, or waits for its turn."""
+        return not all(swap.finished for swap in self.swaps.values())
+
     def begin(self, environment_id: EnvironmentId | None, options: Mapping[str, Any]) -> str:
         """Begin a swap, or (``stage_only``) a staging; returns its id."""
         swap = Swap(environment_id, self._cluster.target, options)
