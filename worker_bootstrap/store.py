@@ -250,6 +250,10 @@ class Store:
         return room.f_bavail * room.f_frsize
 
     def _candidates(self, digest: Digest) -> Iterator[tuple[Path, str]]:
+        return ((path, name) for path, name, _ in self._files(digest))
+
+    def _files(self, digest: Digest) -> Iterator[tuple[Path, str, os.stat_result]]:
+        """Every copy of a chunk that this process can decode: where it lies, its codec, its status."""
         known = codec.available()
         for layout in self.layouts:
             for name in known:
@@ -260,22 +264,22 @@ class Store:
                 if found.st_size == 0 and digest != EMPTY and stat.S_ISREG(found.st_mode):
                     self._drop(path)  # as a crash of the machine leaves files whose bytes it lost
                 else:
-                    yield path, name
+                    yield path, name, found
 
-    def _find(self, digest: Digest) -> Path | None:
-        return next((path for path, _ in self._candidates(digest)), None)
+    def _find(self, digest: Digest) -> tuple[Path, str, os.stat_result] | None:
+        return next(self._files(digest), None)
 
     def _is_kept(self, digest: Digest) -> bool:
         """Whether a chunk is there and whole. Of one from before the machine started, a power cut may have left less.
 
         Such a one is read, once per boot: then its time is that of the reading.
         """
-        path = self._find(digest)
-        if path is None:
+        file = self._find(digest)
+        if file is None:
             return False
-        with contextlib.suppress(OSError):
-            if os.stat(path).st_ctime > ready_mark.booted_at() or self.layout.root not in path.parents:
-                return True
+        path, _, found = file
+        if found.st_ctime > ready_mark.booted_at() or self.layout.root not in path.parents:
+            return True
         try:
             self.read_chunk(digest)
         except ChunkMissing:
