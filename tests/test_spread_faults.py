@@ -24,7 +24,7 @@ from distributed import Client
 import envship  # noqa: F401  # adds the methods to Client
 from envship.environment import Environment
 from worker_bootstrap.assignments import PARALLEL
-from worker_bootstrap.digest import EnvironmentId
+from worker_bootstrap.digest import EnvironmentId, digest_of
 from worker_bootstrap.errors import PrepareFailed
 from worker_bootstrap.mistrust import LIED, SILENT
 from worker_bootstrap.store import Store
@@ -253,6 +253,29 @@ def test_a_peer_that_misbehaves_is_left_out_and_named(swarm: Swarm, kind: str) -
         assert any(bad_id in host.left_out for host in hosts)
     finally:
         process = swarm.cluster.members.pop(peer).process
+        process.kill()
+        process.wait()
+        swarm.cluster.wait_for_workers(swarm.client, len(HOSTS))
+
+
+def test_a_host_whose_chunks_a_power_cut_took_in_part_is_healed_by_the_others(swarm: Swarm) -> None:
+    """In one call, however many there are: their names are there, so nobody has fetched them."""
+    environment = random_environment(swarm.source)
+    hold(swarm, "c", environment)
+    start(swarm.cluster, "cut")
+    try:
+        swarm.cluster.wait_for_workers(swarm.client, len(HOSTS) + 1)
+        hold(swarm, "cut", environment)
+        store = Store(swarm.cluster.store("cut"))
+        for digest in list(environment.chunks)[::2]:
+            path, _ = next(iter(store._candidates(digest)))
+            path.write_bytes(b"\0" * path.stat().st_size)
+        result = swarm.client.stage_environment(environment.id)
+        assert result.uploaded_bytes == 0
+        assert all(built(swarm.cluster, host, environment.id) for host in ("cut", *HOSTS))
+        assert [digest for digest in environment.chunks if digest_of(store.read_chunk(digest)) != digest] == []
+    finally:
+        process = swarm.cluster.members.pop("cut").process
         process.kill()
         process.wait()
         swarm.cluster.wait_for_workers(swarm.client, len(HOSTS))

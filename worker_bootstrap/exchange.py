@@ -135,8 +135,11 @@ class Exchange:
         errand: str,
         missing: list[Digest],
         first: Sequence[Digest] | None = None,
+        dropped: Sequence[Digest] = (),
     ) -> None:
         """A host lacks the *missing* chunks of an environment, and is about to fetch them, or only those of *first*.
+
+        It has found those *dropped* damaged, whatever it has said of them before.
 
         It gives this *errand* a name of its own, so that a question that was asked for an earlier one, and waits here
         though nobody listens to the answer any more, is not given what then nobody fetches.
@@ -145,7 +148,7 @@ class Exchange:
         chunks = (await asyncio.to_thread(self._store.read_manifest, wanted)).chunks
         absent_here = set(missing)
         have = [digest for digest in chunks if digest not in absent_here]
-        self.tracker.add_host(host_id, address, have, place=self._place(address))
+        self.tracker.add_host(host_id, address, have, dropped, self._place(address))
         if wanted not in self._known:
             hosts = await self._hosts()
             hosts.pop(host_id, None)

@@ -64,6 +64,7 @@ class Provision:
         self._call = call
         self.sending, self.receiving = Pace(own_rate()), Pace(own_rate())
         self._under_way: dict[EnvironmentId, asyncio.Task[dict[str, Any]]] = {}
+        self._dropped: dict[EnvironmentId, frozenset[Digest]] = {}
         self._listeners: dict[Arrived, None] = {}
         self._reports: set[asyncio.Task[None]] = set()
         self._reported_at = 0.0
@@ -112,6 +113,7 @@ class Provision:
 
     def _ended(self, environment_id: EnvironmentId, task: asyncio.Task[dict[str, Any]]) -> None:
         self._under_way.pop(environment_id, None)
+        self._dropped.pop(environment_id, None)
         if not task.cancelled() and task.exception() is not None:  # whoever asked may be gone
             logger.info("environment %s: %s", environment_id[:16], task.exception())
 
@@ -132,12 +134,16 @@ class Provision:
         raise AssertionError("unreachable")
 
     def _drop_damaged(self, environment_id: EnvironmentId) -> None:
-        """Look at every chunk: where one is damaged, after a crash of the machine, others are, and tries are few."""
+        """Look at every chunk: where one is damaged, after a crash of the machine, others are, and tries are few.
+
+        All had been there, so what is not there now was damaged, or has been evicted.
+        """
         from worker_bootstrap.verify import damaged_chunks  # not what every agent needs to start
 
         manifest = self._store.read_manifest(environment_id)
         for problem in damaged_chunks(self._store, manifest, self._store.missing(manifest.chunks)):
             logger.warning("environment %s: %s", environment_id[:16], problem)
+        self._dropped[environment_id] = frozenset(self._store.missing(manifest.chunks))
 
     async def _fetch_and_build(self, environment_id: EnvironmentId, link_mode: str, seconds: dict[str, float]) -> str:
         manifest = await asyncio.to_thread(self._store.read_manifest, environment_id)
@@ -209,6 +215,7 @@ class Provision:
                 errand=errand,
                 missing=missing,
                 first=first,
+                dropped=[digest for digest in missing if digest in self._dropped.get(manifest.id, ())],
             )
         return bool(first)
 
