@@ -5,6 +5,7 @@ And a folder in memory, which needs nothing.
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -65,7 +66,10 @@ def with_reflinks(path: Path, kind: str) -> Iterator[Path]:
 @contextmanager
 def odd(path: Path, folder: Path, *oddities: str, kind: str = "odd") -> Iterator[Path]:
     """*folder*, at *path* as well, with the *oddities* of `tests.odd_file_system`; for the kernel, a ``fuse.KIND``."""
-    pytest.importorskip("mfusepy", reason="needs mfusepy, and libfuse", exc_type=Exception)
+    try:
+        importlib.import_module("mfusepy")
+    except (ImportError, OSError) as error:
+        pytest.skip(f"needs mfusepy and libfuse: {error}")
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
         pytest.skip("no /dev/fuse here")
     path.mkdir(exist_ok=True)
