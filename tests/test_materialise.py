@@ -27,6 +27,7 @@ from worker_bootstrap.errors import (
     ManifestInvalid,
     MaterialiseError,
     PrefixTooLong,
+    StoreError,
     StoreFull,
 )
 from worker_bootstrap.materialise import materialise, read_error
@@ -408,12 +409,20 @@ def test_an_error_crosses_the_process_boundary(store: Store) -> None:
 
 
 def test_an_unexpected_error_is_told_too(store: Store) -> None:
+    done = subprocess.run(command(store, "no id"), capture_output=True, stdin=subprocess.DEVNULL, check=False)
+    assert done.returncode == 1
+    error = read_error(json.loads(done.stdout.splitlines()[-1])["error"])
+    assert isinstance(error, MaterialiseError) and "ValueError" in str(error)
+
+
+def test_a_store_that_cannot_be_used_is_told_as_such(store: Store) -> None:
     store.layout.host_id.unlink()
     shutil.rmtree(store.layout.locks)
     store.layout.locks.write_text("a file where a folder should be")
     done = subprocess.run(command(store, "0" * 64), capture_output=True, stdin=subprocess.DEVNULL, check=False)
     assert done.returncode == 1
-    assert isinstance(read_error(json.loads(done.stdout.splitlines()[-1])["error"]), MaterialiseError)
+    error = read_error(json.loads(done.stdout.splitlines()[-1])["error"])
+    assert isinstance(error, StoreError) and "File exists" in str(error)
 
 
 @pytest.mark.parametrize("raw", [None, {}, {"type": "os", "values": []}, {"type": "StoreFull", "values": [1, 2, 3, 4]}])
