@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from envship.canonical import Content
 from envship.chunking import LIMIT_BYTES, PROJECT_AVERAGE_BYTES, PROJECT_LIMIT_BYTES, Cutter, is_large
-from envship.reading import Reader, is_streamed
+from envship.large_files import is_streamed
+from envship.reading import Reader
 from envship.sources.draft import CodeItem, Draft, FileItem, Item, MadeItem
 from worker_bootstrap.digest import Digest, digest_of
 from worker_bootstrap.manifest import Chunk, Entry, File, Listing
@@ -60,8 +61,8 @@ class PackageWriter:
     def _entry(self, item: Item, stream: _ChunkStream) -> Entry | None:
         if isinstance(item, FileItem):
             executable = bool(item.node.st_mode & 0o100)
-            if is_streamed(item):
-                return self._streamed(item, executable, stream)
+            if is_streamed(item.node.st_size, item.treatment):
+                return self._large(item, executable, stream)
             content = self._reader.content(item)
             return None if content is None else _file(item.path, content, executable, stream)
         if isinstance(item, CodeItem):
@@ -71,13 +72,14 @@ class PackageWriter:
             return _file(item.path, Content(item.data, None), False, stream)
         return item
 
-    def _streamed(self, item: FileItem, executable: bool, stream: _ChunkStream) -> Entry | None:
+    def _large(self, item: FileItem, executable: bool, stream: _ChunkStream) -> Entry | None:
         try:
-            digest, size_bytes = stream.add_pieces(self._reader.pieces(item))
+            content = self._reader.large_content(item)
+            digest, size_bytes = stream.add_pieces(content.pieces)
         except OSError as error:
             self._reader.note(item, error)
             return None
-        return File(item.path, size_bytes, digest, executable, None)
+        return File(item.path, size_bytes, digest, executable, content.relocation)
 
 
 class _ChunkStream:

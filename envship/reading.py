@@ -9,13 +9,10 @@ from pathlib import Path
 from types import TracebackType
 
 from envship.bytecode import Compiler
-from envship.canonical import Content, Own, Recorded, names_prefix
+from envship.canonical import Content, names_prefix
 from envship.chunking import LIMIT_BYTES
-from envship.scripts import Script
+from envship.large_files import LargeContent, large_content
 from envship.sources.draft import CodeItem, FileItem, Plan
-
-STREAM_OVER_BYTES = 32 << 20
-"""Larger files are not searched for prefixes, and never held in memory, unless a relocation is recorded for them."""
 
 
 class Reader:
@@ -59,14 +56,17 @@ class Reader:
             return None
         return self._compiler().make(item, source)
 
-    def pieces(self, item: FileItem) -> Iterator[bytes]:
-        """The bytes of a file that `is_streamed`, in pieces of `chunking.LIMIT_BYTES`.
+    def large_content(self, item: FileItem) -> LargeContent:
+        """The canonical content of a file that `is_streamed`.
 
         Raises
         ------
         OSError
-            If the file cannot be read.
+            Now, or from its pieces: if the file cannot be read.
         """
+        return large_content(lambda: self._pieces(item), item.treatment)
+
+    def _pieces(self, item: FileItem) -> Iterator[bytes]:
         with open(item.origin, "rb") as file:
             self._compare(item, os.fstat(file.fileno()))
             while piece := file.read(LIMIT_BYTES):
@@ -118,10 +118,3 @@ def _read_all(handle: int, size_bytes: int) -> bytes:
     while len(data) != size_bytes and (more := os.read(handle, size_bytes + 1)):
         data += more
     return data
-
-
-def is_streamed(item: FileItem) -> bool:
-    """Whether a file is read piece by piece and taken as it is."""
-    treatment = item.treatment
-    as_is = isinstance(treatment, (Own, Script)) or (isinstance(treatment, Recorded) and treatment.relocation is None)
-    return as_is and item.node.st_size > STREAM_OVER_BYTES

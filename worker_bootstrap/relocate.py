@@ -71,8 +71,10 @@ def relocate(data: bytes, relocation: Relocation, prefix: str) -> bytes:
     return _replace_text(data, old, new)
 
 
-def restore(data: bytes, relocation: Relocation, prefix: str) -> bytes:
+def restore(data: bytes, relocation: Relocation, prefix: str, *, is_end: bool = True) -> bytes:
     """The inverse of `relocate`: the canonical content of a file that was installed at *prefix*.
+
+    *is_end* tells whether *data* goes to the file's end: no NUL has to be left there to end a string.
 
     Exact for what `relocate` or conda wrote, as long as *prefix* did not occur in the original, and except for scripts
     whose interpreter was left to PATH. Strings of a binary file that lack the padding to take the placeholder back are
@@ -80,7 +82,7 @@ def restore(data: bytes, relocation: Relocation, prefix: str) -> bytes:
     """
     placeholder, here = os.fsencode(relocation.placeholder), os.fsencode(prefix)
     if relocation.mode == "binary":
-        return _restore_binary(data, here, placeholder)
+        return _restore_binary(data, here, placeholder, is_end)
     return _restore_shebang(data).replace(here, placeholder)
 
 
@@ -97,13 +99,13 @@ def _replace_binary(data: bytes, old: bytes, new: bytes) -> bytes:
     return re.sub(re.escape(old) + rb"[^\0]*", replaced, data)
 
 
-def _restore_binary(data: bytes, here: bytes, placeholder: bytes) -> bytes:
+def _restore_binary(data: bytes, here: bytes, placeholder: bytes, is_end: bool) -> bytes:
     room = len(placeholder) - len(here)
 
     def restored(match: re.Match[bytes]) -> bytes:
         string, padding = match.group(1), match.group(2)
         needed = room * string.count(here)
-        at_end = match.end() == len(match.string)
+        at_end = is_end and match.end() == len(match.string)
         # The NUL that ends a string is no padding, except where the file ends.
         if needed > len(padding) - (0 if at_end else 1):
             return match.group()
