@@ -53,7 +53,7 @@ class Verbatim:
         return Content(data, None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Own:
     """A file that nobody recorded a prefix for: text gets one placeholder for all *prefixes*, ELF a relative RPATH.
 
@@ -83,7 +83,7 @@ class Own:
         return any(os.fsencode(prefix) in data for prefix in self.prefixes)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Recorded:
     """A file whose package recorded the *digest* of the original, and how it names the prefix.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -77,7 +77,7 @@ class _Filters:
         return kept
 
 
-def _kept(items: Sequence[Item], keeps: _Filters) -> list[Item]:
+def _kept(items: Collection[Item], keeps: _Filters) -> list[Item]:
     kept = [item for item in items if keeps(item.path) and (not isinstance(item, CodeItem) or keeps(item.module_path))]
     paths = {item.path for item in kept}
     # Another name of a file that stays away would lead nowhere.

@@ -48,7 +48,7 @@ class PackageWriter:
         """The package, all its chunks kept. What cannot be read is noted by the reader, and left out."""
         stream = _ChunkStream(self._keep, _cutter(draft))
         entries: list[Entry] = []
-        for item in sorted(draft.items, key=_path):
+        for item in draft.in_order():
             entry = self._entry(item, stream)
             if entry is not None:
                 entries.append(entry)
@@ -135,10 +135,6 @@ class _ChunkStream:
 
 def _cutter(draft: Draft) -> Cutter:
     return Cutter(PROJECT_AVERAGE_BYTES, PROJECT_LIMIT_BYTES) if draft.kind == "project" else Cutter()
-
-
-def _path(item: Item) -> str:
-    return item.path
 
 
 def _file(path: str, content: Content, executable: bool, stream: _ChunkStream) -> File:

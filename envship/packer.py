@@ -10,6 +10,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from envship.sources.items import with_hard_links
 from envship.sources.plan import plan as plan_prefix
 from envship.sources.tree import Root, Trees
 from envship.sources.unpacked import SCRIPT
+from envship.spool import Spool
 from worker_bootstrap.digest import Digest, EnvironmentId
 from worker_bootstrap.errors import NotAnEnvironment, SourceProblems
 from worker_bootstrap.manifest import Manifest, Package
@@ -35,6 +37,8 @@ Report = Callable[[str, int, int], None]
 _REPORT_EVERY_S = 0.1
 _ATTEMPTS = 3
 """So often is a prefix packed that changes meanwhile."""
+_WRITERS_OF_MANY = 2
+"""Processes that write, where there are so many files that each needs the memory of several."""
 _LISTING_LIMIT = 50_000
 """Entries of one listing, which must fit into a chunk."""
 _PROJECT_LISTING_LIMIT = 4_000
@@ -86,7 +90,7 @@ class Packer:
     def _archive(self, archive: Path) -> _Done:
         with unpacked(archive, self._store.layout.tmp) as prefix:
             try:
-                return self._prefix(prefix, Trees(), ScanIndex.none(self._store), is_archive=True)
+                return self._prefix(prefix, Trees(slim=True), ScanIndex.none(self._store), is_archive=True)
             except SourceProblems as error:
                 raise SourceProblems(str(archive), error.problems, error.remedy, error.shown) from error
             except NotAnEnvironment as error:
@@ -98,37 +102,46 @@ class Packer:
             done, changed = self._attempt(prefix, trees, index, is_archive)
             if not changed:
                 return done
-            trees = Trees()
+            trees = Trees(slim=True)
         remedy = "Pack again when nothing writes to it any more."
         raise SourceProblems(str(prefix), [f"{path} changed while it was packed" for path in changed], remedy)
 
     def _attempt(self, prefix: Path, trees: Trees, index: ScanIndex, is_archive: bool) -> tuple[_Done, list[str]]:
         whole, plan = self._planned(prefix, trees, index, is_archive)
         drafts = [part for draft in plan.drafts for part in _parts(draft) if draft.items]
+        plan = replace(plan, drafts=())
         keys = [signature(draft, plan, trees.started_ns) for draft in drafts]
-        packed = [self._known(key, index) for key in keys]
-        unknown = [number for number, found in enumerate(packed) if found is None]
-        # The largest first, lest one be left with it at the end.
-        unknown.sort(key=lambda number: _size_bytes(drafts[number]), reverse=True)
-        self._progress.start("pack", sum(_size_bytes(drafts[number]) for number in unknown))
-        written = self._write([drafts[number] for number in unknown], plan)
-        for place, package in written.packages.items():
-            packed[unknown[place]] = package
-        # What is packed is what the walk saw: readers compared what they read, the index what was not read.
-        changed = sorted({*written.changed, *trees.changed()})
-        if written.problems and not changed:
-            problems = sorted(written.problems)
-            raise SourceProblems(str(prefix), problems, "Make these files readable, or remove them.")
-        rows = list(zip(drafts, keys, packed, strict=True))
-        packages = [_package(draft, found) for draft, _, found in rows if found is not None]
-        assert changed or len(packages) == len(drafts)
-        known = Known(
-            {key: found for _, key, found in rows if key and found},
-            [*whole, *_whole_of(prefix, trees, [(draft, found) for draft, key, found in rows if key and found])],
-            context(plan),
-        )
+        with Spool(self._store.layout.tmp) as spool:
+            packed = [self._known(key, index) for key in keys]
+            written = self._write_unknown(drafts, packed, plan, spool)
+            # What is packed is what the walk saw: readers compared what they read, the index what was not read.
+            changed = sorted({*written.changed, *trees.changed()})
+            if written.problems and not changed:
+                problems = sorted(written.problems)
+                raise SourceProblems(str(prefix), problems, "Make these files readable, or remove them.")
+            rows = list(zip(drafts, keys, packed, strict=True))
+            packages = [_package(draft, found) for draft, _, found in rows if found is not None]
+            assert changed or len(packages) == len(drafts)
+            known = Known(
+                {key: found for _, key, found in rows if key and found},
+                [*whole, *_whole_of(prefix, trees, [(draft, found) for draft, key, found in rows if key and found])],
+                context(plan),
+            )
         packages += [each.package for each in whole]
         return _Done(Manifest(plan.platform, plan.python, packages, plan.environ), trees, known), changed
+
+    def _write_unknown(self, drafts: list[Draft], packed: list[Packed | None], plan: Plan, spool: Spool) -> Written:
+        """Write those of *drafts* that are not *packed* yet."""
+        sizes = [_size_bytes(draft) for draft in drafts]
+        processes = min(self._processes, _WRITERS_OF_MANY) if spool.take_over(drafts) else self._processes
+        unknown = [number for number, found in enumerate(packed) if found is None]
+        # The largest first, lest one be left with it at the end.
+        unknown.sort(key=lambda number: sizes[number], reverse=True)
+        self._progress.start("pack", sum(sizes[number] for number in unknown))
+        written = self._write([drafts[number] for number in unknown], plan, processes)
+        for place, package in written.packages.items():
+            packed[unknown[place]] = package
+        return written
 
     def _planned(self, prefix: Path, trees: Trees, index: ScanIndex, is_archive: bool) -> tuple[list[Whole], Plan]:
         """Packages that need not even be planned, and the plan of the others; of all, where that cannot do."""
@@ -171,10 +184,10 @@ class Packer:
         found = index.known.packages.get(key) if key else None
         return None if found is None or self._store.lost(_digests(found)) else found
 
-    def _write(self, drafts: Sequence[Draft], plan: Plan) -> Written:
+    def _write(self, drafts: Sequence[Draft], plan: Plan, processes: int) -> Written:
         new_reader = functools.partial(Reader, plan, index_folder(self._store) / "bytecode", self._store.layout.tmp)
-        if self._processes > 1 and len(drafts) > 1:
-            return write_with_processes(drafts, new_reader, self._store, self._progress.add, self._processes)
+        if processes > 1 and len(drafts) > 1:
+            return write_with_processes(drafts, new_reader, self._store, self._progress.add, processes)
         return write_with_threads(drafts, new_reader, self._store, self._progress.add)
 
 
@@ -239,7 +252,7 @@ def _parts(draft: Draft) -> Sequence[Draft]:
     limit = _PROJECT_LISTING_LIMIT if draft.kind == "project" else _LISTING_LIMIT
     parts = [draft]
     if len(draft.items) > limit:
-        items = sorted(draft.items, key=lambda item: item.path)
+        items = list(draft.in_order())
         parts = [
             draft._replace(build=f"{draft.build}#{number}", items=items[start : start + limit], is_whole=False)
             for number, start in enumerate(range(0, len(items), limit))

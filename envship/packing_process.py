@@ -29,8 +29,8 @@ from worker_bootstrap.digest import EnvironmentId
 from worker_bootstrap.errors import EnvshipError
 from worker_bootstrap.store import Store
 
-WRITERS_LIMIT = 8
-"""More would wait for the disk, and each needs memory."""
+WRITERS_LIMIT = 6
+"""More would wait for the disk, and each takes some 60 MB with the interpreter that compiles for it: 400 MB for all."""
 
 # Buffers of whole chunks go back to the system when they are freed. By itself, glibc's malloc would take them for the
 # usual size after the first one, and keep the pages of all between other objects (mallopt(3)).
@@ -112,7 +112,7 @@ def main() -> None:
         store = Store(job.store, job.read_only)
         packer = Packer(store, job.options, lambda *told: _send(answers, ("progress", told)), _writers())
         index = ScanIndex.load(store, str(job.place), job.options)
-        _send(answers, ("done", packer.pack(job.place, Trees(), index)))
+        _send(answers, ("done", packer.pack(job.place, Trees(slim=True), index)))
     except EnvshipError as error:
         _send(answers, ("error", error))
     except BrokenPipeError:

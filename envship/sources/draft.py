@@ -5,12 +5,13 @@ A `Plan` is what a source has to say about a prefix; `envship.pack` turns it int
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Union
 
 from envship.canonical import Treatment
+from envship.sources.tree import Status
 from worker_bootstrap.digest import Digest
 from worker_bootstrap.manifest import Directory, HardLink, Link
 
@@ -26,8 +27,14 @@ class Draft(NamedTuple):
     version: str
     build: str
     kind: str
-    items: Sequence[Item]
+    items: Collection[Item]
     is_whole: bool = False
+
+    def in_order(self) -> Iterable[Item]:
+        """The items in the order of their paths."""
+        return (
+            self.items if isinstance(self.items, SortedItems) else sorted(self.items, key=operator.attrgetter("path"))
+        )
 
 
 class FileItem(NamedTuple):
@@ -35,7 +42,7 @@ class FileItem(NamedTuple):
 
     path: str
     origin: str
-    node: os.stat_result
+    node: Status
     treatment: Treatment
 
 
@@ -48,7 +55,7 @@ class CodeItem(NamedTuple):
 
     path: str
     origin: str
-    node: os.stat_result
+    node: Status
     cached: str
     module_path: str
     source_digest: Digest | None = None
@@ -63,6 +70,10 @@ class MadeItem(NamedTuple):
 
 
 Item = Union[FileItem, CodeItem, MadeItem, Link, HardLink, Directory]
+
+
+class SortedItems(Collection[Item]):
+    """Items that come in the order of their paths."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from envship.sources.draft import CodeItem, FileItem, Item
 from envship.sources.faults import SHOWN, Fault, report
 from envship.sources.projects import PLACE
 from envship.sources.symlinks import leads_back, target_inside
-from envship.sources.tree import Root, Trees
+from envship.sources.tree import Root, Status, Trees
 from envship.sources.unpacked import Unpacked
 from worker_bootstrap.errors import SourceProblems
 from worker_bootstrap.manifest import Directory, HardLink, Link
@@ -113,7 +113,7 @@ class Collector:
             logger.warning("packed all the same: %s", line)
         return lines
 
-    def item(self, path: str, origin: str, node: os.stat_result, treatment: Treatment | None = None) -> Iterator[Item]:
+    def item(self, path: str, origin: str, node: Status, treatment: Treatment | None = None) -> Iterator[Item]:
         """The item of the file, link or empty folder at *origin*; none, and a problem, if there can be none.
 
         Several, where what a link points to is copied.
@@ -139,7 +139,7 @@ class Collector:
             else:
                 yield from self._entry(place, inner, node, None)
 
-    def _entry(self, path: str, origin: str, node: os.stat_result, treatment: Treatment | None) -> Iterator[Item]:
+    def _entry(self, path: str, origin: str, node: Status, treatment: Treatment | None) -> Iterator[Item]:
         if stat.S_ISREG(node.st_mode):
             treatment = treatment or self.own(path)
             if self.unpacked is not None:

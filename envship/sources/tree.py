@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import operator
 import os
 import stat
 import sys
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Union
 
 FINE_TICK_NS = 50_000_000
 """Kernels stamp files with a clock that ticks every 1-10 ms; more, to be safe."""
@@ -37,11 +38,27 @@ class Root(NamedTuple):
     suffixes: tuple[str, ...] = ()
 
 
+class SlimStatus(NamedTuple):
+    """What is of use in an `os.stat_result`, in a third of the memory."""
+
+    st_mode: int
+    st_ino: int
+    st_dev: int
+    st_nlink: int
+    st_size: int
+    st_mtime_ns: int
+    st_ctime_ns: int
+
+
+Status = Union[os.stat_result, SlimStatus]
+_fields_of = operator.attrgetter(*SlimStatus._fields)
+
+
 class Found(NamedTuple):
     """A file, link or empty folder: its absolute path, and what `lstat` says."""
 
     origin: str
-    node: os.stat_result
+    node: Status
 
 
 @dataclass
@@ -58,7 +75,7 @@ class Walk:
         One line for every folder that could not be looked into.
     """
 
-    nodes: Mapping[str, os.stat_result] = field(default_factory=dict)
+    nodes: Mapping[str, Status] = field(default_factory=dict)
     changed_ns: dict[str, int] = field(default_factory=dict)
     unreadable: list[str] = field(default_factory=list)
 
@@ -80,6 +97,8 @@ class Trees:
     ----------
     earlier
         Walks that need not be done again; they count from when they are asked for.
+    slim
+        Whether to keep what is found in little memory, which takes a tenth longer.
 
     Attributes
     ----------
@@ -87,13 +106,14 @@ class Trees:
         Wall clock before the first walk: whatever was changed later has a later time stamp.
     """
 
-    def __init__(self, earlier: Trees | None = None) -> None:
+    def __init__(self, earlier: Trees | None = None, slim: bool = False) -> None:
+        self._slim = slim
         self.started_ns: int = earlier.started_ns if earlier else time.time_ns()
         self._earlier: Mapping[Root, Walk] = earlier._walked if earlier else {}
         self._walked: dict[Root, Walk] = {}
-        self._visible: dict[Root, Mapping[str, os.stat_result]] = {}
+        self._visible: dict[Root, Mapping[str, Status]] = {}
 
-    def walk(self, root: Root) -> Mapping[str, os.stat_result]:
+    def walk(self, root: Root) -> Mapping[str, Status]:
         """Relative path to `lstat` result of every file, link and empty folder; ``""`` for a root that is a file.
 
         A root that does not exist has no files; a folder that cannot be read is `unreadable`.
@@ -161,7 +181,7 @@ class Trees:
 
     def _walk(self, root: Root) -> Walk:
         if root not in self._walked:
-            self._walked[root] = self._earlier.get(root) or _walk(root)
+            self._walked[root] = self._earlier.get(root) or _walk(root, self._slim)
         return self._walked[root]
 
 
@@ -172,12 +192,12 @@ def portable(path: str) -> str:
     return os.fsencode(path).decode("utf-8", "surrogateescape")
 
 
-def mark(path: str, node: os.stat_result) -> str:
+def mark(path: str, node: Status) -> str:
     """What changes if the file at *path* is replaced or written to."""
     return f"{path}\0{node.st_size} {node.st_mtime_ns} {node.st_ctime_ns} {node.st_ino} {node.st_mode}\0"
 
 
-def is_settled(node: os.stat_result, started_ns: int) -> bool:
+def is_settled(node: Status, started_ns: int) -> bool:
     """False if a later change could bear the same time stamp ("racily clean", as git says)."""
     changed_ns = node.st_ctime_ns if node.st_ctime_ns > node.st_mtime_ns else node.st_mtime_ns
     tick_ns = FINE_TICK_NS if changed_ns % 1_000_000_000 else COARSE_TICK_NS
@@ -192,7 +212,7 @@ def _changed_ns(folder: str) -> int:
         return 0
 
 
-def _walk(root: Root) -> Walk:
+def _walk(root: Root, slim: bool = False) -> Walk:
     """What lies below *root*."""
     try:
         node = os.lstat(root.path)
@@ -200,7 +220,7 @@ def _walk(root: Root) -> Walk:
         return Walk()
     if not stat.S_ISDIR(node.st_mode):
         return Walk({"": node})
-    found: dict[str, os.stat_result] = {}
+    found: dict[str, Status] = {}
     changed_ns: dict[str, int] = {}
     unreadable: list[str] = []
     names = frozenset((*root.skip_names, "__pycache__"))
@@ -223,7 +243,8 @@ def _walk(root: Root) -> Walk:
                     if root.suffixes and not name.endswith(root.suffixes):
                         continue
                     try:
-                        found[relative + name] = entry.stat(follow_symlinks=False)
+                        status = entry.stat(follow_symlinks=False)
+                        found[relative + name] = SlimStatus._make(_fields_of(status)) if slim else status
                     except FileNotFoundError:
                         # Gone by now: as if it had gone a moment earlier.
                         continue
