@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from worker_bootstrap import codec
 from worker_bootstrap.manifest import Entry, File, Listing, Package
+from worker_bootstrap.manifest_delta import delta_of
 
 if TYPE_CHECKING:
     from envship.environment import Environment
@@ -68,7 +69,9 @@ class Difference:
     settings
         What differs besides packages (``python``, ``platform``, variables), as name to (old, new).
     ship_bytes, ship_uncompressed_bytes, ship_chunks
-        What a cluster that holds the old environment has to receive for the new one.
+        What a cluster that holds the old environment has to receive for the new one: chunks, listings among them.
+    manifest_bytes
+        What it has to receive of the manifest besides, compressed.
     """
 
     old_id: str
@@ -78,6 +81,7 @@ class Difference:
     ship_bytes: int
     ship_uncompressed_bytes: int
     ship_chunks: int
+    manifest_bytes: int
 
     @property
     def is_empty(self) -> bool:
@@ -106,6 +110,7 @@ def difference(old: Environment, new: Environment) -> Difference:
         ship_bytes=payload_bytes,
         ship_uncompressed_bytes=sum(missing.values()),
         ship_chunks=len(missing),
+        manifest_bytes=0 if old.id == new.id else len(delta_of(new.manifest, [old.manifest])),
     )
 
 

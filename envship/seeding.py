@@ -24,6 +24,7 @@ from worker_bootstrap.assignments import Upload
 from worker_bootstrap.bundle_index import Extent
 from worker_bootstrap.digest import Digest, EnvironmentId
 from worker_bootstrap.errors import EnvironmentMissing, EnvshipError, SourceNotFound, TransferError
+from worker_bootstrap.manifest_delta import delta_of, likely_bases
 from worker_bootstrap.shared import Place
 from worker_bootstrap.transfer import EncodedChunk, Outcome, upload_chunks
 
@@ -103,19 +104,40 @@ class Seeding:
     async def _plan(self) -> list[Upload]:
         """What to upload, and to whom."""
         environment = self._environment
-        offer = await self._ask(
+        delta = await self._manifest()
+        try:
+            offer = await self._offer(delta)
+        except EnvironmentMissing:
+            if environment is None:
+                raise
+            # What the delta was for was evicted there in this moment.
+            offer = await self._offer(await asyncio.to_thread(delta_of, environment.manifest))
+        if offer and environment is None:
+            await self._ask("envship_withdraw", client=self._name)
+            raise EnvironmentMissing(self._environment_id, "the store here, and not in full on the cluster")
+        return [Upload(address, tuple(digests)) for address, digests in offer]
+
+    async def _offer(self, delta: bytes | None) -> Sequence[tuple[str, Sequence[Digest]]]:
+        offer: Sequence[tuple[str, Sequence[Digest]]] = await self._ask(
             "envship_offer",
             environment_id=self._environment_id,
-            manifest=None if environment is None else environment.manifest.to_bytes(),
+            manifest=delta,
             avoid=sorted(self._avoid),
             client=self._name,
             topology=config.topology(),
             places=[(list(place), extents) for place, extents in self._places()],
         )
-        if offer and environment is None:
-            await self._ask("envship_withdraw", client=self._name)
-            raise EnvironmentMissing(self._environment_id, "the store here, and not in full on the cluster")
-        return [Upload(address, tuple(digests)) for address, digests in offer]
+        return offer
+
+    async def _manifest(self) -> bytes | None:
+        """What the scheduler lacks of the manifest; None if it lacks nothing, or nobody here could help."""
+        if self._environment is None:
+            return None
+        held = await self._ask("envship_bases", environment_id=self._environment_id)
+        if held is None:
+            return None
+        bases = await asyncio.to_thread(likely_bases, held, self._environment.store.read_manifest)
+        return await asyncio.to_thread(delta_of, self._environment.manifest, bases)
 
     def _places(self) -> list[tuple[Place, dict[Digest, list[int]] | None]]:
         """Where hosts may read the chunks themselves, if they see it."""

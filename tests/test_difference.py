@@ -6,6 +6,7 @@ from pathlib import Path
 
 from envship.difference import FileChange
 from envship.environment import Environment
+from worker_bootstrap.manifest_delta import delta_of
 from worker_bootstrap.store import Store
 
 from .environments import environment_of, package_of
@@ -43,10 +44,11 @@ def test_what_differs_is_named_by_package_and_file_and_counted_once(tmp_path: Pa
     assert found.ship_bytes == sum(len(theirs.read_encoded(digest, ["zstd"])[1]) for digest in missing)
     assert found.ship_uncompressed_bytes == sum(new.chunks[digest] for digest in missing)
     assert sum(change.ship_bytes for change in found.packages) == found.ship_bytes
+    assert found.manifest_bytes == len(delta_of(new.manifest, [old.manifest])) > 100
 
 
 def test_an_environment_does_not_differ_from_itself(store: Store) -> None:
     environment = Environment(environment_of(store, [package_of(store, {"a": b"1"})]), store)
     found = environment.diff(environment)
     assert found.is_empty
-    assert (found.packages, found.ship_bytes, found.ship_chunks) == ((), 0, 0)
+    assert (found.packages, found.ship_bytes, found.ship_chunks, found.manifest_bytes) == ((), 0, 0, 0)

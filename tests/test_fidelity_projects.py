@@ -303,10 +303,15 @@ def test_an_edit_in_a_large_project_ships_less_than_a_mebibyte(tree: Path, prefi
     before = pack(prefix, store=store)
     (folder / "50" / "50.txt").write_text("edited")
     (tree / "src" / "mine" / "__init__.py").write_text("VALUE = 2\n")
-    new = set(pack(prefix, store=store).chunks) - set(before.chunks)
+    after = pack(prefix, store=store)
+    new = set(after.chunks) - set(before.chunks)
     paths = [path for digest in new for path in store.layout.chunks.rglob(f"{digest}*")]
     assert len(paths) == len(new) <= 5
-    assert sum(path.stat().st_size for path in paths) < 1 << 20
+    found = before.diff(after)
+    assert found.ship_bytes == sum(path.stat().st_size for path in paths)
+    # How much of the manifest is new does not grow with the project: see test_manifest_delta.
+    assert found.ship_bytes + found.manifest_bytes < 1 << 20
+    assert 0 < found.manifest_bytes < len(after.manifest.to_bytes()) / 3
 
 
 def test_data_over_the_limit_is_refused_and_may_be_left_out_or_wanted(tree: Path, prefix: Path, store: Store) -> None:

@@ -28,7 +28,7 @@ from worker_bootstrap.interpreter import (
     platform_name,
     python_of,
 )
-from worker_bootstrap.manifest import Manifest
+from worker_bootstrap.manifest_delta import whole_of
 from worker_bootstrap.provision import Call, Provision
 from worker_bootstrap.reservation import Reservations
 from worker_bootstrap.shared import SharedReader
@@ -138,12 +138,12 @@ class Agent:
         return await asyncio.to_thread(self.store.built, EnvironmentId(environment_id)) is not None
 
     async def missing(self, environment_id: str, manifest: bytes | None = None) -> list[Digest]:
-        """Chunks of an environment that this host lacks; *manifest* is kept, if it is given."""
+        """Chunks of an environment that this host lacks; *manifest*, as a delta, is kept if it is given."""
         wanted = EnvironmentId(environment_id)
 
         def look() -> list[Digest]:
             if manifest is not None:
-                self.store.write_manifest(Manifest.from_bytes(manifest, wanted))
+                self.store.write_manifest(whole_of(manifest, wanted, self.store.read_manifest))
             self.store.touch(wanted)
             return self.store.missing(self.store.read_manifest(wanted).chunks)
 

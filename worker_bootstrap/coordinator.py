@@ -141,6 +141,7 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
             "envship_protocol": self.protocol,
             "envship_survey_bundle": self.exchange.survey,
             "envship_find_manifest": self.exchange.find_manifest,
+            "envship_bases": self.exchange.bases,
             "envship_offer": self.exchange.offer,
             "envship_uploaded": self.exchange.uploaded,
             "envship_withdraw": self.exchange.withdraw,

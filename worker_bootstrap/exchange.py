@@ -18,6 +18,7 @@ from worker_bootstrap.digest import Digest, EnvironmentId
 from worker_bootstrap.errors import EnvironmentMissing
 from worker_bootstrap.ledger import CLIENT, Ledger
 from worker_bootstrap.manifest import Manifest
+from worker_bootstrap.manifest_delta import delta_of, whole_of
 from worker_bootstrap.mistrust import LACKS
 from worker_bootstrap.pulling import Pulling
 from worker_bootstrap.roster import Roster
@@ -27,6 +28,8 @@ from worker_bootstrap.tracker import Tracker
 
 logger = logging.getLogger("envship.exchange")
 
+BASES_LIMIT = 4
+"""So many manifests a client may choose from, to send what is new in another one."""
 LINGER_S = 1.0
 """So long a host that asks in vain is kept waiting for an answer."""
 STIR_S = 0.01
@@ -74,19 +77,19 @@ class Exchange:
         Chunks that another client has promised are left out. A *client* that gives its id promises to bring the rest,
         so hosts may begin to fetch while it uploads; what it promised before is forgotten. What hosts can read
         themselves from one of *places* they are told to; each goes with where in it the chunks lie (`Pulling.begin`).
-        *topology* says where hosts stand that do not know it themselves.
+        *topology* says where hosts stand that do not know it themselves. *manifest* is a delta for one of `bases`.
         """
         self._topology = topology or self._topology
         wanted = EnvironmentId(environment_id)
         if manifest is not None:
-            await asyncio.to_thread(self._store.write_manifest, Manifest.from_bytes(manifest, wanted))
+            await asyncio.to_thread(self._keep_manifest, wanted, manifest)
         else:
             await self._find_manifest(wanted)
         hosts = await self._hosts()
         built = await asyncio.gather(*(self._is_built(address, wanted) for address in hosts.values()))
         if all(built):
             return []
-        chunks = await self._survey(wanted, hosts)
+        chunks = await self._survey(wanted, hosts, manifest)
         self.tracker.withdraw(client)
         listings = await self._listings(wanted)
         # Nothing can be built before all listings are there, so they come first.
@@ -98,6 +101,10 @@ class Exchange:
             self._givers.add(client)
             self.tracker.promise(client, absent)
         return [(address, list(digests)) for address, digests in self.tracker.plan_uploads(absent, avoid)]
+
+    async def bases(self, environment_id: str) -> list[EnvironmentId] | None:
+        """Environments whose manifests are held here, those used last; None if that one's is."""
+        return await asyncio.to_thread(self._bases, EnvironmentId(environment_id))
 
     async def survey(self, where: str) -> dict[str, Any] | None:
         """Manifest and extents of a bundle that hosts see at *where*, from the first that does; None if none does."""
@@ -270,17 +277,34 @@ class Exchange:
     async def _is_built(self, address: str, wanted: EnvironmentId) -> bool:
         return bool(await self._roster.ask_quietly(address, "envship_has_built", environment_id=wanted))
 
-    async def _survey(self, wanted: EnvironmentId, hosts: Mapping[str, str]) -> Mapping[Digest, int]:
-        """Tell the tracker what *hosts* have of an environment; returns all that there is to have."""
+    def _bases(self, wanted: EnvironmentId) -> list[EnvironmentId] | None:
+        held = self._store.environments()
+        if wanted in held:
+            with contextlib.suppress(EnvironmentMissing):
+                self._store.read_manifest(wanted)
+                return None
+        return self._store.used_last(held)[:BASES_LIMIT]
+
+    def _keep_manifest(self, wanted: EnvironmentId, delta: bytes) -> None:
+        self._store.write_manifest(whole_of(delta, wanted, self._store.read_manifest))
+
+    async def _survey(
+        self, wanted: EnvironmentId, hosts: Mapping[str, str], delta: bytes | None = None
+    ) -> Mapping[Digest, int]:
+        """Tell the tracker what *hosts* have of an environment; returns all that there is to have.
+
+        A host that does not hold the manifest is given *delta*, or where that is not enough for it all of it.
+        """
         manifest = await asyncio.to_thread(self._store.read_manifest, wanted)
-        data = manifest.to_bytes()
+        whole = await asyncio.to_thread(delta_of, manifest)
 
         async def look(host_id: str, address: str) -> None:
-            missing = await self._roster.ask_quietly(address, "envship_missing", environment_id=wanted)
-            if missing is None:
+            for known in dict.fromkeys((None, delta, whole)):
                 missing = await self._roster.ask_quietly(
-                    address, "envship_missing", environment_id=wanted, manifest=data
+                    address, "envship_missing", environment_id=wanted, manifest=known
                 )
+                if missing is not None:
+                    break
             if missing is not None:
                 lacks = set(missing)
                 have = [digest for digest in manifest.chunks if digest not in lacks]

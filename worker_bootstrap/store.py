@@ -213,6 +213,14 @@ class Store:
         names = {path.stem for layout in self.layouts for path in layout.manifests.glob("*.json")}
         return sorted(EnvironmentId(name) for name in names if is_digest(name))
 
+    def used_last(self, environments: Iterable[EnvironmentId]) -> list[EnvironmentId]:
+        """Those of *environments* whose manifest is in the writable store, the one that was used last first."""
+        times = {}
+        for environment_id in environments:
+            with contextlib.suppress(OSError):
+                times[environment_id] = os.stat(self.layout.manifest(environment_id)).st_mtime_ns
+        return sorted(times, key=lambda environment_id: -times[environment_id])
+
     def built(self, environment_id: EnvironmentId) -> Path | None:
         """The prefix of an environment that is built and marked ready here, or None.
 

@@ -146,7 +146,8 @@ def _print_difference(found: Difference, show_all: bool) -> None:
         return
     click.echo(
         f"to receive, for a cluster that holds the old one: {format_bytes(found.ship_bytes)} in {found.ship_chunks} "
-        f"chunks ({format_bytes(found.ship_uncompressed_bytes)} uncompressed)"
+        f"chunks ({format_bytes(found.ship_uncompressed_bytes)} uncompressed), "
+        f"and {format_bytes(found.manifest_bytes)} of the manifest"
     )
     for name, (before, after) in found.settings.items():
         click.echo(f"{name}: {before or '(not set)'} → {after or '(not set)'}")
