@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import py_compile
 import shutil
 import subprocess
 import sys
@@ -21,9 +24,11 @@ from worker_bootstrap.materialise import materialise
 from worker_bootstrap.relocate import PLACEHOLDER
 from worker_bootstrap.store import Store
 
+from .byte_code import compiled, unlike_its_source
 from .contents import contents, entries, package
 from .prefixes import ONLYHERE, clone_of, console_script_wheel, install, onlyhere_wheel, rename_module, said
 from .projects import git, install_editable, project
+from .read_only import pack_read_only
 
 SITE = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
 
@@ -208,31 +213,80 @@ def test_an_environment_of_pixi_is_the_same_environment(
 # -- byte code
 
 
-def compiled(python: Path, *modules: str) -> list[str]:
-    """What an import of *modules* compiles or writes: the interpreter's own account."""
-    code = "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]"
-    command = [python, "-v", "-c", code, *modules]
-    done = subprocess.run(command, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=True)
-    lines = done.stderr.splitlines()
-    assert any(line.startswith("# code object from '") for line in lines)
-    # Quoted is the path of byte code that is used, without quotes that of a source that is compiled.
-    return [line for line in lines if line.startswith(("# created ", "# wrote ", "# code object from /"))]
-
-
 def test_nothing_is_compiled_not_even_what_names_its_prefix(built: Path) -> None:
     sysconfig = next((built / SITE).parent.glob("_sysconfigdata*.py"))
     modules = ("libmini.config", "onlyhere", "linked", "fromgit", "developed", "asyncio", "sqlite3", sysconfig.stem)
     assert compiled(built / "bin" / "python", *modules) == []
+    assert unlike_its_source(built) == []
 
 
-def test_the_account_of_what_is_compiled_is_true(built: Path, tmp_path: Path) -> None:
-    """Break it once: a module without byte code is in the account."""
+@pytest.mark.parametrize("kind", ["missing", "stale", "edited", "of another source"])
+def test_the_account_of_what_is_compiled_is_true(built: Path, tmp_path: Path, kind: str) -> None:
+    """Break it once: a module without byte code, or with that of something else, is in the account."""
     shutil.copytree(built, tmp_path / "copy", symlinks=True)
-    module = tmp_path / "copy" / SITE / "libmini" / "config.py"
-    shutil.rmtree(module.parent / "__pycache__")
-    told = compiled(tmp_path / "copy" / "bin" / "python", "libmini.config")
-    assert len([line for line in told if line.startswith("# created ")]) == 2
-    assert len([line for line in told if line.startswith("# code object from /")]) == 2
+    python, module = tmp_path / "copy" / "bin" / "python", tmp_path / "copy" / SITE / "libmini" / "config.py"
+    cached = Path(importlib.util.cache_from_source(str(module)))
+    if kind == "missing":
+        shutil.rmtree(module.parent / "__pycache__")
+    elif kind == "stale":
+        py_compile.compile(str(module), doraise=True)
+        os.utime(module, (1, 1))
+    elif kind == "edited":
+        module.write_text("PREFIX = 'edited'\n")
+    else:
+        other = tmp_path / "other.py"
+        other.write_text("PREFIX = 'another'\n")
+        py_compile.compile(str(other), str(cached), invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    unlike = unlike_its_source(tmp_path / "copy")
+    told = compiled(python, "libmini.config")
+    if kind == "missing":
+        assert len([line for line in told if line.startswith("# created ")]) == 2
+    else:
+        assert unlike == [cached]
+    if kind in ("missing", "stale"):
+        assert len([line for line in told if line.startswith("# code object from /")]) == 1 + (kind == "missing")
+    else:
+        # What an interpreter uses without a look at the source is not in its own account.
+        assert told == []
+
+
+def test_byte_code_of_every_kind_becomes_that_of_its_source(
+    environment: Environment, lived_in: Path, tmp_path: Path
+) -> None:
+    """Stale, hash-based, checked or not, of another source, none at all; and nothing can be written to any of it."""
+    prefix = clone_of(lived_in, tmp_path / "env")
+    (prefix / SITE / "mine.py").write_text("VALUE = 2\n")
+    modes = list(py_compile.PycInvalidationMode)
+    for number, path in enumerate(sorted((prefix / SITE).rglob("*.py"))):
+        cached = Path(importlib.util.cache_from_source(str(path)))
+        cached.unlink(missing_ok=True)
+        if number % 5 < 3:
+            py_compile.compile(str(path), doraise=True, invalidation_mode=modes[number % 5])
+        elif number % 5 == 3:
+            py_compile.compile(str(path), doraise=True)
+            os.utime(path, (1, 1))
+    other = tmp_path / "other.py"
+    other.write_text("VALUE = 1\n")
+    cached = importlib.util.cache_from_source(str(prefix / SITE / "mine.py"))
+    py_compile.compile(str(other), cached, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    store = Store(tmp_path / "store")
+    packed = pack_read_only(prefix, store)
+    assert unlike_its_source(prefix) != [], "nothing is written into the environment that is packed"
+
+    built = materialise(store, packed.id)
+    before = snapshot(built)
+    modules = ("mine", "libmini.config", "onlyhere", "linked", "fromgit", "developed")
+    assert compiled(built / "bin" / "python", *modules) == []
+    assert snapshot(built) == before
+    assert unlike_its_source(built) == []
+    assert said(built / "bin" / "python", "-B", "-c", "import mine; print(mine.VALUE)") == "2"
+    assert environment.manifest.python == packed.manifest.python
+    assert {p for p in environment.packages if p.kind != "files"} == {p for p in packed.packages if p.kind != "files"}
+
+
+def snapshot(prefix: Path) -> dict[str, tuple[int, int]]:
+    """What an interpreter that writes byte code changes."""
+    return {str(path): (path.lstat().st_ino, path.lstat().st_mtime_ns) for path in (prefix, *prefix.rglob("*"))}
 
 
 def test_nothing_that_conda_recorded_is_missing_or_changed(environment: Environment, lived_in: Path) -> None:

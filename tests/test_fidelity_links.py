@@ -6,7 +6,6 @@ import os
 import shutil
 import socket
 import stat
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from worker_bootstrap.store import Store
 
 from .contents import entries, package
 from .prefixes import onlyhere_wheel, said, small_venv
+from .read_only import pack_read_only
 
 SITE = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
 LONG_NAME = "n" * 255
@@ -200,35 +200,10 @@ def test_special_files_are_refused_with_the_list(source: tuple[Path, Store]) -> 
         shutil.rmtree(folder)
 
 
-READ_ONLY = """
-set -e
-mount --bind "$1" "$1"
-mount -o remount,bind,ro "$1"
-if touch "$1/probe" 2> /dev/null; then exit 9; fi
-exec "$2" -c 'import sys; from pathlib import Path; from envship.pack import pack
-from worker_bootstrap.store import Store; print(pack(sys.argv[1], store=Store(Path(sys.argv[2]))).id)' "$1" "$3"
-"""
-
-
 def test_a_read_only_prefix_is_packed_all_the_same(
     source: tuple[Path, Store], environment: Environment, tmp_path: Path
 ) -> None:
-    """On a file system that is mounted read-only where we may mount; else without the right to write."""
-    prefix = source[0]
-    if os.getuid() == 0 and subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0:
-        command = ["unshare", "-m", "sh", "-c", READ_ONLY, "sh", str(prefix), sys.executable, str(tmp_path / "store")]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.strip() == environment.id
-        return
-    folders = [prefix, *(path for path in prefix.rglob("*") if path.is_dir() and not path.is_symlink())]
-    for folder in folders:
-        folder.chmod(0o555)
-    try:
-        assert pack(prefix, store=Store(tmp_path / "store")).id == environment.id
-    finally:
-        for folder in folders:
-            folder.chmod(0o755)
+    assert pack_read_only(source[0], Store(tmp_path / "store")).id == environment.id
 
 
 @pytest.mark.heavy
