@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from worker_bootstrap.errors import ChunkMissing, ExportError
 from worker_bootstrap.store import Store
 
 from .environments import PLACEHOLDER, tiny_environment
+from .prefixes import console_script_wheel, small_venv
 
 ACTIVATE = """
 set -e
@@ -28,6 +31,19 @@ echo $LIBMINI_DATA
 python -c 'import libmini; print(libmini.__file__)'
 """
 
+ACTIVATE_VENV = """
+set -e
+. {prefix}/bin/activate
+conda-unpack
+echo $CONDA_PREFIX
+command -v where
+where
+python -c 'import sys; print(sys.prefix)'
+python -c 'import onlyhere; print(onlyhere.__file__)'
+python -c 'import named; print(named.PREFIX)'
+"""
+LIBRARY = f"lib/python{sys.version_info.major}.{sys.version_info.minor}"
+
 
 def unpack(archive: Path, prefix: Path) -> Path:
     """As a user would, without us."""
@@ -39,20 +55,39 @@ def unpack(archive: Path, prefix: Path) -> Path:
     return prefix
 
 
+def says(script: str) -> list[str]:
+    done = subprocess.run(
+        ["bash", "-c", script], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("suffix", [".tar.gz", ".tar.zst"])
 def test_an_exported_environment_works_where_it_is_unpacked_and_is_the_same_packed_again(
-    conda_pair: tuple[Path, Path], shared_store: Store, store: Store, tmp_path: Path
+    conda_pair: tuple[Path, Path], shared_store: Store, store: Store, tmp_path: Path, suffix: str
 ) -> None:
     environment = pack(conda_pair[0], store=shared_store)
-    archive = environment.export(tmp_path / "mine.tar.gz")
+    archive = environment.export(tmp_path / f"mine{suffix}")
     prefix = unpack(archive, tmp_path / "some" / "where")
-    script = ACTIVATE.format(prefix=prefix, unpack="conda-unpack")
-    said = subprocess.run(
-        ["bash", "-c", script], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=True
-    )
-    assert said.stdout.splitlines()[:4] == [str(prefix), str(prefix), f"mininoarch {prefix}", f"{prefix}/share/libmini"]
-    assert said.stdout.splitlines()[4].startswith(f"{prefix}/lib/")
+    said = says(ACTIVATE.format(prefix=prefix, unpack="conda-unpack"))
+    assert said[:4] == [str(prefix), str(prefix), f"mininoarch {prefix}", f"{prefix}/share/libmini"]
+    assert said[4].startswith(f"{prefix}/lib/")
     assert f"{prefix}/share:{prefix}/lib\0".encode() in (prefix / "lib" / "libmini.so").read_bytes()
     assert pack(archive, store=store).id == environment.id
+
+
+@pytest.mark.parametrize("suffix", [".tar.gz", ".tar.zst"])
+def test_an_exported_venv_works_where_it_is_unpacked(shared_store: Store, tmp_path: Path, suffix: str) -> None:
+    """With its interpreter; nothing of where it came from is left in it."""
+    source = small_venv(tmp_path / "env", [console_script_wheel(tmp_path)])
+    (source / LIBRARY / "site-packages" / "named.py").write_text(f"PREFIX = {str(source)!r}\n")
+    archive = pack(source, store=shared_store).export(tmp_path / f"mine{suffix}")
+    shutil.rmtree(source)
+    prefix = unpack(archive, tmp_path / "some" / "where")
+    script = ACTIVATE_VENV.format(prefix=prefix)
+    code = f"{prefix}/{LIBRARY}/site-packages/onlyhere.py"
+    assert says(script) == [str(prefix), f"{prefix}/bin/where", str(prefix), str(prefix), code, str(prefix)]
 
 
 @pytest.mark.parametrize("name", ["tiny.tar.gz", "tiny.tar.zst", "tiny.tar", "tiny.zip"])
