@@ -27,6 +27,9 @@ from worker_bootstrap.relocate import PLACEHOLDER
 PLACE = "share/envship/projects"
 LINKING = (".pth", ".egg-link")
 """How the names of files end that may link to a project, besides modules of one in editable mode."""
+_DEVELOPED_SCRIPT = re.compile(r"^# EASY-INSTALL-DEV-SCRIPT: .*\n(?:.*\n){1,4}__file__ = '(/[^'\\]+)'$", re.MULTILINE)
+"""What setuptools writes for a script of such a project, which runs it where it is."""
+_LONGEST_SCRIPT_BYTES = 8192
 _REBUILDING = "_editable_loader.py"
 """What meson-python writes: a module that builds the project anew whenever it is imported."""
 
@@ -219,12 +222,21 @@ def too_large(project: Project, sizes: Mapping[str, int], limit_bytes: int) -> s
 
 
 def _egg_links(site_path: str, files: Mapping[str, Found], folders: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """What ``setup.py develop`` writes beside its line in ``easy-install.pth``."""
+    """What ``setup.py develop`` writes besides its line in ``easy-install.pth``: where the project is, and scripts."""
+    roots = []
     for path, (origin, _) in files.items():
         if path.endswith(".egg-link") and os.path.dirname(path) == site_path:
-            named = [line for line in path_files.read(origin).splitlines() if line in folders]
+            lines = path_files.read(origin).splitlines()
+            named = [line for line in lines if line in folders]
             if named:
                 yield path, named
+                # The second line leads from where the modules are to where setup.py is.
+                roots.append(os.path.normpath(os.path.join(named[0], *lines[1:2])))
+    for path, (origin, _) in files.items() if roots else ():
+        if path.startswith("bin/") and os.path.isfile(origin) and os.path.getsize(origin) < _LONGEST_SCRIPT_BYTES:
+            script = _DEVELOPED_SCRIPT.search(path_files.read(origin))
+            if script and os.path.isfile(script[1]) and path_files.is_inside(script[1], roots):
+                yield path, [script[1]]
 
 
 def _plain_line(line: str, folder: str | None, roots: Sequence[str]) -> str:

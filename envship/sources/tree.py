@@ -216,7 +216,7 @@ def _walk(root: Root, slim: bool = False) -> Walk:
     """What lies below *root*."""
     try:
         node = os.lstat(root.path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return Walk()
     if not stat.S_ISDIR(node.st_mode):
         return Walk({"": node})
