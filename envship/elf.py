@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 _MAGIC = b"\x7fELF\x02\x01"
 _PT_LOAD, _PT_DYNAMIC = 1, 2
-_DT_NULL, _DT_STRTAB, _DT_RPATH, _DT_RUNPATH = 0, 5, 15, 29
+_DT_NULL, _DT_STRTAB, _DT_SONAME, _DT_RPATH, _DT_RUNPATH = 0, 5, 14, 15, 29
 
 
 class _Segment(NamedTuple):
@@ -30,8 +30,12 @@ def is_elf(data: bytes) -> bool:
 
 def rpath(data: bytes) -> str | None:
     """The search path in an ELF file (RPATH or RUNPATH), or None."""
-    place = _rpath_place(data)
-    return None if place is None else data[place : data.index(b"\0", place)].decode("utf-8", "surrogateescape")
+    return _string(data, _place_of(data, _DT_RUNPATH, _DT_RPATH))
+
+
+def soname(data: bytes) -> str | None:
+    """The name by which others ask for the shared library *data*, or None."""
+    return _string(data, _place_of(data, _DT_SONAME))
 
 
 def with_relative_rpath(data: bytes, path: str, prefixes: Collection[str]) -> bytes:
@@ -39,7 +43,7 @@ def with_relative_rpath(data: bytes, path: str, prefixes: Collection[str]) -> by
 
     The new path is written over the old one; where it is longer, *data* comes back unchanged.
     """
-    place = _rpath_place(data)
+    place = _place_of(data, _DT_RUNPATH, _DT_RPATH)
     if place is None:
         return data
     end = data.index(b"\0", place)
@@ -59,11 +63,16 @@ def _relative(entry: str, path: str, prefixes: Collection[str]) -> str:
     return entry
 
 
-def _rpath_place(data: bytes) -> int | None:
+def _string(data: bytes, place: int | None) -> str | None:
+    return None if place is None else data[place : data.index(b"\0", place)].decode("utf-8", "surrogateescape")
+
+
+def _place_of(data: bytes, *names: int) -> int | None:
+    """Where the text of the first of these tags stands that there is."""
     try:
         segments = list(_segments(data))
         tags = dict(_dynamic(data, segments))
-        wanted = tags.get(_DT_RUNPATH, tags.get(_DT_RPATH))
+        wanted = next((tags[name] for name in names if name in tags), None)
         if wanted is None:
             return None
         place = _file_offset(tags[_DT_STRTAB], segments) + wanted

@@ -142,16 +142,21 @@ def test_a_broken_elf_file_is_left_as_it_is(length: int) -> None:
     assert elf.with_relative_rpath(data, "bin/x", [HERE]) == data
 
 
-def elf_file(rpath: str) -> bytes:
-    """The least that has an RUNPATH: header, two segments, dynamic section, string table."""
-    strings = b"\0" + rpath.encode() + b"\0"
+def test_the_name_that_a_library_is_asked_for_by() -> None:
+    assert elf.soname(elf_file("libz.so.1", tag=14)) == "libz.so.1"
+    assert elf.soname(elf_file("/lib")) is elf.soname(b"text") is None
+
+
+def elf_file(text: str, tag: int = 29) -> bytes:
+    """The least that has an RUNPATH, or another text: header, two segments, dynamic section, string table."""
+    strings = b"\0" + text.encode() + b"\0"
     dynamic_at, strings_at = 64 + 2 * 56, 64 + 2 * 56 + 3 * 16
     size = strings_at + len(strings)
     header = b"\x7fELF\x02\x01\x01" + bytes(9)
     header += struct.pack("<HHIQQQIHHHHHH", 3, 62, 1, 0, 64, 0, 0, 64, 56, 2, 0, 0, 0)
     load = struct.pack("<IIQQQQQQ", 1, 4, 0, 0x1000, 0x1000, size, size, 0x1000)
     dynamic = struct.pack("<IIQQQQQQ", 2, 4, dynamic_at, 0x1000 + dynamic_at, 0x1000 + dynamic_at, 48, 48, 8)
-    tags = struct.pack("<6Q", 5, 0x1000 + strings_at, 29, 1, 0, 0)
+    tags = struct.pack("<6Q", 5, 0x1000 + strings_at, tag, 1, 0, 0)
     return header + load + dynamic + tags + strings
 
 

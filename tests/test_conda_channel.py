@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import conda_pack
@@ -20,9 +22,10 @@ from worker_bootstrap.store import Store
 from worker_bootstrap.verify import damaged_files
 
 from .contents import all_entries
-from .prefixes import conda_environments, said
+from .prefixes import clone_of, conda_environments, said
 
 CHANNEL = os.environ.get("ENVSHIP_TEST_CHANNEL", "")
+AUTHORITY = Path(__file__).parent / "tls" / "cert.pem"
 SPECS = ("python 3.11.*", "numpy", "distributed")
 IMPORTS = """
 import sys
@@ -74,3 +77,30 @@ def test_it_runs_at_another_path(packed: Environment, tmp_path: Path) -> None:
     prefix = materialise(store, packed.id)
     assert said(prefix / "bin" / "python", "-I", "-c", IMPORTS) == "6"
     assert list(damaged_files(store, packed.id)) == []
+
+
+VENV = """
+import bz2, ctypes, lzma, readline, sqlite3, ssl, sys, zlib
+print(ssl.create_default_context().cert_store_stats()["x509_ca"], ssl.get_default_verify_paths().openssl_cafile)
+with open("/proc/self/maps") as maps:
+    names = {line.split(None, 5)[5].strip() for line in maps if ".so" in line}
+print(*sorted(name for name in names if name.rpartition("/")[2].startswith(LIBRARIES)))
+"""
+
+
+def test_a_venv_of_condas_interpreter_has_its_libraries_and_its_certificates(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Every library that came with the interpreter is found where the environment is built, by the name asked for."""
+    base = clone_of(pair[0], tmp_path / "base")
+    shutil.copy(AUTHORITY, base / "ssl" / "cert.pem")
+    subprocess.run([base / "bin" / "python", "-m", "venv", "--without-pip", tmp_path / "env"], check=True)
+    store = Store(tmp_path / "a-store-with-quite-a-long-name")
+    built = materialise(store, pack(tmp_path / "env", store=store).id)
+    shutil.rmtree(base)
+    libraries = ("libssl", "libcrypto", "libz.", "liblzma", "libbz2", "libffi", "libsqlite3", "libreadline")
+    code = VENV.replace("LIBRARIES", repr(libraries))
+    certificates, *names = said(built / "bin" / "python", "-I", "-c", code).splitlines()
+    assert certificates == f"1 {built}/ssl/cert.pem"
+    found = names[0].split()
+    assert len(found) == len(libraries) and all(name.startswith(f"{built}/lib/") for name in found), found

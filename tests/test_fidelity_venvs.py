@@ -13,15 +13,18 @@ from pathlib import Path
 
 import pytest
 
+from envship.canonical import Own
 from envship.pack import pack
+from envship.sources.projects import Moved, Tree
 from worker_bootstrap.activation import activated
 from worker_bootstrap.materialise import materialise
+from worker_bootstrap.relocate import PLACEHOLDER
 from worker_bootstrap.store import Store
 
 from .byte_code import compiled, unlike_its_source
 from .contents import package
 from .interpreters import interpreters, makes_venvs
-from .prefixes import console_script_wheel, install, onlyhere_wheel, said, small_venv
+from .prefixes import clone_of, console_script_wheel, install, onlyhere_wheel, said, small_venv
 
 VERSIONED = f"python{sys.version_info.major}.{sys.version_info.minor}"
 SCRIPTS = Path(sysconfig.get_path("scripts"))
@@ -126,6 +129,60 @@ def test_the_standard_library_is_that_of_the_venv_but_for_what_the_readme_says(v
     assert there <= here
     modules = [name for name in ("ensurepip", "tkinter", "_tkinter") if name in here]
     said(built / "bin" / "python", "-c", f"import {', '.join(modules)}")
+
+
+@pytest.mark.parametrize("of_venv", [True, False])
+def test_a_project_below_the_folder_of_the_interpreter_comes_along(
+    venv: Path, shared_store: Store, store: Store, tmp_path: Path, of_venv: bool
+) -> None:
+    """As one in ``/usr/local/src`` with the system's: of the interpreter's folder, only its own parts go along."""
+    base = tmp_path / "base"
+    shutil.copytree(materialise(shared_store, pack(venv, store=shared_store).id), base, symlinks=True)
+    package = base / "src" / "project" / "viabase"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("VALUE = 1\n")
+    prefix = base
+    if of_venv:
+        prefix = tmp_path / "env"
+        by_venv(str(base / "bin" / "python"), prefix)
+    path_file = prefix / "lib" / VERSIONED / "site-packages" / "mine.pth"
+    path_file.write_text(f"{package.parent}\n/usr/share/else\n")
+    built = materialise(store, pack(prefix, store=store).id)
+    shutil.rmtree(base)
+    place = f"{built}/share/envship/projects/mine"
+    assert (
+        said(built / "bin" / "python", "-c", "import viabase; print(viabase.__file__)")
+        == f"{place}/viabase/__init__.py"
+    )
+    moved = built / path_file.relative_to(prefix)
+    assert moved.read_text() == f"{place}\n/usr/share/else\n"
+
+
+def test_a_venv_of_condas_interpreter_is_the_same_wherever_conda_put_it(
+    conda_pair: tuple[Path, Path], store: Store, tmp_path: Path
+) -> None:
+    """What conda recorded of the interpreter's files holds in a venv; the certificates of its OpenSSL come along."""
+    ids = set()
+    for number, original in enumerate(conda_pair):
+        base = clone_of(original, tmp_path / f"base-{'x' * number}")
+        (base / "ssl").mkdir()
+        (base / "ssl" / "cert.pem").write_text("certificates")
+        by_venv(str(base / "bin" / "python"), tmp_path / "env")
+        ids.add(pack(tmp_path / "env", store=store).id)
+        shutil.rmtree(base)
+        shutil.rmtree(tmp_path / "env")
+    assert len(ids) == 1
+    built = materialise(store, ids.pop())
+    assert (built / "ssl" / "cert.pem").read_text() == "certificates"
+    code = "import sysconfig, sys; print(sysconfig.get_config_var('LIBDIR'), sys.prefix)"
+    assert said(built / "bin" / "python", "-c", code) == f"{built}/lib {built}"
+
+
+def test_of_the_systems_folder_only_what_is_in_a_project_moves() -> None:
+    own = Own(("/home/me/env", "/usr"), "lib/x.pth")
+    moved = Moved((Tree("/usr/src/mine", "share/mine"),), own)
+    text = b"/usr/src/mine/src /usr/share/else /home/me/env/lib"
+    assert moved(text).data == f"{PLACEHOLDER}/share/mine/src /usr/share/else {PLACEHOLDER}/lib".encode()
 
 
 @pytest.mark.parametrize("name", [name for name in interpreters() if name.startswith("system")])

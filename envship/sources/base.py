@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
+from envship import elf
+from envship.canonical import Treatment
+from envship.sources.conda_base import OPENSSL, is_of_conda, treatments
 from envship.sources.draft import Draft, FileItem, Item
 from envship.sources.interpreter import Interpreter
 from envship.sources.items import Collector
@@ -32,6 +36,8 @@ def base_roots(interpreter: Interpreter) -> list[Root]:
     library = Root(interpreter.stdlib, _LEFT_OUT)
     headers = Root(interpreter.include, _LEFT_OUT)
     roots = [executable, library, headers, *(Root(path) for path in _libraries(interpreter))]
+    if is_of_conda(interpreter):
+        roots.append(Root(f"{interpreter.base_prefix}/{OPENSSL}"))
     if interpreter.platstdlib != interpreter.stdlib:
         roots.append(Root(interpreter.platstdlib, _LEFT_OUT))
     return roots
@@ -47,8 +53,10 @@ def base_draft(interpreter: Interpreter, trees: Trees, collector: Collector) -> 
     """
     short = interpreter.short_version
     items: dict[str, Item] = {}
+    recorded = treatments(interpreter, collector)
     binary = f"bin/python{short}"
-    items[binary] = FileItem(binary, interpreter.executable, os.stat(interpreter.executable), collector.own(binary))
+    treatment = recorded.get(interpreter.executable) or collector.own(binary)
+    items[binary] = FileItem(binary, interpreter.executable, os.stat(interpreter.executable), treatment)
     items["bin/python"] = Link("bin/python", f"python{short}")
     items["bin/python3"] = Link("bin/python3", f"python{short}")
     if interpreter.platlibdir != "lib":
@@ -58,18 +66,32 @@ def base_draft(interpreter: Interpreter, trees: Trees, collector: Collector) -> 
         (interpreter.stdlib, f"lib/python{short}"),
         (interpreter.include, f"include/python{short}"),
     ):
-        for item in _tree(folder, place, trees, interpreter, collector):
+        for item in _tree(folder, place, trees, collector, recorded):
             items[item.path] = item
     for path in _libraries(interpreter):
-        place = f"lib/{os.path.basename(path)}"
-        items[place] = FileItem(place, path, os.stat(path), collector.own(place))
+        name = os.path.basename(path)
+        items[f"lib/{name}"] = _library(name, path, collector, recorded)
+        # What needs it asks for it by the name that it has inside (libz.so.1), which was a link to the file.
+        inner = elf.soname(Path(path).read_bytes())
+        if inner and "/" not in inner:
+            items.setdefault(f"lib/{inner}", Link(f"lib/{inner}", name))
+    if is_of_conda(interpreter):
+        for path, (origin, node) in trees.found(Root(f"{interpreter.base_prefix}/{OPENSSL}"), OPENSSL).items():
+            items.update((item.path, item) for item in collector.item(path, origin, node, recorded.get(origin)))
     if any(path.endswith("/dist-packages") for path in interpreter.site):
         # Debian's interpreter looks for packages in dist-packages unless it runs in a venv.
         items[f"lib/python{short}/dist-packages"] = Link(f"lib/python{short}/dist-packages", "site-packages")
     return Draft("python", interpreter.version, "", "python", list(items.values()))
 
 
-def _tree(folder: str, place: str, trees: Trees, interpreter: Interpreter, collector: Collector) -> Iterator[Item]:
+def _library(name: str, origin: str, collector: Collector, recorded: Mapping[str, Treatment]) -> FileItem:
+    place = f"lib/{name}"
+    return FileItem(place, origin, os.stat(origin), recorded.get(origin) or collector.own(place))
+
+
+def _tree(
+    folder: str, place: str, trees: Trees, collector: Collector, recorded: Mapping[str, Treatment]
+) -> Iterator[Item]:
     for path, (origin, node) in trees.found(Root(folder, _LEFT_OUT), place).items():
         if path.endswith((".a", ".o", ".pyc")) or ("/config-" in path and path.endswith(".so")):
             continue
@@ -81,7 +103,7 @@ def _tree(folder: str, place: str, trees: Trees, interpreter: Interpreter, colle
             if not inside or os.readlink(origin).startswith("/"):
                 yield FileItem(path, origin, os.stat(origin), collector.own(path))
                 continue
-        yield from collector.item(path, origin, node)
+        yield from collector.item(path, origin, node, recorded.get(origin))
 
 
 def _libraries(interpreter: Interpreter) -> list[str]:

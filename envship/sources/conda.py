@@ -290,7 +290,7 @@ def _package(
     for entry in _as_copies(record["envship-paths"]):
         path = entry["_path"]
         if owners.get(path) == me:
-            items += collector.item(path, *files[path], _treatment(entry, collector))
+            items += collector.item(path, *files[path], treatment_of(entry, collector))
     items = list({item.path: item for item in items}.values())
     paths = (entry["_path"] for entry in record["envship-paths"])
     is_whole = all(owners.get(path) == me and path not in shared and not path.endswith(LINKING) for path in paths)
@@ -308,7 +308,8 @@ def _as_copies(entries: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, An
         yield {**files.get(entry["sha256"], entry), "_path": entry["_path"]} if is_link else entry
 
 
-def _treatment(entry: Mapping[str, Any], collector: Collector) -> Treatment | None:
+def treatment_of(entry: Mapping[str, Any], collector: Collector) -> Treatment | None:
+    """How a file is treated that a package recorded as *entry*; None if it says nothing that matters."""
     digest, mode, placeholder = entry.get("sha256"), entry.get("file_mode"), entry.get("prefix_placeholder")
     own = collector.own(entry["_path"])
     if entry.get("path_type") == "unix_python_entry_point":

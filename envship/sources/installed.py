@@ -61,7 +61,7 @@ def distribution_draft(
         draft = draft._replace(kind="project")
         if collector.options.ignore_editable:
             return draft
-        project = project_of(distribution, files, collector.prefixes)
+        project = project_of(distribution, files, collector.inside)
     if project is not None and collector.is_archive:
         url = distribution.editable
         problem = f"{draft.name} {draft.version} is installed in editable mode from {url}, which is not in the archive"
@@ -108,7 +108,7 @@ def path_file_drafts(
     if collector.is_archive:
         return []
     drafts = []
-    for project in linked_by_path_files(site_path, files, distributions, collector.prefixes):
+    for project in linked_by_path_files(site_path, files, distributions, collector.inside):
         if collector.options.ignore_editable:
             for path in project.links:
                 owners.setdefault(path, project.name)

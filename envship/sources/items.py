@@ -54,6 +54,9 @@ class Collector:
         What conda-pack did to the prefix, if it did.
     is_archive
         Whether the prefix comes out of an archive, which may name whatever it likes on this machine.
+    inside
+        Folders whose content goes along as part of the environment; by default, that of *prefixes*. The interpreter of
+        a venv comes along without all else that lies below its prefix, which may be ``/usr``.
 
     Attributes
     ----------
@@ -70,12 +73,14 @@ class Collector:
         options: PackOptions = NO_OPTIONS,
         unpacked: Unpacked | None = None,
         is_archive: bool = False,
+        inside: Sequence[str] | None = None,
     ) -> None:
         self.trees = trees
         self.options = options
         self.unpacked = unpacked
         self.is_archive = is_archive
         self.prefixes = tuple(dict.fromkeys(prefixes))
+        self.inside = self.prefixes if inside is None else tuple(dict.fromkeys(inside))
         self.problems: list[str] = []
         self.remedies: dict[str, None] = {}
 

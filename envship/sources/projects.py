@@ -57,7 +57,7 @@ class Moved:
         return f"moved {self.trees} {self.path_file} {self.own.key}"
 
     def __call__(self, data: bytes) -> Content:
-        places = dict.fromkeys(self.own.prefixes, PLACEHOLDER)
+        places = {prefix: PLACEHOLDER for prefix in self.own.prefixes if prefix not in SYSTEM_PREFIXES}
         places.update((tree.root, f"{PLACEHOLDER}/{tree.place}") for tree in self.trees)
         text = data.decode("utf-8", "surrogateescape")
         if self.path_file:

@@ -59,7 +59,8 @@ def plan_venv(prefix: Path, trees: Trees, options: PackOptions, is_archive: bool
         trees.walk(root)
     files, distributions, others = _installed(prefix, f"{library}/site-packages", interpreter, trees)
     files = without_leavings(files, distributions, str(prefix), trees)
-    collector = Collector(_spellings(prefix, interpreter), trees, options, is_archive=is_archive)
+    spellings, inside = _spellings(prefix, interpreter), _inside(prefix, interpreter)
+    collector = Collector(spellings, trees, options, is_archive=is_archive, inside=inside)
     drafts = [base_draft(interpreter, trees, collector)]
     owners = {item.path: "python" for item in drafts[0].items}
     drafts += [distribution_draft(distribution, files, owners, collector) for distribution in distributions]
@@ -151,6 +152,14 @@ def _settings(prefix: Path) -> dict[str, str] | None:
 def _spellings(prefix: Path, interpreter: Interpreter) -> list[str]:
     """Paths under which files may name the environment: the venv's and the interpreter's, links resolved or not."""
     return [str(prefix), str(prefix.resolve()), interpreter.base_prefix, os.path.realpath(interpreter.base_prefix)]
+
+
+def _inside(prefix: Path, interpreter: Interpreter) -> list[str]:
+    """What is part of the environment: the venv, and of its interpreter's folders those that go along."""
+    parts = [*interpreter.site, interpreter.stdlib, interpreter.platstdlib]
+    if _settings(prefix) is not None:
+        parts[:0] = [str(prefix)]
+    return [form for part in parts for form in (part, os.path.realpath(part))]
 
 
 def _unowned(files: Mapping[str, Found], owners: Mapping[str, str], collector: Collector) -> Draft:
