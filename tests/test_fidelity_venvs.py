@@ -17,12 +17,13 @@ from envship.canonical import Own
 from envship.pack import pack
 from envship.sources.projects import Moved, Tree
 from worker_bootstrap.activation import activated
+from worker_bootstrap.manifest import File
 from worker_bootstrap.materialise import materialise
 from worker_bootstrap.relocate import PLACEHOLDER
 from worker_bootstrap.store import Store
 
 from .byte_code import compiled, unlike_its_source
-from .contents import package
+from .contents import entries, package
 from .interpreters import interpreters, makes_venvs
 from .prefixes import clone_of, console_script_wheel, install, onlyhere_wheel, said, small_venv
 
@@ -162,17 +163,20 @@ def test_a_venv_of_condas_interpreter_is_the_same_wherever_conda_put_it(
     conda_pair: tuple[Path, Path], store: Store, tmp_path: Path
 ) -> None:
     """What conda recorded of the interpreter's files holds in a venv; the certificates of its OpenSSL come along."""
-    ids = set()
+    environments = {}
     for number, original in enumerate(conda_pair):
         base = clone_of(original, tmp_path / f"base-{'x' * number}")
         (base / "ssl").mkdir()
         (base / "ssl" / "cert.pem").write_text("certificates")
         by_venv(str(base / "bin" / "python"), tmp_path / "env")
-        ids.add(pack(tmp_path / "env", store=store).id)
+        environment = pack(tmp_path / "env", store=store)
+        environments[environment.id] = environment
         shutil.rmtree(base)
         shutil.rmtree(tmp_path / "env")
-    assert len(ids) == 1
-    built = materialise(store, ids.pop())
+    (environment,) = environments.values()
+    files = [each for each in entries(environment, package(environment, "python")).values() if isinstance(each, File)]
+    assert any(file.relocation and len(file.relocation.placeholder) == 255 for file in files), "as conda recorded it"
+    built = materialise(store, environment.id)
     assert (built / "ssl" / "cert.pem").read_text() == "certificates"
     code = "import sysconfig, sys; print(sysconfig.get_config_var('LIBDIR'), sys.prefix)"
     assert said(built / "bin" / "python", "-c", code) == f"{built}/lib {built}"
