@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import stat
 import subprocess
 import tarfile
@@ -24,7 +25,8 @@ from worker_bootstrap.materialise import materialise
 from worker_bootstrap.store import Store
 
 from .contents import all_entries
-from .prefixes import said
+from .prefixes import clone_of, said
+from .projects import git, install_editable, project
 from .snapshots import untouched
 
 
@@ -93,6 +95,35 @@ def test_an_archive_that_was_unpacked_and_moved_by_conda_unpack_is_the_same_envi
     environ = {"PATH": f"{prefix}/bin:/usr/bin:/bin"}
     subprocess.run([prefix / "bin" / "conda-unpack"], env=environ, check=True)
     assert pack(prefix, store=store).id == expected.id
+
+
+def test_a_checkout_in_an_archive_goes_along_without_what_git_left(
+    conda_pair: tuple[Path, Path], shared_store: Store, tmp_path: Path
+) -> None:
+    """As it does from the environment that the archive was made of; conda-pack takes all of it."""
+    checkout = project(tmp_path, "cloned", "flit")
+    (checkout / ".gitignore").write_text("*.csv\n")
+    git(checkout, "init")
+    git(checkout, "add", "-A")
+    git(checkout, "commit", "-m", "first")
+    prefix = clone_of(conda_pair[0], tmp_path / "env")
+    install_editable(prefix, more=["-e", f"git+file://{checkout}#egg=cloned", "--src", str(prefix / "src")])
+    (prefix / "src" / "cloned" / "rows.csv").write_text("1")
+    archive = tmp_path / "env.tar.gz"
+    packed_by_conda_pack(prefix, archive, ignore_editable_packages=True)
+    with tarfile.open(archive) as tar:
+        assert {"src/cloned/.git/HEAD", "src/cloned/rows.csv"} <= set(tar.getnames())
+    expected = pack(prefix, store=shared_store)
+    shutil.rmtree(prefix)
+    environment = pack(archive, store=shared_store)
+    paths = all_entries(environment)
+    assert "src/cloned/cloned/__init__.py" in paths
+    assert not any("/.git/" in path or path.endswith(".csv") for path in paths)
+    assert environment.id == expected.id
+    built = materialise(shared_store, environment.id)
+    code = "import cloned; print(cloned.__file__)"
+    assert said(built / "bin/python", "-c", code) == f"{built}/src/cloned/cloned/__init__.py"
+    shutil.rmtree(built)
 
 
 def test_an_archive_packed_before_is_not_opened_again(archive: Path, store: Store) -> None:

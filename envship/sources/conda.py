@@ -74,7 +74,7 @@ def plan_conda(prefix: Path, trees: Trees, options: PackOptions, is_archive: boo
     collector = Collector([str(prefix), str(prefix.resolve()), *older], trees, options, before, is_archive)
     owners = _owners(records, files)
     distributions = _foreign_distributions(prefix, f"{library}/site-packages", records, files, owners)
-    files = without_leavings(files, distributions, str(prefix), trees)
+    files = without_leavings(files, distributions, collector.prefixes, trees)
     faults = [*_missing(records, files), *missing_files(distributions, files)]
     faults += _take_over(prefix, records, owners, distributions)
     shared = _shared(records, distributions)

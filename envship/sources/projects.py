@@ -125,26 +125,29 @@ class Project:
 def place_inside(distribution: Distribution, prefixes: Sequence[str]) -> str | None:
     """Where in the environment the tree of an editable *distribution* lies (pip puts checkouts at ``src/NAME``).
 
-    With the repository that it is a folder of, if that lies in the environment, too.
+    With the repository that it is a folder of, if that lies in the environment, too. The first of *prefixes* is where
+    the environment is; it may name itself by the others, one of which it may have come from, in an archive.
     """
     root = _root_of(distribution)
     prefix = next((prefix for prefix in prefixes if root.startswith(prefix + "/")), None)
     if prefix is None:
         return None
-    top = folder = root
-    while folder != prefix:
-        if os.path.exists(f"{folder}/.git"):
+    top = folder = root[len(prefix) + 1 :]
+    while folder:
+        if os.path.exists(f"{prefixes[0]}/{folder}/.git"):
             top = folder
         folder = os.path.dirname(folder)
-    return top[len(prefix) + 1 :]
+    return top
 
 
 def without_leavings(
-    files: dict[str, Found], distributions: Sequence[Distribution], prefix: str, trees: Trees
+    files: dict[str, Found], distributions: Sequence[Distribution], prefixes: Sequence[str], trees: Trees
 ) -> dict[str, Found]:
-    """*files* without what stays behind of the source trees that lie in the environment at *prefix*."""
-    for place in filter(None, (place_inside(each, [prefix, os.path.realpath(prefix)]) for each in distributions)):
-        root = f"{prefix}/{place}"
+    """*files* without what stays behind of the source trees that lie in the environment at the first of *prefixes*."""
+    for place in filter(None, (place_inside(each, prefixes) for each in distributions)):
+        root = f"{prefixes[0]}/{place}"
+        if not os.path.isdir(root):
+            continue
         kept = {f"{place}/{path}" for path, _ in source_tree.files_below(root, [root], trees)}
         files = {path: found for path, found in files.items() if path in kept or not path.startswith(place + "/")}
     return files

@@ -58,7 +58,7 @@ def plan_venv(prefix: Path, trees: Trees, options: PackOptions, is_archive: bool
     for root in base_roots(interpreter):
         trees.walk(root)
     files, distributions, others = _installed(prefix, f"{library}/site-packages", interpreter, trees)
-    files = without_leavings(files, distributions, str(prefix), trees)
+    files = without_leavings(files, distributions, [str(prefix), str(prefix.resolve())], trees)
     spellings, inside = _spellings(prefix, interpreter), _inside(prefix, interpreter)
     collector = Collector(spellings, trees, options, is_archive=is_archive, inside=inside)
     drafts = [base_draft(interpreter, trees, collector)]
