@@ -21,16 +21,23 @@ from worker_bootstrap.relocate import PLACEHOLDER, RelocationError, relocate, re
 SYSTEM_PREFIXES = frozenset(("/", "/usr", "/usr/local"))
 """Prefixes that many paths begin with which have nothing to do with an environment."""
 
+_NO_ROOM = "looks for shared libraries in %s (RPATH) and has no room for $ORIGIN/…: patchelf --set-rpath makes it"
+"""What is said of an ELF file that works where it is only."""
+
 _POLYGLOT = b"#!/bin/sh\n'''exec' "
 _ENV_SHEBANG = re.compile(rb"\A#!/usr/bin/env (?:-S )?([^\s/=-][^\s/=]*(?=[ \n]))")
 
 
 class Content(NamedTuple):
-    """Canonical bytes, how they name the prefix, and their digest where it is known already."""
+    """Canonical bytes, how they name the prefix, and their digest where it is known already.
+
+    *doubt* says why the file may not work elsewhere; most often it is empty.
+    """
 
     data: bytes
     relocation: Relocation | None
     digest: Digest | None = None
+    doubt: str = ""
 
 
 class Treatment(Protocol):
@@ -73,10 +80,17 @@ class Own:
         if not self.occurs(data):
             return Content(data, None)
         if elf.is_elf(data):
-            return Content(elf.with_relative_rpath(data, self.path, self.prefixes), None)
+            return self._with_relative_rpath(data)
         if b"\0" in data:
             return Content(data, None)
         return _canonical_text(data, self.prefixes, is_script=self.path.startswith("bin/"))
+
+    def _with_relative_rpath(self, data: bytes) -> Content:
+        # Libraries in the folders of the system stay there. Those in /usr/local may be the interpreter's own.
+        prefixes = [prefix for prefix in self.prefixes if prefix not in ("/", "/usr")]
+        data = elf.with_relative_rpath(data, self.path, prefixes)
+        doubt = _NO_ROOM % elf.rpath(data) if elf.names_prefix(data, prefixes) else ""
+        return Content(data, None, doubt=doubt)
 
     def occurs(self, data: bytes) -> bool:
         """Whether one of the prefixes stands anywhere in *data*."""

@@ -46,11 +46,13 @@ class Written:
 
     packages: dict[int, Packed] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
 
     def add_faults(self, reader: Reader) -> None:
         """Take over what *reader* noted."""
         self.problems += reader.problems
+        self.doubts += reader.doubts
         self.changed += reader.changed
 
 
@@ -132,7 +134,8 @@ def write_with_processes(
                 written.packages[value[0]] = value[1]
             elif kind == "faults":
                 written.problems += value[0]
-                written.changed += value[1]
+                written.doubts += value[1]
+                written.changed += value[2]
                 ended_well += 1
             else:
                 raise value
@@ -164,7 +167,7 @@ def _work(
             (number,) = _NUMBER.unpack(data)
             tell("package", (number, writer.write(drafts[number])))
         tell("bytes", unsaid_bytes)
-        tell("faults", (reader.problems, reader.changed))
+        tell("faults", (reader.problems, reader.doubts, reader.changed))
 
 
 def die_with_parent() -> None:

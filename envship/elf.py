@@ -41,7 +41,7 @@ def soname(data: bytes) -> str | None:
 def with_relative_rpath(data: bytes, path: str, prefixes: Collection[str]) -> bytes:
     """*data* with the RPATH entries that lie below *prefixes* made relative to the file, whose place is *path*.
 
-    The new path is written over the old one; where it is longer, *data* comes back unchanged.
+    The new path is written over the old one; where it is longer, *data* comes back unchanged (see `names_prefix`).
     """
     place = _place_of(data, _DT_RUNPATH, _DT_RPATH)
     if place is None:
@@ -55,12 +55,23 @@ def with_relative_rpath(data: bytes, path: str, prefixes: Collection[str]) -> by
     return data[:place] + new.ljust(end - place, b"\0") + data[end:]
 
 
+def names_prefix(data: bytes, prefixes: Collection[str]) -> bool:
+    """Whether an entry of the RPATH lies below *prefixes*."""
+    return any(_prefix_of(entry, prefixes) is not None for entry in (rpath(data) or "").split(":"))
+
+
 def _relative(entry: str, path: str, prefixes: Collection[str]) -> str:
+    prefix = _prefix_of(entry, prefixes)
+    if prefix is None:
+        return entry
+    return "$ORIGIN/" + os.path.relpath(os.path.relpath(entry, prefix), os.path.dirname(path) or ".")
+
+
+def _prefix_of(entry: str, prefixes: Collection[str]) -> str | None:
     for prefix in sorted(prefixes, key=len, reverse=True):
         if entry == prefix or entry.startswith(prefix.rstrip("/") + "/"):
-            inside = os.path.relpath(entry, prefix)
-            return "$ORIGIN/" + os.path.relpath(inside, os.path.dirname(path) or ".")
-    return entry
+            return prefix
+    return None
 
 
 def _string(data: bytes, place: int | None) -> str | None:

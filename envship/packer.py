@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,8 @@ from worker_bootstrap.digest import Digest, EnvironmentId
 from worker_bootstrap.errors import NotAnEnvironment, SourceProblems
 from worker_bootstrap.manifest import Manifest, Package
 from worker_bootstrap.store import Store
+
+logger = logging.getLogger("envship.packer")
 
 Report = Callable[[str, int, int], None]
 """Called with a stage (``scan``, ``pack``), bytes done and bytes in all; from any thread, up to ten times a second."""
@@ -119,6 +122,8 @@ class Packer:
             if written.problems and not changed:
                 problems = sorted(written.problems)
                 raise SourceProblems(str(prefix), problems, "Make these files readable, or remove them.")
+            for line in sorted(written.doubts):
+                logger.warning("packed, but it may not work elsewhere: %s", line)
             rows = list(zip(drafts, keys, packed, strict=True))
             packages = [_package(draft, found) for draft, _, found in rows if found is not None]
             assert changed or len(packages) == len(drafts)

@@ -22,12 +22,15 @@ class Reader:
     ----------
     problems
         One line for every file that could not be read.
+    doubts
+        One line for every file that may not work elsewhere.
     changed
         Absolute paths of files that turned out to have changed since the walk.
     """
 
     def __init__(self, plan: Plan, kept: Path, tmp: Path) -> None:
         self.problems: list[str] = []
+        self.doubts: list[str] = []
         self.changed: list[str] = []
         self._plan = plan
         self._kept = kept
@@ -47,7 +50,12 @@ class Reader:
     def content(self, item: FileItem) -> Content | None:
         """The canonical content of a file; None, and a problem, if it cannot be read."""
         data = self._read(item)
-        return None if data is None else item.treatment(data)
+        if data is None:
+            return None
+        content = item.treatment(data)
+        if content.doubt:
+            self.doubts.append(f"{item.path} {content.doubt}")
+        return content
 
     def byte_code(self, item: CodeItem) -> bytes | None:
         """The byte code of a module; None if it has none, or names the prefix."""

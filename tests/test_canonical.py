@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,8 @@ from envship.canonical import PLACEHOLDER, Own, Recorded, Rewritten, Undigested,
 from worker_bootstrap.digest import digest_of
 from worker_bootstrap.manifest import Relocation
 from worker_bootstrap.relocate import relocate
+
+from .elf_files import elf_file
 
 LONG = "/placeholder/" + "p" * 200
 HERE = "/home/me/env"
@@ -133,6 +134,16 @@ def test_the_search_path_of_a_library_becomes_relative(tmp_path: Path) -> None:
 def test_a_search_path_that_is_too_short_to_take_a_relative_one_stays() -> None:
     data = elf_file("/e/lib")
     assert elf.with_relative_rpath(data, "lib/python3.11/lib-dynload/x.so", ["/e"]) == data
+    content = Own(("/e",), "lib/python3.11/lib-dynload/x.so")(data)
+    assert content[:2] == (data, None)
+    assert "/e/lib (RPATH)" in content.doubt
+    assert Own((HERE,), "x.so")(elf_file(f"{HERE}/lib:{HERE}/else")).doubt == ""
+
+
+def test_libraries_in_the_folders_of_the_system_stay_there() -> None:
+    """They do not come along with an interpreter of the system."""
+    content = Own((HERE, "/usr"), "lib/x.so")(elf_file("/usr/lib/blas:/home/me/env/lib"))
+    assert (elf.rpath(content.data), content.doubt) == ("/usr/lib/blas:$ORIGIN/.", "")
 
 
 @pytest.mark.parametrize("length", [0, 4, 63, 70, 130, 200])
@@ -145,19 +156,6 @@ def test_a_broken_elf_file_is_left_as_it_is(length: int) -> None:
 def test_the_name_that_a_library_is_asked_for_by() -> None:
     assert elf.soname(elf_file("libz.so.1", tag=14)) == "libz.so.1"
     assert elf.soname(elf_file("/lib")) is elf.soname(b"text") is None
-
-
-def elf_file(text: str, tag: int = 29) -> bytes:
-    """The least that has an RUNPATH, or another text: header, two segments, dynamic section, string table."""
-    strings = b"\0" + text.encode() + b"\0"
-    dynamic_at, strings_at = 64 + 2 * 56, 64 + 2 * 56 + 3 * 16
-    size = strings_at + len(strings)
-    header = b"\x7fELF\x02\x01\x01" + bytes(9)
-    header += struct.pack("<HHIQQQIHHHHHH", 3, 62, 1, 0, 64, 0, 0, 64, 56, 2, 0, 0, 0)
-    load = struct.pack("<IIQQQQQQ", 1, 4, 0, 0x1000, 0x1000, size, size, 0x1000)
-    dynamic = struct.pack("<IIQQQQQQ", 2, 4, dynamic_at, 0x1000 + dynamic_at, 0x1000 + dynamic_at, 48, 48, 8)
-    tags = struct.pack("<6Q", 5, 0x1000 + strings_at, tag, 1, 0, 0)
-    return header + load + dynamic + tags + strings
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from worker_bootstrap.relocate import PLACEHOLDER
 from worker_bootstrap.store import Store
 
 from .contents import all_entries, contents, entries, package
+from .elf_files import elf_file
 from .prefixes import install, onlyhere_wheel, small_venv
 
 SHORT = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -188,3 +189,18 @@ def test_unreadable_files_are_all_named(store: Store, tmp_path: Path) -> None:
     (mine / "secret").chmod(0)
     with pytest.raises(SourceProblems, match="secret cannot be read"):
         pack(mine, store=store)
+
+
+def test_a_library_that_cannot_find_others_elsewhere_is_named(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its search path names the environment, and has no room for another: it is packed, and that is said."""
+    mine = small_venv(tmp_path / "env", [onlyhere_wheel(tmp_path)])
+    folder = mine / "lib" / Path("d/" * 100)
+    folder.mkdir(parents=True)
+    (folder / "x.so").write_bytes(elf_file(f"{mine}/lib"))
+    (mine / "lib" / "fine.so").write_bytes(elf_file(f"{mine}/lib"))
+    with caplog.at_level(logging.WARNING, "envship"):
+        pack(mine, store=store)
+    (said,) = (record.getMessage() for record in caplog.records if "RPATH" in record.getMessage())
+    assert f"/d/x.so looks for shared libraries in {mine}/lib" in said
