@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,8 @@ def test_an_environment_is_packed_shown_compared_and_exported(venv: Path, tmp_pa
     assert sum(part["size_bytes"] for part in shown["folders"]) == whole["size_bytes"]
     assert sum(part["size_bytes"] for part in shown["kinds"]) == whole["size_bytes"]
     text = envship("show", whole["id"])
+    library = f"lib/python{sys.version_info.major}.{sys.version_info.minor}"
+    assert f"{library}/ (the rest)" in text and f"{library}/__pycache__/  " in text
     assert "Python sources" in text and "often not needed" in text
     found = envship_json("diff", less["id"], whole["id"])
     (change,) = found["packages"]
@@ -75,3 +78,18 @@ def test_an_environment_is_packed_shown_compared_and_exported(venv: Path, tmp_pa
     assert told["archive_bytes"] == (tmp_path / "mine.tar.gz").stat().st_size
     with tarfile.open(tmp_path / "mine.tar.gz") as tar:
         assert "bin/conda-unpack" in tar.getnames()
+
+
+def test_of_many_files_that_differ_the_largest_are_named(venv: Path, tmp_path: Path) -> None:
+    less = envship_json("pack", venv, "--exclude", "*.py")
+    whole = envship_json("pack", venv)
+    (python,) = (each for each in envship_json("diff", less["id"], whole["id"])["packages"] if each["name"] == "python")
+    by_size = [file["path"] for file in sorted(python["files"], key=lambda file: -file["new_bytes"])]
+    text = envship("diff", less["id"], whole["id"])
+    lines = text.partition("python:")[2].partition("smaller ones")[0].splitlines()
+    told = [line.split()[1] for line in lines if line.startswith("  + ")]
+    assert 10 < len(told) < len(by_size)
+    assert told == by_size[: len(told)]
+    assert f"… and {len(by_size) - len(told)} smaller ones" in text
+    everything = envship("diff", "--all", less["id"], whole["id"])
+    assert all(path in everything for path in by_size)

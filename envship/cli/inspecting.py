@@ -89,8 +89,14 @@ def _print_packages(environment: Environment, show_all: bool) -> None:
 
 
 def _print_parts(title: str, parts: Sequence[Part], total_bytes: int, show_all: bool) -> None:
-    rows = [(part.name or "(top)", f"{part.files:,}", part.size_bytes) for part in parts]
+    rows = [(_part_name(part, parts), f"{part.files:,}", part.size_bytes) for part in parts]
     _print_sized((title, "files"), rows, total_bytes, show_all)
+
+
+def _part_name(part: Part, parts: Sequence[Part]) -> str:
+    """Its name; of a folder in which others lie that have a row of their own, that this is what is left."""
+    is_rest = any(other.name != part.name and other.name.startswith(part.name) for other in parts)
+    return (part.name or "(top)") + (" (the rest)" if is_rest and part.name.endswith("/") else "")
 
 
 def _print_sized(columns: Sequence[str], rows: Sequence[Sequence[Any]], total_bytes: int, show_all: bool) -> None:
@@ -173,13 +179,16 @@ def _print_difference(found: Difference, show_all: bool) -> None:
 def _print_files(files: Sequence[FileChange], show_all: bool) -> None:
     from dask.utils import format_bytes
 
-    shown = files if show_all else files[:FILES_SHOWN]
+    shown = files
+    if len(files) > FILES_SHOWN and not show_all:
+        # Where the bytes are, which the first ones by name need not tell.
+        shown = sorted(files, key=lambda file: -max(file.old_bytes, file.new_bytes))[:FILES_SHOWN]
     for file in shown:
         mark = {"added": "+", "removed": "-", "changed": "~"}[file.kind]
         sizes = " → ".join(format_bytes(size) for size in (file.old_bytes, file.new_bytes))
         click.echo(f"  {mark} {file.path}  ({sizes})")
     if len(files) > len(shown):
-        click.echo(f"  … and {len(files) - len(shown)} more (--all lists them)")
+        click.echo(f"  … and {len(files) - len(shown)} smaller ones (--all lists them)")
 
 
 def _versions(old: str, new: str) -> str:
