@@ -39,7 +39,7 @@ logger = logging.getLogger("envship.coordinator")
 
 RELEASE_TIMEOUT_S = 2.0
 """A worker that was told to close and has not said so by then hangs; the scheduler lets go of it anyway."""
-PROTOCOL = 5
+PROTOCOL = 6
 """Of the operations that clients and agents call; a client of another one is told so."""
 POLL_INTERVAL_S = 0.005
 AWAKE_INTERVAL_S = 0.1
