@@ -52,12 +52,11 @@ def test_few_items_are_left_where_they_are(tmp_path: Path) -> None:
     assert drafts[0].items is items
 
 
-@pytest.mark.parametrize("kind", ["venv", "conda"])
 def test_an_environment_with_very_many_files_is_the_same_environment(
-    request: pytest.FixtureRequest, kind: str, store: Store, monkeypatch: pytest.MonkeyPatch
+    conda_pair: tuple[Path, Path], store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever kinds of items there are; also when it is packed again, with some packages known."""
-    prefix = request.getfixturevalue("venv") if kind == "venv" else request.getfixturevalue("conda_pair")[0]
+    prefix = conda_pair[0]
     expected = pack(prefix, store=store).id
     for index in (ScanIndex.none(store), ScanIndex.load(store, str(prefix), NO_OPTIONS)):
         monkeypatch.setattr(spool, "HELD_ITEMS", 0)
@@ -65,7 +64,7 @@ def test_an_environment_with_very_many_files_is_the_same_environment(
 
 
 def test_a_walk_that_is_kept_takes_half_the_memory_and_finds_the_same() -> None:
-    root = Root(os.path.dirname(os.__file__))
+    root = Root(os.path.dirname(os.__file__), ("site-packages", "test"))
     taken, walks = [], []
     for slim in (False, True):
         trees = Trees(slim=slim)
