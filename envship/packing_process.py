@@ -29,7 +29,7 @@ from worker_bootstrap.digest import EnvironmentId
 from worker_bootstrap.errors import EnvshipError
 from worker_bootstrap.store import Store
 
-WRITERS_LIMIT = 6
+WRITERS_LIMIT = 5
 """More would wait for the disk, and each takes some 60 MB with the interpreter that compiles for it: 400 MB for all."""
 
 # Buffers of whole chunks go back to the system when they are freed. By itself, glibc's malloc would take them for the

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ensurepip
 import json
 import logging
 import os
 import shutil
-import subprocess
 import sys
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -200,58 +197,6 @@ def test_projects_may_stay_away(lab: Lab) -> None:
     environment = lab.pack(ignore_editable=True)
     assert not any(path.startswith("share/envship") for path in all_entries(environment))
     assert not any(p.name == "viasrc" and p.chunks for p in environment.packages)
-
-
-# -- older ways, with the tool itself
-
-
-BUNDLED = sorted((Path(ensurepip.__file__).parent / "_bundled").glob("setuptools-*.whl"))
-SETUP_PY = """
-from setuptools import setup
-setup(name="viasetup", version="1.0", package_dir={"": "src"}, packages=["viasetup"], scripts=["viatool.py"],
-      entry_points={"console_scripts": ["viamain = viasetup:main"]})
-"""
-
-
-@pytest.mark.skipif(not BUNDLED, reason="setuptools that develops comes with Python up to 3.11")
-@pytest.mark.filterwarnings("ignore")
-def test_what_setup_py_develop_leaves_works_elsewhere(plain: tuple[Path, Store], tmp_path: Path) -> None:
-    """Its line, its egg-link to a folder of sources, its scripts: one calls an entry point, one runs where it lies."""
-    root = tmp_path / "project"
-    (root / "src" / "viasetup").mkdir(parents=True)
-    (root / "src" / "viasetup" / "__init__.py").write_text("def main():\n    print('main', __file__)\n")
-    (root / "setup.py").write_text(SETUP_PY)
-    (root / "viatool.py").write_text("#!/usr/bin/env python\nimport viasetup\nprint('tool', viasetup.__file__)\n")
-    (root / "unrelated.txt").write_text("no part of it")
-    prefix = small_venv(tmp_path / "env", BUNDLED)
-    subprocess.run(
-        [prefix / "bin" / "python", "-W", "ignore", "setup.py", "-q", "develop", "--no-deps"],
-        cwd=root,
-        check=True,
-        capture_output=True,
-    )
-    assert (prefix / SITE / "viasetup.egg-link").read_text() == f"{root}/src\n../"
-    environment = pack(prefix, store=plain[1])
-    shutil.rmtree(root)
-    shutil.rmtree(prefix)
-    built = materialise(plain[1], environment.id)
-    where = f"{built}/{PLACE}/easy-install/viasetup/__init__.py"
-    assert said(built / "bin/viamain") == f"main {where}"
-    assert said(built / "bin/viatool.py") == f"tool {where}"
-    assert not any(path.endswith("unrelated.txt") for path in all_entries(environment))
-
-
-def test_a_path_file_may_name_a_file(plain: tuple[Path, Store], tmp_path: Path) -> None:
-    """A zip of modules, outside of the environment."""
-    prefix = small_venv(tmp_path / "env", [])
-    with zipfile.ZipFile(tmp_path / "modules.zip", "w") as archive:
-        archive.writestr("zipped.py", "VALUE = 1\n")
-    (prefix / SITE / "zip.pth").write_text(f"{tmp_path}/modules.zip\n")
-    environment = pack(prefix, store=plain[1])
-    (tmp_path / "modules.zip").unlink()
-    built = materialise(plain[1], environment.id)
-    code = "import zipped; print(zipped.VALUE, zipped.__file__)"
-    assert said(built / "bin/python", "-c", code) == f"1 {built}/{PLACE}/zip/zipped.py"
 
 
 # -- what of a tree goes along
