@@ -35,7 +35,7 @@ def mark_before_building() -> None:
         blueprint = draw(manifest, listings, str(prefix))
         prefix.mkdir()
         ready_mark.write(layout.ready(environment_id), layout.tmp, durable=False)
-        donors = Donors(donor.find(store, manifest, listings), link_mode)
+        donors = Donors(donor.find(store, manifest, listings, donor.built(store, manifest)), link_mode)
         Writer(store, blueprint, donors, str(prefix), str(prefix), work).write()
         soundness.seal(layout, environment_id, blueprint, str(prefix))
         return prefix

@@ -74,8 +74,19 @@ class Blueprint(NamedTuple):
         return sum(len(run.files) for run in self.runs)
 
 
-def read_listings(manifest: Manifest, read_chunk: Callable[[Digest], bytes]) -> list[Listing]:
-    """The listing of each package, in their order; *read_chunk* returns the verified bytes of a chunk.
+def read_listings(
+    manifest: Manifest, read_chunk: Callable[[Digest], bytes], checked: Container[Digest] = ()
+) -> list[Listing]:
+    """The listing of each package, in their order.
+
+    Parameters
+    ----------
+    manifest
+        The environment.
+    read_chunk
+        Returns the verified bytes of a chunk.
+    checked
+        Listings that were read before, when an environment was built that has them as well.
 
     Raises
     ------
@@ -90,7 +101,8 @@ def read_listings(manifest: Manifest, read_chunk: Callable[[Digest], bytes]) -> 
         if len(data) != package.listing.size_bytes:
             reason = f"{len(data)} bytes, the manifest says {package.listing.size_bytes}"
             raise ManifestInvalid(reason, f"listing of {package.name!r}")
-        listings.append(Listing.from_bytes(data))
+        read = Listing.from_checked_bytes if package.listing.digest in checked else Listing.from_bytes
+        listings.append(read(data))
         count += len(listings[-1].entries)
         if count > ENTRY_LIMIT:
             raise ManifestInvalid(f"more than {ENTRY_LIMIT} entries", f"environment {manifest.id}")

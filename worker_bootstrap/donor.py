@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from worker_bootstrap import ready_mark
+from worker_bootstrap.digest import Digest
 from worker_bootstrap.errors import EnvshipError, SettingInvalid
 from worker_bootstrap.layout import WRITTEN_AT_NS
 from worker_bootstrap.manifest import File, Listing, Manifest, Package
@@ -83,11 +84,15 @@ class Donors:
         return False
 
 
-def find(store: Store, manifest: Manifest, listings: Sequence[Listing]) -> dict[str, Path]:
-    """For each file that an environment built in *store* has, unchanged: its path, and that environment's prefix."""
+Donor = tuple[Manifest, Path]
+"""An environment that is built, and where."""
+
+
+def find(store: Store, manifest: Manifest, listings: Sequence[Listing], donors: Sequence[Donor]) -> dict[str, Path]:
+    """For each file that one of *donors* has, unchanged: its path, and that environment's prefix."""
     found: dict[str, Path] = {}
     waiting = list(zip(manifest.packages, listings))
-    for other, prefix in _built(store, manifest):
+    for other, prefix in donors:
         theirs = {package.listing.digest for package in other.packages}
         rest = []
         for package, listing in waiting:
@@ -102,17 +107,27 @@ def find(store: Store, manifest: Manifest, listings: Sequence[Listing]) -> dict[
     return found
 
 
-def _built(store: Store, manifest: Manifest) -> Iterator[tuple[Manifest, Path]]:
+def built(store: Store, manifest: Manifest) -> list[Donor]:
+    """Environments that are built in *store*, the last one first, and may have something in common with another."""
+    return list(_built(store, manifest))
+
+
+def listings_of(donors: Sequence[Donor]) -> frozenset[Digest]:
+    """The listings that were read, and checked, when *donors* were built."""
+    return frozenset(package.listing.digest for manifest, _ in donors for package in manifest.packages)
+
+
+def _built(store: Store, manifest: Manifest) -> Iterator[Donor]:
     marks = []
     for mark in store.layout.ready_marks.iterdir():
         with contextlib.suppress(OSError):
             marks.append((mark.stat().st_mtime, mark.name))
-    built = {str(environment_id): environment_id for environment_id in store.environments()}
-    names = [name for _, name in sorted(marks, reverse=True) if name in built and name != manifest.id]
+    held = {str(environment_id): environment_id for environment_id in store.environments()}
+    names = [name for _, name in sorted(marks, reverse=True) if name in held and name != manifest.id]
     for name in names[:DONOR_LIMIT]:
-        if ready_mark.is_valid(store.layout.ready(built[name])):
+        if ready_mark.is_valid(store.layout.ready(held[name])):
             with contextlib.suppress(EnvshipError):
-                yield store.read_manifest(built[name]), store.layout.prefix(built[name])
+                yield store.read_manifest(held[name]), store.layout.prefix(held[name])
 
 
 def _common(store: Store, package: Package, listing: Listing, other: Manifest) -> Iterator[File]:
