@@ -108,26 +108,24 @@ def find(store: Store, manifest: Manifest, listings: Sequence[Listing], donors: 
 
 
 def built(store: Store, manifest: Manifest) -> list[Donor]:
-    """Environments that are built in *store*, the last one first, and may have something in common with another."""
-    return list(_built(store, manifest))
-
-
-def listings_of(donors: Sequence[Donor]) -> frozenset[Digest]:
-    """The listings that were read, and checked, when *donors* were built."""
-    return frozenset(package.listing.digest for manifest, _ in donors for package in manifest.packages)
-
-
-def _built(store: Store, manifest: Manifest) -> Iterator[Donor]:
+    """Environments that are built in *store*, the last one first, and may have something in common with *manifest*."""
     marks = []
     for mark in store.layout.ready_marks.iterdir():
         with contextlib.suppress(OSError):
             marks.append((mark.stat().st_mtime, mark.name))
     held = {str(environment_id): environment_id for environment_id in store.environments()}
     names = [name for _, name in sorted(marks, reverse=True) if name in held and name != manifest.id]
+    found = []
     for name in names[:DONOR_LIMIT]:
         if ready_mark.is_valid(store.layout.ready(held[name])):
             with contextlib.suppress(EnvshipError):
-                yield store.read_manifest(held[name]), store.layout.prefix(held[name])
+                found.append((store.read_manifest(held[name]), store.layout.prefix(held[name])))
+    return found
+
+
+def listings_of(donors: Sequence[Donor]) -> frozenset[Digest]:
+    """The listings that were read, and checked, when *donors* were built."""
+    return frozenset(package.listing.digest for manifest, _ in donors for package in manifest.packages)
 
 
 def _common(store: Store, package: Package, listing: Listing, other: Manifest) -> Iterator[File]:
