@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import dask
 import pytest
@@ -20,6 +20,7 @@ from worker_bootstrap.store import Store
 from worker_bootstrap.verify import damaged_files
 
 from .cluster import SWAP_MARKS, Cluster, eventually, places
+from .gates import gated
 
 if TYPE_CHECKING:
     from envship.environment import Environment
@@ -66,32 +67,6 @@ def test_what_workers_run_from_stays_until_they_leave(client: Client, cluster: C
         assert store.built(EnvironmentId(packed.id)) is None
         assert list(store.layout.chunks.glob("*/*")) == []
     assert client.use_environment(packed).uploaded_chunks == len(packed.chunks)
-
-
-def gated(operation: str, folder: str) -> Callable[[Any], None]:
-    """What makes an agent wait with *operation* until there is a file ``open`` in *folder*, in which it says so."""
-
-    # Made in here so that it is pickled by value: the cluster cannot import the tests.
-    def install(dask_worker: Any) -> None:
-        import asyncio
-        import os
-        import pathlib
-        import time
-
-        right = dask_worker.handlers[operation]
-
-        def wait() -> None:
-            pathlib.Path(folder, str(os.getpid())).touch()
-            while not os.path.exists(os.path.join(folder, "open")):
-                time.sleep(0.01)
-
-        async def waiting(**what: Any) -> Any:
-            await asyncio.to_thread(wait)
-            return await right(**what)
-
-        dask_worker.handlers[operation] = waiting
-
-    return install
 
 
 @pytest.mark.parametrize("operation", ["envship_prepare", "envship_commit"])

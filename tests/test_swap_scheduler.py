@@ -7,10 +7,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import dask
 import dask.array
@@ -22,6 +22,7 @@ import envship  # noqa: F401  adds the methods to the client
 from worker_bootstrap.store import Store
 
 from .cluster import SWAP_MARKS, Cluster, client_in_base, eventually, places, variant
+from .gates import gated
 
 if TYPE_CHECKING:
     from envship.environment import Environment
@@ -225,7 +226,7 @@ def test_a_scheduler_with_an_idle_timeout_lives_as_long_as_a_swap_and_ends_after
         cluster.start_worker("plain", "--no-nanny", "--death-timeout", "10", host="b")
         with cluster.client(workers=1) as client:
             client.stage_environment(packed)  # with it come the agents
-            client.run(gated("envship_prepare", str(gate)))
+            client.run(gated("envship_prepare", str(tmp_path)))
             swap = threading.Thread(target=client.use_environment, args=[packed])
             swap.start()
             began_s = time.monotonic()
@@ -238,30 +239,6 @@ def test_a_scheduler_with_an_idle_timeout_lives_as_long_as_a_swap_and_ends_after
             assert scheduler_place(client)[0].endswith(packed.id[:16])
         eventually(lambda: not scheduler.alive, "nobody needs it any more")
         assert "being idle for" in scheduler.log
-
-
-def gated(operation: str, gate: str) -> Callable[[Any], None]:
-    """What makes an agent wait with *operation* until there is a file *gate*."""
-
-    # Made in here so that it is pickled by value: the cluster cannot import the tests.
-    def install(dask_worker: Any) -> None:
-        import asyncio
-        import os
-        import time
-
-        right = dask_worker.handlers[operation]
-
-        def wait() -> None:
-            while not os.path.exists(gate):
-                time.sleep(0.01)
-
-        async def waiting(**what: Any) -> Any:
-            await asyncio.to_thread(wait)
-            return await right(**what)
-
-        dask_worker.handlers[operation] = waiting
-
-    return install
 
 
 def test_an_encrypted_cluster(
