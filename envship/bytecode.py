@@ -25,6 +25,10 @@ _WORKER = Path(__file__).with_name("_bytecode_worker.py")
 _START = "import sys; sys.path.pop(0); exec(compile(open(sys.argv[1], encoding='utf-8').read(), sys.argv[1], 'exec'))"
 
 
+_FORM = b"values"
+"""What `envship._bytecode_worker` makes: what was kept in another form is not used."""
+
+
 class Compiler:
     """A process that makes byte code. Not for use by several threads at once; a context manager.
 
@@ -105,7 +109,7 @@ class Compiler:
 
     def _kept_path(self, item: CodeItem, source: bytes) -> Path:
         module_path = item.module_path.encode("utf-8", "surrogateescape")
-        name = digest_of(b"\0".join((self.magic.encode(), module_path, source)))
+        name = digest_of(b"\0".join((_FORM, self.magic.encode(), module_path, source)))
         return self.kept / name[:2] / name
 
     def _ask(self, request: bytes) -> tuple[bytes, bytes]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import marshal
 import os
 import py_compile
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
 
+from envship import _bytecode_worker
 from envship.bytecode import Compiler
 from envship.sources.draft import CodeItem
 from worker_bootstrap.errors import NotAnEnvironment
@@ -67,6 +70,27 @@ def test_compiled_and_reused_byte_code_are_equal(module: Path, tmp_path: Path) -
 def test_what_the_process_compiled_before_makes_no_difference(module: Path, tmp_path: Path) -> None:
     plain = made(tmp_path / "a", module)
     assert made(tmp_path / "b", module, before=SOURCE + "\n\nmore = 'a b', 'Outer.method.<locals>.nested'\n") == plain
+
+
+def test_modules_have_the_same_byte_code_whatever_was_compiled_before_them(tmp_path: Path) -> None:
+    """References, and interned strings, once came out differently for a module in a thousand: ftplib's were one."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    modules = [folder / "ftplib.py", *sorted(folder.glob("[a-f]*.py"))]
+    outputs = []
+    for order in (modules, modules[::-1]):
+        with Compiler(sys.executable, tmp_path / f"kept {len(outputs)}", tmp_path) as compiler:
+            each = {path: compiler.make(item(path, cached=""), path.read_bytes()) for path in order}
+        outputs.append({path: data for path, data in each.items() if data})
+    assert len(outputs[0]) > 40
+    assert outputs[0] == outputs[1]
+
+
+def test_code_that_needs_references_is_written_with_them() -> None:
+    """As in Python 3.14, whose constants may be slices: the values, and the name of the file, are the same."""
+    code = compile(SOURCE, "/somewhere/module.py", "exec", dont_inherit=True)
+    data = _bytecode_worker.canonical_with_references(code, "lib/module.py")
+    assert marshal.loads(data) == marshal.loads(_bytecode_worker.canonical(code, "lib/module.py"))
+    assert len(data) < len(marshal.dumps(code, _bytecode_worker.VALUES_ONLY))
 
 
 def test_an_interpreter_takes_it_whatever_the_times_say(module: Path, tmp_path: Path) -> None:
