@@ -22,6 +22,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
+from envship.code_ahead import CodeAhead
 from envship.package_writer import PackageWriter, Packed
 from envship.reading import Reader
 from envship.sources.draft import Draft
@@ -31,8 +32,9 @@ from worker_bootstrap.manifest import Chunk
 from worker_bootstrap.store import Store
 
 _READERS = 2
-_KEEPERS = 2
-"""Threads that compress, shared out among those that read: one reads where there is one package only."""
+_HELPERS = 2
+"""Threads that compress, and as many that have byte code made, shared out among those that read: one reads where there
+is one package only."""
 _WAITING_CHUNKS = 4
 """Chunks of one writer that are read and not yet written: bounds memory."""
 _TELL_EVERY_BYTES = 8 << 20
@@ -83,8 +85,9 @@ def write_with_threads(
     readers = min(_READERS, len(drafts))
 
     def work() -> None:
-        with new_reader() as reader, _Keeper(store, _KEEPERS // readers) as keeper:
-            writer = PackageWriter(reader, keeper.keep, go_on)
+        helpers = _HELPERS // readers
+        with new_reader() as reader, CodeAhead(reader, helpers) as code, _Keeper(store, helpers) as keeper:
+            writer = PackageWriter(reader, code, keeper.keep, go_on)
             with contextlib.suppress(queue.Empty):
                 while not stopped.is_set():
                     number = numbers.get_nowait()
@@ -162,7 +165,7 @@ def _work(
             unsaid_bytes = 0
 
     with new_reader() as reader, _Keeper(store) as keeper:
-        writer = PackageWriter(reader, keeper.keep, done)
+        writer = PackageWriter(reader, CodeAhead(reader), keeper.keep, done)
         while data := os.read(numbers, _NUMBER.size):
             (number,) = _NUMBER.unpack(data)
             tell("package", (number, writer.write(drafts[number])))

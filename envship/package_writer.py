@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from envship.canonical import Content
 from envship.chunking import LIMIT_BYTES, PROJECT_AVERAGE_BYTES, PROJECT_LIMIT_BYTES, Cutter, is_large
+from envship.code_ahead import CodeAhead
 from envship.large_files import is_streamed
 from envship.reading import Reader
 from envship.sources.draft import CodeItem, Draft, FileItem, Item, MadeItem
@@ -33,14 +34,17 @@ class PackageWriter:
     ----------
     reader
         Reads their files.
+    code
+        Has their byte code.
     keep
         Keeps a chunk; may take its time, and bounds how many wait.
     done
         Told the size of every file on disk when it is read; may raise to end the work.
     """
 
-    def __init__(self, reader: Reader, keep: Keep, done: Callable[[int], None]) -> None:
+    def __init__(self, reader: Reader, code: CodeAhead, keep: Keep, done: Callable[[int], None]) -> None:
         self._reader = reader
+        self._code = code
         self._keep = keep
         self._done = done
 
@@ -48,8 +52,10 @@ class PackageWriter:
         """The package, all its chunks kept. What cannot be read is noted by the reader, and left out."""
         stream = _ChunkStream(self._keep, _cutter(draft))
         entries: list[Entry] = []
-        for item in draft.in_order():
-            entry = self._entry(item, stream)
+        items = list(draft.in_order())
+        codes = self._code.each(items)
+        for item in items:
+            entry = self._entry(item, codes, stream)
             if entry is not None:
                 entries.append(entry)
             if isinstance(item, FileItem):
@@ -58,7 +64,7 @@ class PackageWriter:
         listing = Listing(entries).to_bytes()
         return Packed(self._keep(listing, None).result(), chunks)
 
-    def _entry(self, item: Item, stream: _ChunkStream) -> Entry | None:
+    def _entry(self, item: Item, codes: Iterator[bytes | None], stream: _ChunkStream) -> Entry | None:
         if isinstance(item, FileItem):
             executable = bool(item.node.st_mode & 0o100)
             if is_streamed(item.node.st_size, item.treatment):
@@ -66,7 +72,7 @@ class PackageWriter:
             content = self._reader.content(item)
             return None if content is None else _file(item.path, content, executable, stream)
         if isinstance(item, CodeItem):
-            code = self._reader.byte_code(item)
+            code = next(codes)
             return None if code is None else _file(item.path, Content(code, None), False, stream)
         if isinstance(item, MadeItem):
             return _file(item.path, Content(item.data, None), False, stream)

@@ -15,7 +15,9 @@ import pytest
 
 from envship import _bytecode_worker
 from envship.bytecode import Compiler
-from envship.sources.draft import CodeItem
+from envship.code_ahead import CodeAhead
+from envship.reading import Reader
+from envship.sources.draft import CodeItem, Plan
 from worker_bootstrap.errors import NotAnEnvironment
 
 SOURCE = '''"""A docstring with a word."""
@@ -163,3 +165,20 @@ def test_no_process_is_left(module: Path, tmp_path: Path) -> None:
     assert process.returncode is not None
     with pytest.raises(NotAnEnvironment):
         Compiler("/bin/false", tmp_path / "kept", tmp_path)
+
+
+def test_byte_code_that_is_asked_for_ahead_is_that_of_each_module_in_turn(tmp_path: Path) -> None:
+    """Also of more modules than are asked for at once, some of which do not compile; nobody waits for what is left."""
+    paths = [tmp_path / f"module{number}.py" for number in range(100)]
+    for number, path in enumerate(paths):
+        path.write_text(f"number = {number}\n" if number % 7 else "def\n")
+    items = [item(path) for path in paths]
+    plan = Plan(str(tmp_path), (str(tmp_path),), sys.executable, "", "", {}, (), ())
+    with Reader(plan, tmp_path / "kept", tmp_path) as reader:
+        expected = [reader.byte_code(each) for each in items]
+        assert expected.count(None) == 15
+        with CodeAhead(reader, 2) as code:
+            assert list(code.each(items)) == expected
+            assert next(code.each(items)) is None
+        assert list(CodeAhead(reader).each(items)) == expected
+    assert reader.problems == []
