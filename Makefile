@@ -17,7 +17,7 @@ install: .venv/.installed
 	touch $@
 
 test: install
-	$(BIN)/python -m pytest -m "not heavy"
+	$(BIN)/python -m pytest -m "not heavy" --durations=10
 
 test-all: install
 	$(BIN)/pip install --quiet --only-binary atheris --editable ".[fuzz]" || echo "no atheris here: its tests are skipped"

@@ -63,7 +63,7 @@ def says(script: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize("suffix", [".tar.gz", ".tar.zst"])
+@pytest.mark.parametrize("suffix", [".tar.gz", pytest.param(".tar.zst", marks=pytest.mark.heavy)])
 def test_an_exported_environment_works_where_it_is_unpacked_and_is_the_same_packed_again(
     conda_pair: tuple[Path, Path], shared_store: Store, store: Store, tmp_path: Path, suffix: str
 ) -> None:
@@ -77,7 +77,7 @@ def test_an_exported_environment_works_where_it_is_unpacked_and_is_the_same_pack
     assert pack(archive, store=store).id == environment.id
 
 
-@pytest.mark.parametrize("suffix", [".tar.gz", ".tar.zst"])
+@pytest.mark.parametrize("suffix", [pytest.param(".tar.gz", marks=pytest.mark.heavy), ".tar.zst"])
 def test_an_exported_venv_works_where_it_is_unpacked(shared_store: Store, tmp_path: Path, suffix: str) -> None:
     """With its interpreter; nothing of where it came from is left in it."""
     source = small_venv(tmp_path / "env", [console_script_wheel(tmp_path)])

@@ -96,7 +96,7 @@ from worker_bootstrap.writer import Writer
 write_run = Writer._write_run
 def write_and_stay(self, run):
     write_run(self, run)
-    os.write(1, b"%d\n" % os.getpid())  # in one piece: two share the pipe
+    os.write(1, b"%d\\n" % os.getpid())  # in one piece: two share the pipe
     time.sleep(300)
 Writer._write_run = write_and_stay
 materialise(Store(Path(sys.argv[2])), sys.argv[3], processes=2)

@@ -174,7 +174,10 @@ def test_a_chunk_that_is_damaged_on_the_users_machine(client: Client, packed: En
         (NO_WORKER, {"nanny": "a"}, False, "no worker ever starts in here"),
         (NO_WORKER, {"bare": "a"}, False, "the worker does not start; see its log"),
         (NO_SCHEDULER, {"nanny": "a", "bare": "a"}, None, "it does not start in environment"),
-        (NO_WORKER_ON_B, {"nanny": "a", "bare": "a", "bad-nanny": "b"}, None, "no worker ever starts in here"),
+        pytest.param(
+            *(NO_WORKER_ON_B, {"nanny": "a", "bare": "a", "bad-nanny": "b"}, None, "no worker ever starts in here"),
+            marks=pytest.mark.heavy,
+        ),
     ],
     ids=["nanny", "no-nanny", "scheduler", "one of several"],
 )

@@ -114,7 +114,7 @@ def the_manifest(store: Store, environment: Environment) -> Path:
     return store.layout.manifest(environment.id)
 
 
-@pytest.mark.parametrize("victim", [a_file, the_manifest])
+@pytest.mark.parametrize("victim", [pytest.param(a_file, marks=pytest.mark.heavy), the_manifest])
 def test_what_was_damaged_under_a_worker_is_mended_before_it_starts_again(
     client: Client, cluster: Cluster, packed: Environment, victim: Callable[[Store, Environment], Path]
 ) -> None:

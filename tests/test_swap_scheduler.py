@@ -257,6 +257,7 @@ def test_an_encrypted_cluster(
             assert scheduler_place(client)[1] == cluster.members["scheduler"].pid
 
 
+@pytest.mark.heavy
 def test_what_a_moved_scheduler_keeps_the_nannies_of_its_machine_can_read(
     base_venv: Path, tmp_path: Path, packed: Environment, client_store: Store, onlyhere: ModuleType
 ) -> None:

@@ -216,7 +216,7 @@ def damage(cluster: Cluster, environment_id: EnvironmentId, hosts: str, data: by
         manifest.write_bytes(data)
 
 
-@pytest.mark.parametrize("build", [True, False], ids=["built", "fetched"])
+@pytest.mark.parametrize("build", [True, pytest.param(False, marks=pytest.mark.heavy)], ids=["built", "fetched"])
 def test_a_damaged_manifest_is_sent_again(
     client: Client,
     cluster: Cluster,
@@ -235,7 +235,9 @@ def test_a_damaged_manifest_is_sent_again(
         assert Store(cluster.store(host)).read_manifest(fresh).id == fresh
 
 
-@pytest.mark.parametrize("hosts", ["a", "b"], ids=["the scheduler's", "a worker's"])
+@pytest.mark.parametrize(
+    "hosts", ["a", pytest.param("b", marks=pytest.mark.heavy)], ids=["the scheduler's", "a worker's"]
+)
 def test_a_damaged_manifest_is_sent_again_by_those_who_have_it(
     client: Client, cluster: Cluster, fresh: EnvironmentId, hosts: str, empty_store: Store, client_store: Store
 ) -> None:
