@@ -97,6 +97,7 @@ def test_an_archive_that_was_unpacked_and_moved_by_conda_unpack_is_the_same_envi
     assert pack(prefix, store=store).id == expected.id
 
 
+@pytest.mark.heavy
 def test_a_checkout_in_an_archive_goes_along_without_what_git_left(
     conda_pair: tuple[Path, Path], shared_store: Store, tmp_path: Path
 ) -> None:

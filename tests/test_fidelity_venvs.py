@@ -79,6 +79,7 @@ def by_uv_pip(prefix: Path, wheel: Path) -> None:
     subprocess.run([SCRIPTS / "uv", "pip", "install", *options, str(wheel)], check=True)
 
 
+@pytest.mark.heavy
 def test_the_installer_makes_no_difference(store: Store, tmp_path: Path) -> None:
     """uv hard-links from its cache, writes another INSTALLER, another RECORD and other scripts; so does a long path."""
     wheel = console_script_wheel(tmp_path)

@@ -249,6 +249,7 @@ def test_a_source_that_goes_on_changing_is_refused(mine: Path, store: Store) -> 
     assert store.environments() == []
 
 
+@pytest.mark.heavy
 def test_one_edited_file_of_a_large_project_is_little_to_ship(tmp_path: Path, store: Store) -> None:
     """However large the project is that is installed in editable mode."""
     root = tmp_path / "project"

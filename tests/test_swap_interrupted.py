@@ -94,6 +94,7 @@ def standby_is_starting(cluster: Cluster, environment_id: EnvironmentId) -> bool
     return False
 
 
+@pytest.mark.heavy
 def test_swaps_of_two_clients_take_turns(
     client: Client, cluster: Cluster, packed: Environment, slow: EnvironmentId
 ) -> None:

@@ -99,6 +99,7 @@ def test_tasks_run_in_the_environment_afterwards(client: Client, packed: Environ
     assert client.gather(client.map(compute, range(4), pure=False)) == [41, 42, 43, 44]
 
 
+@pytest.mark.heavy
 def test_there_and_back_with_the_same_process(client: Client, base_venv: Path, packed: Environment) -> None:
     pids = {place.pid for place in places(client).values()}
     for _ in range(2):
