@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,12 +35,12 @@ class CodeAhead:
             yield from map(self._reader.byte_code, modules)
             return
         asked: deque[Future[bytes | None]] = deque()
-        for module in itertools.islice(modules, _AHEAD):
+        for module in modules:
             asked.append(self._pool.submit(self._reader.byte_code, module))
-        while asked:
-            for module in itertools.islice(modules, 1):
-                asked.append(self._pool.submit(self._reader.byte_code, module))
-            yield asked.popleft().result()
+            if len(asked) > _AHEAD:
+                yield asked.popleft().result()
+        for future in asked:
+            yield future.result()
 
     def __enter__(self) -> CodeAhead:
         return self
