@@ -17,11 +17,11 @@ install: .venv/.installed
 	touch $@
 
 test: install
-	$(BIN)/python -m pytest -m "not heavy" --durations=10
+	$(BIN)/python -m pytest -m "not heavy" --durations=10 --numprocesses=2 --dist=worksteal
 
-test-all: install
-	$(BIN)/pip install --quiet --only-binary atheris --editable ".[fuzz]" || echo "no atheris here: its tests are skipped"
-	$(BIN)/python -m pytest
+test-all: test
+	$(BIN)/pip install --quiet --only-binary atheris --editable ".[fuzz]" || echo "no atheris here: those tests are skipped"
+	$(BIN)/python -m pytest -m heavy
 
 demo: install
 	$(BIN)/envship demo

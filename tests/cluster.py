@@ -7,7 +7,6 @@ and nothing else, and then looks whether anything is left: a process, a port, a 
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import json
 import os
@@ -34,6 +33,7 @@ from distributed.security import Security
 
 from envship.cli.machines import make_venv, write_wheel
 from worker_bootstrap.digest import EnvironmentId, digest_of
+from worker_bootstrap.lock import Lock
 from worker_bootstrap.manifest import Manifest, Package
 from worker_bootstrap.store import Store
 
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 20.0
 POLL_S = 0.05
+VENVS = "ENVSHIP_TEST_VENVS"
+"""Variable that names the folder of the venvs: every process that runs tests shares it, and it may outlive them."""
 MARK = "ENVSHIP_TEST_CLUSTER"
 """Variable that every process of a cluster inherits, so that no survivor is overlooked."""
 DASK_VERSIONS = [f"dask=={dask.__version__}", f"distributed=={distributed.__version__}"]
@@ -375,23 +377,21 @@ def lab() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def prefixes(lab: Path) -> Prefixes:
-    """Both venvs, made at the same time; kept below ``ENVSHIP_TEST_VENVS``, if that is set, for the next session."""
+    """Both venvs, made at the same time, by one of the processes that run the tests."""
     wheel = write_wheel(lab / "wheels", "onlyhere", "1.0", ONLYHERE)
     mine = [*DASK_VERSIONS, f"numpy=={numpy.__version__}", wheel]
     with ThreadPoolExecutor(2) as pool:
-        return Prefixes(*pool.map(functools.partial(_kept_venv, lab), ("base", "mine"), (DASK_VERSIONS, mine)))
+        return Prefixes(*pool.map(_kept_venv, ("base", "mine"), (DASK_VERSIONS, mine)))
 
 
-def _kept_venv(lab: Path, name: str, requirements: Sequence[str | Path]) -> Path:
-    kept = os.environ.get("ENVSHIP_TEST_VENVS")
-    if kept is None:
-        return make_venv(lab / name, requirements)
+def _kept_venv(name: str, requirements: Sequence[str | Path]) -> Path:
     digest = digest_of(repr([sys.executable, *(Path(r).name for r in requirements)]).encode())
-    prefix = Path(kept) / f"{name}-{digest[:8]}"
-    if not (prefix / "complete").exists():
-        shutil.rmtree(prefix, ignore_errors=True)
-        make_venv(prefix, requirements)
-        (prefix / "complete").touch()
+    prefix = Path(os.environ[VENVS]) / f"{name}-{digest[:8]}"
+    with Lock(prefix.with_suffix(".lock")):
+        if not (prefix / "complete").exists():
+            shutil.rmtree(prefix, ignore_errors=True)
+            make_venv(prefix, requirements)
+            (prefix / "complete").touch()
     return prefix
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,16 +14,22 @@ from envship.environment import Environment
 from envship.pack import pack
 from worker_bootstrap.store import Store
 
-from .cluster import base_venv, client_store, lab, onlyhere, packed, prefixes, warm_stores
+from .cluster import VENVS, base_venv, client_store, lab, onlyhere, packed, prefixes, warm_stores
 from .leaks import no_leaks
 from .prefixes import conda_environments, onlyhere_wheel, small_venv
 
 __all__ = ["base_venv", "client_store", "lab", "no_leaks", "onlyhere", "packed", "prefixes", "warm_stores"]
 
 
-def pytest_configure() -> None:
-    """End on SIGTERM as on Ctrl-C: by way of the fixtures, which end the clusters that they started."""
+def pytest_configure(config: pytest.Config) -> None:
+    """End on SIGTERM as on Ctrl-C: by way of the fixtures, which end the clusters that they started.
+
+    The folder of the venvs is named before pytest-xdist starts its processes, which inherit the name.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if VENVS not in os.environ:
+        folder = os.environ[VENVS] = tempfile.mkdtemp(prefix="envship-venvs-")  # short, because shebangs are
+        config.add_cleanup(lambda: shutil.rmtree(folder))
 
 
 @pytest.fixture

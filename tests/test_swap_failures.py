@@ -240,7 +240,8 @@ def test_a_chunk_damaged_on_a_host_is_never_used(
         with cluster.client(workers=1) as client:
             client.stage_environment(made)
             first = Store(cluster.store("a"))
-            [chunk] = [chunk for chunk in client_store.read_manifest(made).chunks if _is(first, chunk, content)]
+            [package] = [p for p in client_store.read_manifest(made).packages if p.name == "variant"]
+            [chunk] = [c.digest for c in package.chunks if _is(first, c.digest, content)]
             _damage(first, chunk)
             cluster.start_worker("w2", host="b")
             cluster.wait_for_workers(client, 2)
