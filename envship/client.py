@@ -148,9 +148,10 @@ async def _use(
         # First of all: nobody shall pack for a minute to be told that the cluster cannot move.
         _check_processes(client)
         await journey.connect()
-        manifest, environment = await journey.find(source, options)
-        if not ignore_versions:
-            _check_fit(manifest)
+        async with journey.expecting(source, options, config.timeout_s("start")):
+            manifest, environment = await journey.find(source, options)
+            if not ignore_versions:
+                _check_fit(manifest)
         return await journey.with_chunks(
             manifest.id, environment, lambda: _move(journey, manifest.id, scheduler, timeout)
         )

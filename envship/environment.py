@@ -19,7 +19,7 @@ from envship.bundle import SUFFIX, bundle_at, read_bundle, write_bundle
 from envship.difference import Difference, difference
 from envship.options import NO_OPTIONS, PackOptions
 from worker_bootstrap.digest import Digest, EnvironmentId, is_digest
-from worker_bootstrap.errors import EnvironmentMissing, SourceNotFound
+from worker_bootstrap.errors import EnvironmentMissing, EnvshipError, SourceNotFound
 from worker_bootstrap.location import open_store
 from worker_bootstrap.manifest import Manifest, Package
 from worker_bootstrap.store import Store
@@ -255,3 +255,17 @@ def resolve(
     from envship.pack import pack  # Packing makes environments, so it imports this module.
 
     return pack(source, store=store, options=options, report=report)
+
+
+def guess(source: Environment | str | os.PathLike[str] | None, options: PackOptions) -> EnvironmentId | None:
+    """The environment that `resolve` will find *source* to mean if nothing has changed; None if nobody can know."""
+    from envship.pack import last_packed
+
+    if isinstance(source, Environment):
+        return source.id
+    if source is not None and is_digest(text := os.fspath(source)):
+        return EnvironmentId(text)
+    try:
+        return last_packed(source, None, options)
+    except (EnvshipError, OSError):  # `resolve` says what is wrong
+        return None

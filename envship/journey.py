@@ -6,14 +6,15 @@ A journey is made for each call of `envship.client` and thrown away after it. It
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 from distributed import Client
 
 from envship.bundle import bundle_at, survey_bundle
-from envship.environment import Environment, resolve
+from envship.environment import Environment, guess, resolve
 from envship.options import PackOptions
 from envship.progress import Display, HostProgress
 from envship.reconnect import reconnect, until_listening
@@ -125,6 +126,25 @@ class Journey:
             return Manifest.from_bytes(data, EnvironmentId(source)), None
         self.lap("pack")
         return environment.manifest, environment
+
+    @contextlib.asynccontextmanager
+    async def expecting(self, source: Any, options: PackOptions, start_timeout_s: float) -> AsyncIterator[None]:
+        """While the block finds out what *source* is, hosts start the interpreter of what it was the last time."""
+
+        async def expect() -> None:
+            expected = await asyncio.to_thread(guess, source, options)
+            if expected is not None:
+                await self.ask("envship_expect", environment_id=expected, start_timeout_s=start_timeout_s)
+
+        told = asyncio.ensure_future(expect())
+        try:
+            yield
+            await told
+        except BaseException:
+            told.cancel()
+            with contextlib.suppress(EnvshipError, OSError):
+                await self.ask("envship_expect", environment_id=None, start_timeout_s=start_timeout_s)
+            raise
 
     async def _survey(self, where: str) -> tuple[Manifest, Extents]:
         """What lies in the bundle at *where*, on this machine, or as the hosts of the cluster see it."""

@@ -77,6 +77,17 @@ def pack(
     return environment
 
 
+def last_packed(source: str | os.PathLike[str] | None, store: StoreLike, options: PackOptions) -> EnvironmentId | None:
+    """What `pack` returned last, and will again if nothing has changed; None if that is not known for certain.
+
+    Raises
+    ------
+    SourceNotFound
+        If there is no such environment.
+    """
+    return ScanIndex.load(store_of(store), str(_place(source)), options).environment_id
+
+
 def _packed(place: Path, store: Store, options: PackOptions, report: Report | None) -> tuple[Environment, bool]:
     """The environment at *place*, and whether it had to be read."""
     trees = Trees()

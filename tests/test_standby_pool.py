@@ -14,6 +14,7 @@ import pytest
 
 from worker_bootstrap import carry, standby_pool
 from worker_bootstrap.digest import EnvironmentId
+from worker_bootstrap.errors import EnvironmentMissing, StartError
 from worker_bootstrap.interpreter import Interpreter
 from worker_bootstrap.standby import Standby, StartRequest
 from worker_bootstrap.standby_pool import Name, StandbyPool
@@ -36,6 +37,8 @@ class Lab(StandbyPool):
 
     async def _started(self, name: Name) -> Standby:
         self.starts.append(name)
+        if not self.code:
+            raise EnvironmentMissing(A, "this test")
         interpreter = Interpreter(name, sys.prefix, sys.executable, dict(os.environ))
         return await Standby.start(interpreter, StartRequest(self.code, None), TIMEOUT_S)
 
@@ -172,3 +175,92 @@ async def test_one_that_is_discarded_while_it_starts_is_not_parked(pool: Lab) ->
     await pool.discard(A)
     await parking
     assert not pool.parked
+
+
+async def expecting(pool: Lab, name: Name) -> asyncio.Task[None]:
+    """One of *name* is expected, and being started."""
+    task = asyncio.ensure_future(pool.expect(name))
+    await asyncio.sleep(0)  # it runs as far as it can
+    await asyncio.sleep(0)  # and so does what it has begun
+    assert pool.starts
+    return task
+
+
+@with_pool
+async def test_an_expected_one_is_used_instead_of_starting_one(pool: Lab) -> None:
+    await expecting(pool, A)
+    await expecting(pool, A)
+    standby = await pool.prepare(A)
+    assert pool.starts == [A]
+    assert standby.alive
+    assert pool.take(A) is standby
+    await standby.discard()
+
+
+@pytest.mark.parametrize("is_ready", [False, True])
+def test_one_that_was_expected_for_nothing_ends_when_another_one_is_asked_for(store: Store, is_ready: bool) -> None:
+    @with_pool
+    async def run(pool: Lab) -> None:
+        await expecting(pool, A)
+        if is_ready:
+            await asyncio.wait(pool._expected.values())
+        assert (await pool.prepare(B)).alive
+        assert pool.starts == [A, B]
+        assert (await pool.prepare(A)).alive
+        assert pool.starts == [A, B, A]
+
+    run(store)
+
+
+def test_an_expected_one_that_nobody_asks_for_is_given_up(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(standby_pool, "EXPECTED_TIMEOUT_S", 0.05)
+
+    @with_pool
+    async def run(pool: Lab) -> None:
+        await asyncio.wait_for(pool.expect(A), TIMEOUT_S)
+        assert pool.starts == [A]
+        await pool.prepare(A)
+        assert pool.starts == [A, A]
+
+    run(store)
+
+
+@with_pool
+async def test_an_expected_one_that_does_not_start_says_so_when_it_is_asked_for(pool: Lab) -> None:
+    code, pool.code = pool.code, "/nonexistent"
+    await expecting(pool, A)
+    await asyncio.wait(pool._expected.values())
+    with pytest.raises(StartError, match="/nonexistent"):
+        await pool.prepare(A)
+    assert pool.starts == [A]
+    pool.code = code
+    assert (await pool.prepare(A)).alive
+
+
+@with_pool
+async def test_an_expected_one_that_could_not_be_started_is_started_when_it_is_asked_for(pool: Lab) -> None:
+    """The host lacked something, which has been brought since."""
+    code, pool.code = pool.code, ""
+    await expecting(pool, A)
+    pool.code = code
+    assert (await pool.prepare(A)).alive
+    assert pool.starts == [A, A]
+
+
+@with_pool
+async def test_one_that_is_expected_of_an_environment_that_was_built_anew_is_started_anew(pool: Lab) -> None:
+    await expecting(pool, A)
+    await pool.discard(A)
+    assert (await pool.prepare(A)).alive
+    assert pool.starts == [A, A]
+
+
+def test_nothing_is_expected_when_memory_is_short(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(standby_pool, "MEMORY_PRESSURE_PERCENT", 0.0)
+
+    @with_pool
+    async def run(pool: Lab) -> None:
+        await pool.expect(A)
+        assert not pool.starts
+
+    run(store)

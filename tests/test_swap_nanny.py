@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -17,9 +18,12 @@ from distributed import Client
 from distributed.diagnostics.plugin import Environ
 
 import envship  # noqa: F401  adds the methods to the client
+from envship.journey import Journey
+from worker_bootstrap.digest import EnvironmentId
+from worker_bootstrap.errors import IncompatibleEnvironment
 from worker_bootstrap.store import Store
 
-from .cluster import PRELOAD, SWAP_MARKS, Cluster, client_in_base, eventually, places
+from .cluster import PRELOAD, SWAP_MARKS, Cluster, client_in_base, eventually, places, variant
 
 if TYPE_CHECKING:
     from envship.environment import Environment
@@ -102,6 +106,70 @@ def test_a_worker_that_is_killed_comes_back_in_the_environment(
     eventually(lambda: address not in client.scheduler_info(n_workers=-1)["workers"], "the killed worker leaves")
     cluster.wait_for_workers(client, 2)
     moved(client, packed)
+
+
+def children_in(cluster: Cluster, environment_id: EnvironmentId) -> set[int]:
+    """Processes of the nannies, workers or not, that run in an environment."""
+    found = set()
+    for name in ("w1", "w2"):
+        for child in psutil.Process(cluster.members[name].pid).children():
+            with contextlib.suppress(psutil.Error):
+                if child.environ().get("ENVSHIP_ENVIRONMENT") == environment_id:
+                    found.add(child.pid)
+    return found
+
+
+@pytest.fixture
+def staged(client: Client, client_store: Store, packed: Environment) -> EnvironmentId:
+    """An environment that is built on both hosts, and where nobody has been."""
+    made = variant(client_store, packed.manifest, {"{site}/expected.txt": os.urandom(8)})
+    client.stage_environment(made)
+    return made
+
+
+def test_hosts_start_what_they_are_told_to_expect_and_move_into_just_that(
+    client: Client, cluster: Cluster, staged: EnvironmentId
+) -> None:
+    client.sync(client.scheduler.envship_expect, environment_id=staged, start_timeout_s=60.0)
+    eventually(lambda: len(children_in(cluster, staged)) == 2, "both hosts start one")
+    started = children_in(cluster, staged)
+    client.use_environment(staged, scheduler=False)
+    assert {place.pid for place in places(client).values()} == started
+
+
+def test_while_the_client_looks_what_has_changed_hosts_start_what_it_was_last_time(
+    client: Client, staged: EnvironmentId, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = recorded(monkeypatch)
+    client.use_environment(staged, scheduler=False)
+    assert asked.index(("envship_expect", staged)) < asked.index(("envship_use", staged))
+
+
+def test_what_was_expected_ends_when_it_is_not_to_be_used(
+    client: Client, cluster: Cluster, staged: EnvironmentId, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = recorded(monkeypatch)
+    monkeypatch.setattr("envship.client.platform.python_version", lambda: "3.0.0")
+    with pytest.raises(IncompatibleEnvironment):
+        client.use_environment(staged, scheduler=False)
+    assert asked[-2:] == [("envship_expect", staged), ("envship_expect", None)]
+    eventually(lambda: not children_in(cluster, staged), "nobody waits for it any more")
+    monkeypatch.undo()
+    client.use_environment(staged, scheduler=False)
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    """What clients of this process ask coordinators for from now on, and of which environment."""
+    asked: list[tuple[str, Any]] = []
+    ask = Journey.ask
+
+    async def noted(journey: Journey, operation: str, **arguments: Any) -> Any:
+        if "environment_id" in arguments:
+            asked.append((operation, arguments["environment_id"]))
+        return await ask(journey, operation, **arguments)
+
+    monkeypatch.setattr(Journey, "ask", noted)
+    return asked
 
 
 def a_file(store: Store, environment: Environment) -> Path:

@@ -95,6 +95,7 @@ class Agent:
             "envship_has_built": self.has_built,
             "envship_missing": self.missing,
             "envship_provide": self.provide,
+            "envship_expect": self.expect,
             "envship_prepare": self.prepare,
             "envship_discard": self.discard,
             "envship_commit": self.commit,
@@ -169,6 +170,9 @@ class Agent:
             await self.reservations.keep(wanted)
         async with self.reservations.during(wanted):
             return await self.provision.provide(wanted, manifest, link_mode, chunks_only)
+
+    async def expect(self, environment_id: str | None, start_timeout_s: float) -> None:
+        """`prepare` will probably be asked for this environment in a moment; for none if it is None after all."""
 
     async def prepare(self, environment_id: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
         """Prove that the environment's interpreter starts; returns the standby's description."""

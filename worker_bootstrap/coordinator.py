@@ -39,7 +39,7 @@ logger = logging.getLogger("envship.coordinator")
 
 RELEASE_TIMEOUT_S = 2.0
 """A worker that was told to close and has not said so by then hangs; the scheduler lets go of it anyway."""
-PROTOCOL = 6
+PROTOCOL = 7
 """Of the operations that clients and agents call; a client of another one is told so."""
 POLL_INTERVAL_S = 0.005
 AWAKE_INTERVAL_S = 0.1
@@ -145,6 +145,7 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
             "envship_offer": self.exchange.offer,
             "envship_uploaded": self.exchange.uploaded,
             "envship_withdraw": self.exchange.withdraw,
+            "envship_expect": self.expect,
             "envship_use": self.use,
             "envship_stage": self.stage,
             "envship_wait": self.queue.wait,
@@ -231,6 +232,18 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
     async def protocol(self) -> int:
         """Which operations this coordinator understands."""
         return PROTOCOL
+
+    async def expect(self, environment_id: str | None, start_timeout_s: float) -> None:
+        """A client looks what has changed in an environment, and will probably `use` this one: nothing, as a rule.
+
+        Hosts where it is built start its interpreter meanwhile. None: it will not.
+        """
+        if environment_id is not None and (self.queue.busy or environment_id == self.target):
+            return
+        what = {"environment_id": environment_id, "start_timeout_s": start_timeout_s}
+        for address, identity in self.roster.members.items():
+            if identity["role"] == "nanny":
+                self.agent.in_background(self.roster.ask_quietly(address, "envship_expect", **what))
 
     async def use(self, environment_id: str | None, options: dict[str, Any]) -> str:
         """Begin a swap; returns its id. Swaps of several clients take turns."""

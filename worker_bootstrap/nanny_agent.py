@@ -73,6 +73,13 @@ class NannyAgent(Agent):
             "warm_bytes": self.standbys.parked_bytes,
         }
 
+    async def expect(self, environment_id: str | None, start_timeout_s: float) -> None:
+        if environment_id is None:
+            await self.standbys.expect_nothing()
+        elif environment_id != self.environment_id and await self.has_built(environment_id):
+            self._start_timeout_s = start_timeout_s
+            self.in_background(self.standbys.expect(EnvironmentId(environment_id)))
+
     async def prepare(self, environment_id: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
         name = None if environment_id is None else EnvironmentId(environment_id)
         self._start_timeout_s = float(options["start_timeout_s"])

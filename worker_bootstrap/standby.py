@@ -77,9 +77,11 @@ class Standby:
                     stderr=errors,
                     pass_fds=(there.fileno(), stderr),
                 )
-            except OSError as error:
+            except BaseException as error:
                 here.close()
-                raise StartError(interpreter.environment_id, interpreter.prefix, str(error), "") from error
+                if isinstance(error, OSError):
+                    raise StartError(interpreter.environment_id, interpreter.prefix, str(error), "") from error
+                raise
             there.close()
             standby = cls(interpreter, process, request.worker)
             try:

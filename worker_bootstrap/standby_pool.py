@@ -1,11 +1,13 @@
 """The standbys of one nanny.
 
-One is *prepared* for the swap that is under way, and *parked* ones are of environments left a moment ago.
+One is *prepared* for the swap that is under way, one *expected* to be prepared in a moment, and *parked* ones are of
+environments left a moment ago.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Mapping
@@ -14,6 +16,7 @@ from typing import Any, Callable, Optional
 import psutil
 
 from worker_bootstrap.digest import EnvironmentId
+from worker_bootstrap.errors import EnvshipError, StartError
 from worker_bootstrap.memory import used_percent
 from worker_bootstrap.standby import Standby
 
@@ -22,6 +25,8 @@ logger = logging.getLogger("envship.nanny")
 MEMORY_PRESSURE_PERCENT = 90.0
 """Parked standbys are given up when this much of the memory is used, of the machine or of the container."""
 MEMORY_CHECK_INTERVAL_S = 5.0
+EXPECTED_TIMEOUT_S = 10.0
+"""An expected standby that nobody has asked for by then is given up: the client was wrong, or is gone."""
 
 Name = Optional[EnvironmentId]
 """None is the base environment."""
@@ -51,8 +56,32 @@ class StandbyPool:
         self._is_current = is_current
         self._parked: OrderedDict[Name, Standby] = OrderedDict()
         self._prepared: dict[Name, Standby] = {}
+        self._expected: dict[Name, asyncio.Task[Standby]] = {}
+        self._preparing = 0
         self._starting: set[Name] = set()
         self._watcher: asyncio.Task[Any] | None = None
+
+    async def expect(self, name: Name) -> None:
+        """Start a standby of *name* before it is asked for; returns when it was, or has been given up.
+
+        One that does not get ready is asked for all the same, and says so then.
+        """
+        if self._preparing or name in (*self._parked, *self._prepared, *self._expected) or _memory_is_short():
+            return
+        await self.expect_nothing()
+        task = self._expected[name] = asyncio.ensure_future(self._start(name))
+        await asyncio.wait({task})
+        await asyncio.sleep(EXPECTED_TIMEOUT_S)
+        if self._expected.get(name) is task:
+            await self.expect_nothing()
+
+    async def expect_nothing(self) -> None:
+        """End what was started because it was expected, and nobody has asked for."""
+        tasks, self._expected = list(self._expected.values()), {}
+        for task in tasks:
+            task.cancel()
+            with contextlib.suppress(EnvshipError, OSError, asyncio.CancelledError):
+                await (await task).discard()
 
     async def prepare(self, name: Name) -> Standby:
         """Have a standby of *name* for `take`, and of no other environment.
@@ -62,16 +91,11 @@ class StandbyPool:
         StartError
             If it does not start.
         """
-        standby = self._parked.pop(name, None) or self._prepared.pop(name, None)
-        if standby is not None and not (standby.alive and self._is_current(standby)):
-            await standby.discard()
-            standby = None
-        if standby is None:
-            standby = await self._start(name)
-        abandoned, self._prepared = self._prepared, {name: standby}
-        for other in abandoned.values():
-            await other.discard()
-        return standby
+        self._preparing += 1
+        try:
+            return await self._prepare(name)
+        finally:
+            self._preparing -= 1
 
     def take(self, name: Name) -> Standby | None:
         """The prepared standby of *name*, which belongs to the caller now; None if there is none that is current."""
@@ -84,6 +108,8 @@ class StandbyPool:
     async def discard(self, name: Name) -> None:
         """End every standby of *name*, and the one that is being started to be parked."""
         self._starting.discard(name)
+        if name in self._expected:
+            await self.expect_nothing()
         for standby in (self._prepared.pop(name, None), self._parked.pop(name, None)):
             if standby is not None:
                 await standby.discard()
@@ -120,8 +146,33 @@ class StandbyPool:
     async def close(self) -> None:
         """End them all."""
         self._starting.clear()
+        await self.expect_nothing()
         for standby in [*self._parked.values(), *self._prepared.values()]:
             await standby.discard()
+
+    async def _prepare(self, name: Name) -> Standby:
+        standby = self._parked.pop(name, None) or self._prepared.pop(name, None)
+        if standby is None and name in self._expected:
+            standby = await self._claim(self._expected.pop(name))
+        await self.expect_nothing()
+        if standby is not None and not (standby.alive and self._is_current(standby)):
+            await standby.discard()
+            standby = None
+        if standby is None:
+            standby = await self._start(name)
+        abandoned, self._prepared = self._prepared, {name: standby}
+        for other in abandoned.values():
+            await other.discard()
+        return standby
+
+    async def _claim(self, expected: asyncio.Task[Standby]) -> Standby | None:
+        """What was expected; None if it could not even be started: what it lacked may be there by now."""
+        try:
+            return await expected
+        except StartError:
+            raise
+        except (EnvshipError, OSError):
+            return None
 
     async def _watch_memory(self) -> None:
         while self._parked:
