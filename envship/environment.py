@@ -263,9 +263,9 @@ def guess(source: Environment | str | os.PathLike[str] | None, options: PackOpti
 
     if isinstance(source, Environment):
         return source.id
-    if source is not None and is_digest(text := os.fspath(source)):
-        return EnvironmentId(text)
     try:
+        if source is not None and is_digest(text := os.fspath(source)):
+            return EnvironmentId(text)
         return last_packed(source, None, options)
-    except (EnvshipError, OSError):  # `resolve` says what is wrong
+    except (EnvshipError, OSError, TypeError, ValueError):  # `resolve` says what is wrong
         return None

@@ -36,6 +36,8 @@ from worker_bootstrap.manifest import Manifest
 
 ATTEMPTS = 3
 """A chunk that is lost or damaged on the cluster after it was brought there is brought again so often."""
+FAREWELL_TIMEOUT_S = 2.0
+"""Longer nobody waits to take a hint back; hosts forget it by themselves."""
 DISPLAYED = {"prepare": "prepare", "commit": "move", "back": "move back", "check": "check", "done": "done"}
 
 _Result = TypeVar("_Result")
@@ -129,12 +131,19 @@ class Journey:
 
     @contextlib.asynccontextmanager
     async def expecting(self, source: Any, options: PackOptions, start_timeout_s: float) -> AsyncIterator[None]:
-        """While the block finds out what *source* is, hosts start the interpreter of what it was the last time."""
+        """While the block finds out what *source* is, hosts start the interpreter of what it was the last time.
+
+        No more than a hint: where it cannot be given, everything takes its course without.
+        """
+
+        async def tell(environment_id: EnvironmentId | None) -> None:
+            with contextlib.suppress(EnvshipError, OSError):
+                await self.ask("envship_expect", environment_id=environment_id, start_timeout_s=start_timeout_s)
 
         async def expect() -> None:
             expected = await asyncio.to_thread(guess, source, options)
             if expected is not None:
-                await self.ask("envship_expect", environment_id=expected, start_timeout_s=start_timeout_s)
+                await tell(expected)
 
         told = asyncio.ensure_future(expect())
         try:
@@ -142,8 +151,8 @@ class Journey:
             await told
         except BaseException:
             told.cancel()
-            with contextlib.suppress(EnvshipError, OSError):
-                await self.ask("envship_expect", environment_id=None, start_timeout_s=start_timeout_s)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(tell(None), FAREWELL_TIMEOUT_S)
             raise
 
     async def _survey(self, where: str) -> tuple[Manifest, Extents]:

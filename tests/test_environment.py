@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from envship.environment import Environment, resolve
+from envship.environment import Environment, guess, resolve
+from envship.options import NO_OPTIONS, PackOptions
 from envship.pack import pack
 from worker_bootstrap.errors import EnvironmentMissing, SourceNotFound
 from worker_bootstrap.manifest import Manifest
@@ -75,6 +76,20 @@ def test_what_names_none_is_an_error(little: Environment, store: Store, tmp_path
     for source in ("0" * 12, tmp_path / "none.envship", "no-such-name"):
         with pytest.raises(SourceNotFound):
             resolve(source, store=store)
+
+
+def test_what_will_be_found_is_guessed(
+    little: Environment, venv: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENVSHIP_STORE", str(store.layout.root))
+    assert guess(little, NO_OPTIONS) == little.id
+    assert guess(little.id, NO_OPTIONS) == little.id
+    assert guess(venv, NO_OPTIONS) is None, "it was never packed"
+    packed = pack(venv, store=store)
+    assert guess(venv, NO_OPTIONS) == packed.id
+    assert guess(venv, PackOptions(ignore_missing=True)) is None, "nor with these options"
+    for wrong in (venv / "missing", "nothing-of-that-name", "a\0b", 7):
+        assert guess(wrong, NO_OPTIONS) is None, wrong  # type: ignore[arg-type]
 
 
 def test_a_prefix_of_two_ids_is_ambiguous(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

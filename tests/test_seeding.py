@@ -32,7 +32,7 @@ def client(host: Store) -> Iterator[Client]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ENVSHIP_STORE", str(host.layout.root))
         with (
-            LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster,
+            LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster,
             Client(cluster) as client,
         ):
             yield client

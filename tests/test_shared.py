@@ -230,7 +230,7 @@ def able(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
     """Of a cluster with a single host, that has all that the client has: ``zstandard``, and what opens URLs."""
     monkeypatch.setenv("ENVSHIP_STORE", str(tmp_path / "host"))
     with (
-        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as local,
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0") as local,
         Client(local) as client,
     ):
         yield client

@@ -34,9 +34,14 @@ class Lab(StandbyPool):
         self.code = code
         self.outdated: list[Standby] = []
         self.starts: list[Name] = []
+        self.slow: asyncio.Event | None = None
+        """What the next start, and no other, waits for."""
 
     async def _started(self, name: Name) -> Standby:
         self.starts.append(name)
+        slow, self.slow = self.slow, None
+        if slow is not None:
+            await slow.wait()
         if not self.code:
             raise EnvironmentMissing(A, "this test")
         interpreter = Interpreter(name, sys.prefix, sys.executable, dict(os.environ))
@@ -164,6 +169,19 @@ async def test_parking_one_twice_at_once_starts_one(pool: Lab) -> None:
     await asyncio.gather(pool.park(A, keep=1), pool.park(A, keep=1))
     assert pool.starts == [A]
     assert pool.parked[A].alive
+
+
+@with_pool
+async def test_one_that_is_prepared_while_it_starts_is_not_parked(pool: Lab) -> None:
+    """The cluster left the environment, and is back: the standby would take the place of the one left since."""
+    slow = pool.slow = asyncio.Event()
+    parking = asyncio.ensure_future(pool.park(A, keep=1))
+    await asyncio.sleep(0)
+    await pool.prepare(A)
+    await pool.park(B, keep=1)
+    slow.set()
+    await parking
+    assert list(pool.parked) == [B]
 
 
 @with_pool

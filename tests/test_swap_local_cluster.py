@@ -34,7 +34,11 @@ def local(tmp_path: Path, onlyhere: ModuleType) -> Iterator[Client]:
     with (
         dask.config.set({"temporary-directory": scratch}),
         LocalCluster(
-            n_workers=2, threads_per_worker=1, dashboard_address=None, local_directory=scratch, host="127.0.0.1"
+            n_workers=2,
+            threads_per_worker=1,
+            dashboard_address="127.0.0.1:0",
+            local_directory=scratch,
+            host="127.0.0.1",
         ) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
@@ -74,7 +78,7 @@ def test_workers_that_are_added_later_are_in_the_environment(local: Client, pack
 
 def test_threads_of_the_users_process_cannot_move(packed: Environment, onlyhere: ModuleType) -> None:
     with (
-        LocalCluster(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster,
+        LocalCluster(processes=False, n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
         with pytest.raises(NotSwappable, match="process"):

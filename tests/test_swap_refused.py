@@ -53,7 +53,7 @@ def client(cluster: Cluster, onlyhere: ModuleType) -> Iterator[Client]:
 @pytest.mark.usefixtures("nothing_is_packed")
 def test_threads_of_this_process_are_refused_before_anything_is_packed(prefixes: Prefixes) -> None:
     with (
-        LocalCluster(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster,
+        LocalCluster(processes=False, n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster,
         Client(cluster, set_as_default=False) as client,
         pytest.raises(NotSwappable, match=r"threads of this process.*processes=True"),
     ):

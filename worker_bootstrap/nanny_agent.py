@@ -76,7 +76,7 @@ class NannyAgent(Agent):
     async def expect(self, environment_id: str | None, start_timeout_s: float) -> None:
         if environment_id is None:
             await self.standbys.expect_nothing()
-        elif environment_id != self.environment_id and await self.has_built(environment_id):
+        elif await self.has_built(environment_id) and environment_id != self.environment_id:
             self._start_timeout_s = start_timeout_s
             self.in_background(self.standbys.expect(EnvironmentId(environment_id)))
 

@@ -151,6 +151,7 @@ class StandbyPool:
             await standby.discard()
 
     async def _prepare(self, name: Name) -> Standby:
+        self._starting.discard(name)  # to be parked: it was left a moment ago, and is not any more
         standby = self._parked.pop(name, None) or self._prepared.pop(name, None)
         if standby is None and name in self._expected:
             standby = await self._claim(self._expected.pop(name))
