@@ -140,19 +140,23 @@ class Journey:
             with contextlib.suppress(EnvshipError, OSError):
                 await self.ask("envship_expect", environment_id=environment_id, start_timeout_s=start_timeout_s)
 
-        async def expect() -> None:
+        async def expect() -> bool:
             expected = await asyncio.to_thread(guess, source, options)
             if expected is not None:
                 await tell(expected)
+            return expected is not None
+
+        async def take_back() -> None:
+            if await told:
+                await tell(None)
 
         told = asyncio.ensure_future(expect())
         try:
             yield
             await told
         except BaseException:
-            told.cancel()
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(tell(None), FAREWELL_TIMEOUT_S)
+                await asyncio.wait_for(take_back(), FAREWELL_TIMEOUT_S)
             raise
 
     async def _survey(self, where: str) -> tuple[Manifest, Extents]:

@@ -221,7 +221,7 @@ def test_one_that_was_expected_for_nothing_ends_when_another_one_is_asked_for(st
     async def run(pool: Lab) -> None:
         await expecting(pool, A)
         if is_ready:
-            await asyncio.wait(pool._expected.values())
+            await pool._expected.settled()
         assert (await pool.prepare(B)).alive
         assert pool.starts == [A, B]
         assert (await pool.prepare(A)).alive
@@ -244,10 +244,31 @@ def test_an_expected_one_that_nobody_asks_for_is_given_up(store: Store, monkeypa
 
 
 @with_pool
+async def test_of_hints_that_come_at_once_one_standby_is_left(pool: Lab) -> None:
+    """Each ends the one before, which takes a moment; `no_leaks` sees those that were lost."""
+    await expecting(pool, A)
+    tasks = [asyncio.ensure_future(pool.expect(name)) for name in (B, B, C, B)]
+    await asyncio.sleep(0)
+    assert (await pool.prepare(B)).alive
+    assert pool.starts.count(B) <= 2
+    assert not any(task.done() and task.exception() for task in tasks)
+
+
+@with_pool
+async def test_preparing_that_is_given_up_ends_what_was_expected(pool: Lab) -> None:
+    await expecting(pool, A)
+    preparing = asyncio.ensure_future(pool.prepare(A))
+    await asyncio.sleep(0)
+    preparing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await preparing
+
+
+@with_pool
 async def test_an_expected_one_that_does_not_start_says_so_when_it_is_asked_for(pool: Lab) -> None:
     code, pool.code = pool.code, "/nonexistent"
     await expecting(pool, A)
-    await asyncio.wait(pool._expected.values())
+    await pool._expected.settled()
     with pytest.raises(StartError, match="/nonexistent"):
         await pool.prepare(A)
     assert pool.starts == [A]

@@ -77,10 +77,11 @@ class Standby:
                     stderr=errors,
                     pass_fds=(there.fileno(), stderr),
                 )
-            except BaseException as error:
+            except OSError as error:
                 here.close()
-                if isinstance(error, OSError):
-                    raise StartError(interpreter.environment_id, interpreter.prefix, str(error), "") from error
+                raise StartError(interpreter.environment_id, interpreter.prefix, str(error), "") from error
+            except BaseException:
+                here.close()
                 raise
             there.close()
             standby = cls(interpreter, process, request.worker)

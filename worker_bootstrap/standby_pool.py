@@ -56,32 +56,33 @@ class StandbyPool:
         self._is_current = is_current
         self._parked: OrderedDict[Name, Standby] = OrderedDict()
         self._prepared: dict[Name, Standby] = {}
-        self._expected: dict[Name, asyncio.Task[Standby]] = {}
+        self._expected: _Expected | None = None
         self._preparing = 0
         self._starting: set[Name] = set()
         self._watcher: asyncio.Task[Any] | None = None
 
     async def expect(self, name: Name) -> None:
-        """Start a standby of *name* before it is asked for; returns when it was, or has been given up.
+        """Start a standby of *name*, and no other one, before it is asked for; end it if that does not happen in time.
 
-        One that does not get ready is asked for all the same, and says so then.
+        One that does not get ready says so when it is asked for.
         """
-        if self._preparing or name in (*self._parked, *self._prepared, *self._expected) or _memory_is_short():
+        known = {*self._parked, *self._prepared, *([self._expected.name] if self._expected else [])}
+        if self._preparing or name in known or _memory_is_short():
             return
-        await self.expect_nothing()
-        task = self._expected[name] = asyncio.ensure_future(self._start(name))
-        await asyncio.wait({task})
+        former, self._expected = self._expected, _Expected(name, self._start(name))
+        mine = self._expected
+        if former is not None:
+            await former.end()
+        await mine.settled()
         await asyncio.sleep(EXPECTED_TIMEOUT_S)
-        if self._expected.get(name) is task:
+        if self._expected is mine:
             await self.expect_nothing()
 
     async def expect_nothing(self) -> None:
         """End what was started because it was expected, and nobody has asked for."""
-        tasks, self._expected = list(self._expected.values()), {}
-        for task in tasks:
-            task.cancel()
-            with contextlib.suppress(EnvshipError, OSError, asyncio.CancelledError):
-                await (await task).discard()
+        expected, self._expected = self._expected, None
+        if expected is not None:
+            await expected.end()
 
     async def prepare(self, name: Name) -> Standby:
         """Have a standby of *name* for `take`, and of no other environment.
@@ -108,7 +109,7 @@ class StandbyPool:
     async def discard(self, name: Name) -> None:
         """End every standby of *name*, and the one that is being started to be parked."""
         self._starting.discard(name)
-        if name in self._expected:
+        if self._expected is not None and self._expected.name == name:
             await self.expect_nothing()
         for standby in (self._prepared.pop(name, None), self._parked.pop(name, None)):
             if standby is not None:
@@ -153,8 +154,9 @@ class StandbyPool:
     async def _prepare(self, name: Name) -> Standby:
         self._starting.discard(name)  # to be parked: it was left a moment ago, and is not any more
         standby = self._parked.pop(name, None) or self._prepared.pop(name, None)
-        if standby is None and name in self._expected:
-            standby = await self._claim(self._expected.pop(name))
+        if standby is None and self._expected is not None and self._expected.name == name:
+            expected, self._expected = self._expected, None
+            standby = await expected.claim()
         await self.expect_nothing()
         if standby is not None and not (standby.alive and self._is_current(standby)):
             await standby.discard()
@@ -166,15 +168,6 @@ class StandbyPool:
             await other.discard()
         return standby
 
-    async def _claim(self, expected: asyncio.Task[Standby]) -> Standby | None:
-        """What was expected; None if it could not even be started: what it lacked may be there by now."""
-        try:
-            return await expected
-        except StartError:
-            raise
-        except (EnvshipError, OSError):
-            return None
-
     async def _watch_memory(self) -> None:
         while self._parked:
             await asyncio.sleep(MEMORY_CHECK_INTERVAL_S)
@@ -182,6 +175,42 @@ class StandbyPool:
                 name, standby = self._parked.popitem(last=False)
                 logger.info("memory is short: the parked standby of environment %s is given up", name or "base")
                 await standby.discard()
+
+
+class _Expected:
+    """A standby of *name* that is being started, or was, and nobody has asked for yet: `claim` it, or `end` it."""
+
+    def __init__(self, name: Name, start: Awaitable[Standby]) -> None:
+        self.name = name
+        self._task = asyncio.ensure_future(start)
+
+    async def settled(self) -> None:
+        """Wait until it has started, or has not."""
+        await asyncio.wait({self._task})
+
+    async def claim(self) -> Standby | None:
+        """The standby, which is the caller's; None if it could not even be started: what it lacked may be there by now.
+
+        Raises
+        ------
+        StartError
+            If it did not get ready.
+        """
+        try:
+            return await self._task
+        except StartError:
+            raise
+        except (EnvshipError, OSError):
+            return None
+        except asyncio.CancelledError:
+            await self.end()
+            raise
+
+    async def end(self) -> None:
+        """End the process, however far it is."""
+        self._task.cancel()
+        with contextlib.suppress(EnvshipError, OSError, asyncio.CancelledError):
+            await (await self._task).discard()
 
 
 def _memory_is_short() -> bool:
