@@ -38,6 +38,7 @@ from worker_bootstrap.manifest import Manifest, Package
 from worker_bootstrap.store import Store
 
 from .environments import package_of
+from .guard import RUN, marked
 
 if TYPE_CHECKING:
     from envship.environment import Environment
@@ -45,8 +46,6 @@ if TYPE_CHECKING:
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 20.0
 POLL_S = 0.05
-VENVS = "ENVSHIP_TEST_VENVS"
-"""Variable that names the folder of the venvs: every process that runs tests shares it, and it may outlive them."""
 MARK = "ENVSHIP_TEST_CLUSTER"
 """Variable that every process of a cluster inherits, so that no survivor is overlooked."""
 DASK_VERSIONS = [f"dask=={dask.__version__}", f"distributed=={distributed.__version__}"]
@@ -316,6 +315,7 @@ class Cluster:
             # Dask's own, which it does not remove when a process is killed.
             "DASK_TEMPORARY_DIRECTORY": str(self.folder / "scratch"),
             "ENVSHIP_STORE": str(self.store(host)),
+            RUN: os.environ[RUN],
             MARK: self._mark,
             **self._environ,
             **(environ or {}),
@@ -339,18 +339,6 @@ def _security() -> Security:
     return Security(tls_ca_file=cert, tls_client_cert=cert, tls_client_key=key, require_encryption=True)
 
 
-def marked(mark: str) -> dict[int, str]:
-    """Processes with *mark* (``NAME=value``) among their variables: their command lines. Empty without ``/proc``."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
-                command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                if command:  # empty: a zombie, whose parent is about to fetch it
-                    found[int(folder.name)] = command
-    return found
-
-
 def _listens(address: str) -> bool:
     host, port = address.split("://")[1].rsplit(":", 1)
     with contextlib.suppress(OSError), socket.create_connection((host, int(port)), 1):
@@ -371,7 +359,7 @@ class Prefixes(NamedTuple):
 @pytest.fixture(scope="session")
 def lab() -> Iterator[Path]:
     """A folder for the session. Short, because shebangs are."""
-    with tempfile.TemporaryDirectory(prefix="envship-lab-") as folder:
+    with tempfile.TemporaryDirectory(prefix="lab-", dir=os.environ[RUN]) as folder:
         yield Path(folder)
 
 
@@ -386,7 +374,7 @@ def prefixes(lab: Path) -> Prefixes:
 
 def _kept_venv(name: str, requirements: Sequence[str | Path]) -> Path:
     digest = digest_of(repr([sys.executable, *(Path(r).name for r in requirements)]).encode())
-    prefix = Path(os.environ[VENVS]) / f"{name}-{digest[:8]}"
+    prefix = Path(os.environ[RUN]) / f"{name}-{digest[:8]}"
     with Lock(prefix.with_suffix(".lock")):
         if not (prefix / "complete").exists():
             shutil.rmtree(prefix, ignore_errors=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import tempfile
 from pathlib import Path
@@ -14,7 +13,8 @@ from envship.environment import Environment
 from envship.pack import pack
 from worker_bootstrap.store import Store
 
-from .cluster import VENVS, base_venv, client_store, lab, onlyhere, packed, prefixes, warm_stores
+from .cluster import base_venv, client_store, lab, onlyhere, packed, prefixes, warm_stores
+from .guard import RUN, start_guard
 from .leaks import no_leaks
 from .prefixes import conda_environments, onlyhere_wheel, small_venv
 
@@ -24,12 +24,14 @@ __all__ = ["base_venv", "client_store", "lab", "no_leaks", "onlyhere", "packed",
 def pytest_configure(config: pytest.Config) -> None:
     """End on SIGTERM as on Ctrl-C: by way of the fixtures, which end the clusters that they started.
 
-    The folder of the venvs is named before pytest-xdist starts its processes, which inherit the name.
+    The folder of the run is named before pytest-xdist starts its processes, which inherit the name and share the venvs
+    there. What a run leaves that is killed, the guard removes.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if VENVS not in os.environ:
-        folder = os.environ[VENVS] = tempfile.mkdtemp(prefix="envship-venvs-")  # short, because shebangs are
-        config.add_cleanup(lambda: shutil.rmtree(folder))
+    if RUN not in os.environ:
+        folder = tempfile.mkdtemp(prefix="envship-tests-")  # short, because shebangs are
+        config.add_cleanup(start_guard(folder).communicate)
+        os.environ[RUN] = folder
 
 
 @pytest.fixture

@@ -21,8 +21,9 @@ from envship.cli import main
 from envship.environment import Environment
 from worker_bootstrap.store import Store
 
-from .cluster import SWAP_MARKS, TLS_FOLDER, Cluster, Prefixes, eventually, marked, variant
+from .cluster import SWAP_MARKS, TLS_FOLDER, Cluster, Prefixes, eventually, variant
 from .environments import tiny_environment
+from .guard import marked
 
 pytestmark = SWAP_MARKS
 

@@ -29,8 +29,9 @@ from worker_bootstrap.errors import PrepareFailed
 from worker_bootstrap.mistrust import LIED, SILENT
 from worker_bootstrap.store import Store
 
-from .cluster import SWAP_MARKS, Cluster, eventually, marked
+from .cluster import SWAP_MARKS, Cluster, eventually
 from .environments import environment_of, package_of
+from .guard import marked
 from .halves import halves
 
 pytestmark = SWAP_MARKS
