@@ -6,9 +6,9 @@ reused), and the file; length 0 where there is none. Standard library only, Pyth
 `envship.bytecode`, which starts it.
 
 What varies from one compilation to the next, and why it does not here: the header is the hash of the source (PEP 552);
-the file name in code objects is the one asked for; from its version 3 on, marshal marks objects for later reference if
-anything else refers to them when they are written, and strings if they are interned, which depends on what the process
-has done before. Version 2 writes nothing but values, which every Python reads, in a few percent more bytes and time.
+the file name in code objects is the one asked for; marshal writes an object once, and refers to it afterwards, if more
+than one refers to it when it is written, which for constants depends on who wrote it before, and for interned strings
+on what else the process has done. Here no two constants are one, and all names have another holder.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Request = dict[str, Any]
 RAW_MAGIC = int.from_bytes(importlib.util.MAGIC_NUMBER, "little")
 UNCHECKED = (1).to_bytes(4, "little")
 VALUES_ONLY = 2
-"""The version of marshal without references between objects."""
+"""The version of marshal without references between objects: what it writes is read as objects of their own."""
 # Until 3.10, marshal writes a frozenset in the order of its hash table, which depends on how it came about.
 STABLE_SETS = sys.version_info >= (3, 11)
 
@@ -101,13 +101,16 @@ def stamp(number: int) -> bytes:
 
 
 def canonical(code: types.CodeType, name: str) -> bytes:
-    """The bytes of *code*, which may be changed, with *name* as its file name."""
-    _imp._fix_co_filename(code, name)  # type: ignore[attr-defined]  # as importlib does
+    """The bytes of *code*, which is changed, with *name*, an interned string, as its file name."""
     try:
-        return marshal.dumps(code, VALUES_ONLY)
+        _imp._fix_co_filename(code, "")  # type: ignore[attr-defined]  # as importlib does
+        copy = marshal.loads(marshal.dumps(code, VALUES_ONLY))
     except ValueError:
         # A slice as a constant (from 3.14 on), for which marshal has a later version only.
         return canonical_with_references(code, name)
+    # What the copy shares with anybody is what is interned: with *code*, above all. Its file names become one.
+    _imp._fix_co_filename(copy, name)  # type: ignore[attr-defined]
+    return marshal.dumps(copy)
 
 
 def canonical_with_references(code: types.CodeType, name: str) -> bytes:

@@ -23,7 +23,7 @@ from worker_bootstrap.store import publish
 _WORKER = Path(__file__).with_name("_bytecode_worker.py")
 # Not started by its path, which would let modules beside it stand before the standard library.
 _START = "import sys; sys.path.pop(0); exec(compile(open(sys.argv[1], encoding='utf-8').read(), sys.argv[1], 'exec'))"
-_FORM = b"values"
+_FORM = b"names"
 """What `envship._bytecode_worker` makes: what was kept in another form is not used."""
 
 
