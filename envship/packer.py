@@ -16,13 +16,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from envship.crew import Written, write_with_processes, write_with_threads
+from envship.head_start import HeadStart
 from envship.options import PackOptions
 from envship.package_writer import Packed
 from envship.reading import Reader
 from envship.scan_index import Known, ScanIndex, Whole, context, fingerprint_of, index_folder, signature
 from envship.sources.archive import unpacked
+from envship.sources.conda import NOT_CONTENT
 from envship.sources.draft import CodeItem, Draft, FileItem, MadeItem, Plan
 from envship.sources.items import with_hard_links
+from envship.sources.locate import is_conda
 from envship.sources.plan import plan as plan_prefix
 from envship.sources.tree import Root, Trees
 from envship.sources.unpacked import SCRIPT
@@ -110,10 +113,11 @@ class Packer:
         raise SourceProblems(str(prefix), [f"{path} changed while it was packed" for path in changed], remedy)
 
     def _attempt(self, prefix: Path, trees: Trees, index: ScanIndex, is_archive: bool) -> tuple[_Done, list[str]]:
-        whole, plan = self._planned(prefix, trees, index, is_archive)
-        drafts = [part for draft in plan.drafts for part in _parts(draft) if draft.items]
-        plan = replace(plan, drafts=())
-        keys = [signature(draft, plan, trees.started_ns) for draft in drafts]
+        with self._head_start(prefix):
+            whole, plan = self._planned(prefix, trees, index, is_archive)
+            drafts = [part for draft in plan.drafts for part in _parts(draft) if draft.items]
+            plan = replace(plan, drafts=())
+            keys = [signature(draft, plan, trees.started_ns) for draft in drafts]
         with Spool(self._store.layout.tmp) as spool:
             packed = [self._known(key, index) for key in keys]
             written = self._write_unknown(drafts, packed, plan, spool)
@@ -134,6 +138,11 @@ class Packer:
             )
         packages += [each.package for each in whole]
         return _Done(Manifest(plan.platform, plan.python, packages, plan.environ), trees, known), changed
+
+    def _head_start(self, prefix: Path) -> contextlib.AbstractContextManager[object]:
+        if self._processes == 1 or self._options.filters:
+            return contextlib.nullcontext()
+        return HeadStart(str(prefix), NOT_CONTENT if is_conda(prefix) else (), self._store)
 
     def _write_unknown(self, drafts: list[Draft], packed: list[Packed | None], plan: Plan, spool: Spool) -> Written:
         """Write those of *drafts* that are not *packed* yet."""
