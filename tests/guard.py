@@ -18,6 +18,7 @@ from pathlib import Path
 RUN = "ENVSHIP_TEST_RUN"
 """Variable that names the folder of the run."""
 POLL_S = 0.05
+ATTEMPTS = 60
 QUIET_S = 0.5
 """For so long nobody must be seen: a process that is just being started shows no variables."""
 
@@ -50,7 +51,12 @@ def _guard(folder: str) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(POLL_S)
-    shutil.rmtree(folder)
+    for _ in range(ATTEMPTS):  # pip, for one, does not inherit the mark, and ends a moment after whoever asked for it
+        shutil.rmtree(folder, ignore_errors=True)
+        if not os.path.exists(folder):
+            return
+        time.sleep(QUIET_S)
+    sys.exit(f"the folder {folder} of a run of the tests cannot be removed")
 
 
 if __name__ == "__main__":

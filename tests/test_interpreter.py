@@ -19,7 +19,7 @@ from worker_bootstrap.interpreter import (
     with_base,
 )
 
-from .cluster import VENVS
+from .guard import RUN
 
 NAME = EnvironmentId(digest_of(b"environment"))
 BASE = Interpreter(None, "/base", "/base/bin/python", {"PATH": "/base/bin", "naïve": "a=b\nc"})
@@ -80,7 +80,7 @@ def test_what_another_process_remembers_is_not_this_ones_base(monkeypatch: pytes
     monkeypatch.setenv(FAILED_VARIABLE, NAME)
     own = base_interpreter()
     assert own.prefix == sys.prefix
-    assert not [name for name in own.environ if name.startswith("ENVSHIP_") and name not in ("ENVSHIP_STORE", VENVS)]
+    assert not [name for name in own.environ if name.startswith("ENVSHIP_") and name not in ("ENVSHIP_STORE", RUN)]
     assert set(own.environ) <= set(os.environ)
 
 
