@@ -82,6 +82,8 @@ def use_environment(
         A host could not get ready. Nothing was touched; tasks went on.
     CommitFailed
         Workers did not come up in the environment. The cluster was moved back.
+    SchedulerLost
+        The scheduler ended, or cannot be reached any more.
     SettingInvalid
         Dask's configuration holds a setting of ours that means nothing.
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
+from dask.utils import parse_timedelta
 from distributed import Client
 
 from envship.bundle import bundle_at, survey_bundle
@@ -29,6 +30,7 @@ from worker_bootstrap.errors import (
     IncompatibleEnvironment,
     NotSwappable,
     PrepareFailed,
+    SchedulerLost,
     SourceNotFound,
 )
 from worker_bootstrap.location import open_store
@@ -36,6 +38,8 @@ from worker_bootstrap.manifest import Manifest
 
 ATTEMPTS = 3
 """A chunk that is lost or damaged on the cluster after it was brought there is brought again so often."""
+LOSS_TIMEOUT_S = 10.0
+"""So long a scheduler may be out of reach that is not about to be replaced."""
 FAREWELL_TIMEOUT_S = 2.0
 """Longer nobody waits to take a hint back; hosts forget it by themselves."""
 DISPLAYED = {"prepare": "prepare", "commit": "move", "back": "move back", "check": "check", "done": "done"}
@@ -88,15 +92,32 @@ class Journey:
         ------
         EnvironmentMissing
             No host holds the environment that *arguments* name.
+        SchedulerLost
+            If nobody answers, or another one does.
         EnvshipError
             What it answers if it cannot.
         """
-        answer: dict[str, Any] = await getattr(self.client.scheduler, operation)(**arguments)
+        try:
+            answer: dict[str, Any] | None = await getattr(self.client.scheduler, operation)(**arguments)
+        except OSError as error:
+            raise self._lost(error) from error
+        if answer is None:  # so Dask answers what it does not know
+            reason = "another one listens there now, which knows nothing of what this one was asked for"
+            raise SchedulerLost(self.client.scheduler.address, reason)
         if answer.get("type") == "EnvironmentMissing" and "environment_id" in arguments:
             raise EnvironmentMissing(arguments["environment_id"], f"the cluster of {self.client.scheduler.address}")
         if "error" in answer:
             raise EnvshipError(f"the coordinator on {self.client.scheduler.address}: {answer['error']}")
         return answer["ok"]
+
+    def _lost(self, error: OSError) -> SchedulerLost:
+        reason = "this client has given it up" if self._is_closed else str(error).rstrip(".") or type(error).__name__
+        return SchedulerLost(self.client.scheduler.address, reason)
+
+    @property
+    def _is_closed(self) -> bool:
+        """Whether Dask has closed the client, as it does when the scheduler is away for too long."""
+        return self.client.status in ("closing", "closed")
 
     async def find(self, source: Any, options: PackOptions) -> tuple[Manifest, Environment | None]:
         """The environment that *source* names; None beside its manifest if only the cluster holds it.
@@ -137,7 +158,7 @@ class Journey:
         """
 
         async def tell(environment_id: EnvironmentId | None) -> None:
-            with contextlib.suppress(EnvshipError, OSError):
+            with contextlib.suppress(EnvshipError):
                 await self.ask("envship_expect", environment_id=environment_id, start_timeout_s=start_timeout_s)
 
         async def expect() -> bool:
@@ -180,6 +201,8 @@ class Journey:
                 f"its scheduler does not accept plugins ({error})",
                 "Ask whoever runs it to allow them (distributed.scheduler.blocked-handlers).",
             ) from error
+        except OSError as error:
+            raise self._lost(error) from error
 
         theirs = await self.ask("envship_protocol")
         if theirs != PROTOCOL:
@@ -212,14 +235,27 @@ class Journey:
         raise AssertionError("unreachable")
 
     async def follow(self, swap_id: str) -> Mapping[str, Any]:
-        """Wait for the end of a swap, showing how it goes; returns its last status."""
+        """Wait for the end of a swap, showing how it goes; returns its last status.
+
+        Raises
+        ------
+        SchedulerLost
+            If the scheduler does not come back: from being replaced, or from wherever it went.
+        """
         version = -1
+        moves = False
         while True:
             try:
                 status: Mapping[str, Any] = await self.ask("envship_wait", swap_id=swap_id, version=version)
-            except OSError:
-                await until_listening(self.client.scheduler.address)
+            except SchedulerLost as error:
+                if error.__cause__ is None:  # somebody answered, but not whom we asked
+                    raise
+                timeout_s = parse_timedelta(self.client._timeout) if moves else LOSS_TIMEOUT_S
+                await until_listening(self.client.scheduler.address, timeout_s)
+                if self._is_closed:
+                    raise
                 continue
+            moves = status["scheduler_moves"]
             version = status["version"]
             hosts = {name: HostProgress(**host) for name, host in status["hosts"].items()}
             here = self._shown[1].get("here")

@@ -15,7 +15,7 @@ from typing import Any
 
 from distributed import Client
 
-from worker_bootstrap.errors import EnvshipError
+from worker_bootstrap.errors import SchedulerLost
 from worker_bootstrap.reexec import dialled
 
 INTERVAL_S = 0.01
@@ -25,23 +25,23 @@ _LISTENING_TASKS = ("_handle_report_task", "_handle_scheduler_coroutine")
 """Names, newest first, of the attribute in which a client keeps the task that listens and reconnects."""
 
 
-async def until_listening(address: str) -> None:
+async def until_listening(address: str, timeout_s: float) -> None:
     """Wait until something listens at *address* again.
 
     Raises
     ------
-    EnvshipError
-        If nothing does within a minute.
+    SchedulerLost
+        If nothing does within *timeout_s*.
     """
     host, port = dialled(address)
-    deadline = time.monotonic() + TIMEOUT_S
+    deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         with suppress(OSError):
             _, writer = await asyncio.open_connection(host, port)
             writer.close()
             return
         await asyncio.sleep(INTERVAL_S)
-    raise EnvshipError(f"the scheduler {address} did not come back within {TIMEOUT_S:.0f} s; see its log")
+    raise SchedulerLost(address, f"nothing has listened there for {timeout_s:.0f} s")
 
 
 async def reconnect(client: Client) -> None:
@@ -49,14 +49,14 @@ async def reconnect(client: Client) -> None:
 
     Raises
     ------
-    EnvshipError
+    SchedulerLost
         If it is not connected within a minute.
     """
     name = next((name for name in _LISTENING_TASKS if getattr(client, name, None) is not None), None)
     deadline = time.monotonic() + TIMEOUT_S
     while client.status == "connecting":
         if time.monotonic() > deadline:
-            raise EnvshipError(f"this client did not get back to {client.scheduler.address}; make a new one")
+            raise SchedulerLost(client.scheduler.address, f"this client has tried for {TIMEOUT_S:.0f} s")
         if name is not None and _backs_off(getattr(client, name)):
             await _end(getattr(client, name))
             with suppress(OSError):  # it is gone again: the next round tries once more

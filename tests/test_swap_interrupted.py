@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,10 +17,10 @@ import pytest
 from distributed import Client
 
 import envship  # noqa: F401  adds the methods to the client
-from envship import reconnect
+from envship import journey
 from worker_bootstrap import verify
 from worker_bootstrap.digest import EnvironmentId
-from worker_bootstrap.errors import EnvshipError, PrepareFailed
+from worker_bootstrap.errors import PrepareFailed, SchedulerLost
 from worker_bootstrap.materialise import materialise
 from worker_bootstrap.store import Store
 
@@ -148,16 +149,31 @@ def test_a_client_that_is_killed_leaves_a_cluster_that_works(
     assert prefixes(client) == {packed.id[:16]}
 
 
-@pytest.mark.heavy
+@pytest.mark.parametrize("scheduler", [False, pytest.param(None, marks=pytest.mark.heavy)], ids=["stays", "moves"])
+@pytest.mark.parametrize("again", [False, True], ids=["gone", "started-again"])
 def test_a_scheduler_that_is_killed_ends_the_call_and_the_stores_stay_sound(
-    client: Client, cluster: Cluster, slow: EnvironmentId, monkeypatch: pytest.MonkeyPatch
+    client: Client,
+    cluster: Cluster,
+    slow: EnvironmentId,
+    monkeypatch: pytest.MonkeyPatch,
+    scheduler: bool | None,
+    again: bool,
 ) -> None:
-    """With it the cluster is gone, as without a swap; what had arrived in the stores is whole, and the next one's."""
-    monkeypatch.setattr(reconnect, "TIMEOUT_S", 10.0)
-    moving = Moving(client, slow)
+    """With it the cluster is gone, as without a swap; what had arrived in the stores is whole, and the next one's.
+
+    Also where somebody starts another one at the same address: it knows nothing of the swap.
+    """
+    monkeypatch.setattr(journey, "LOSS_TIMEOUT_S", 5.0)
+    moving = Moving(client, slow, scheduler=scheduler)
     eventually(lambda: standby_is_starting(cluster, slow), "the swap is under way")
-    cluster.members["scheduler"].process.send_signal(signal.SIGKILL)
-    with pytest.raises(EnvshipError):
+    killed = cluster.members.pop("scheduler").process
+    killed.kill()
+    killed.wait()
+    if again:
+        (cluster.folder / "scheduler.json").unlink()
+        cluster.start_scheduler("--port", cluster.address.rpartition(":")[2])
+    # Whoever asks first hears of it: in the middle of a question, or when nobody, or another one, answers.
+    with pytest.raises(SchedulerLost, match=re.escape(cluster.address)):
         moving.end()
     client.close(timeout=1)
     store = Store(cluster.store("b"))

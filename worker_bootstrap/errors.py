@@ -24,6 +24,7 @@
     ├── StartError                   the new interpreter did not get ready
     ├── TransferError                a peer did not deliver (worth a retry with another one)
     │   └── ProtocolBroken           it sent something else than was asked for
+    ├── SchedulerLost                the scheduler cannot be reached any more
     ├── SettingInvalid               a value in Dask's configuration is not usable
     ├── NotSwappable                 this cluster, or a process of it, cannot be swapped
     ├── IncompatibleEnvironment      platform or versions unlike the client's or the cluster's
@@ -328,6 +329,20 @@ class TransferError(EnvshipError):
 
 class ProtocolBroken(TransferError):
     """A peer sent something else than was asked for: it is not to be trusted."""
+
+
+class SchedulerLost(EnvshipError):
+    """The scheduler cannot be reached any more, and what it was asked for is not known to be done."""
+
+    fields = ("address", "reason")
+    address: str
+    reason: str
+
+    def describe(self) -> str:
+        return (
+            f"the scheduler {self.address} cannot be reached any more: {self.reason}. Its log may say why. Connect a "
+            "new client when one runs, and call again; hosts keep what they have fetched and built."
+        )
 
 
 class SettingInvalid(EnvshipError):
