@@ -183,18 +183,14 @@ class Target(NamedTuple):
     examples: Sequence[tuple[Any, ...]] = ()
 
 
-def sample() -> Environment:
-    """An environment with one of everything."""
-    store = Store(Path(tempfile.mkdtemp(prefix="envship-fuzz-")) / "store")
-    return Environment(environment_of(store, [package_of(store, EVERY_KIND)], {"A": "b"}), store)
-
-
 def seeds(name: str) -> list[bytes]:
-    """Sound inputs, from which a fuzzer may start."""
-    environment = sample()
-    listing = environment.store.read_chunk(environment.packages[0].listing.digest)
-    if name == "bundle":
-        return [environment.save(environment.store.layout.root.parent / "whole.envship").read_bytes()]
+    """Sound inputs, from which a fuzzer may start: of an environment with one of everything."""
+    with tempfile.TemporaryDirectory(prefix="envship-fuzz-") as folder:
+        store = Store(Path(folder) / "store")
+        environment = Environment(environment_of(store, [package_of(store, EVERY_KIND)], {"A": "b"}), store)
+        listing = store.read_chunk(environment.packages[0].listing.digest)
+        if name == "bundle":
+            return [environment.save(Path(folder) / "whole.envship").read_bytes()]
     if name == "chunk":
         return [codec.encode(listing, codec_name) for codec_name in codec.available()]
     return [listing if name == "listing" else environment.manifest.to_bytes()]
