@@ -171,7 +171,7 @@ class Seeding:
                 f"the cluster of {self._client.scheduler.address}", "it did not take all chunks; see its log"
             )
         except BaseException:
-            with contextlib.suppress(OSError, EnvshipError):
+            with contextlib.suppress(EnvshipError):
                 await self._ask("envship_withdraw", client=self._name)
             raise
 

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from .cluster import eventually
 from .guard import RUN, marked, start_guard
 
 RUN_OF_TESTS = """
@@ -56,7 +57,5 @@ def test_a_run_that_is_killed_leaves_nothing(tmp_path: Path) -> None:
         assert run.stdout is not None
         survivor = int(run.stdout.readline())
         os.kill(run.pid, signal.SIGKILL)
-    deadline = time.monotonic() + 20
-    while folder.exists() or survivor in marked(f"{RUN}={folder}"):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    eventually(lambda: not folder.exists(), "the folder is removed")
+    assert survivor not in marked(f"{RUN}={folder}")
