@@ -341,6 +341,14 @@ def test_our_code_is_compiled_once_and_for_all(code: str) -> None:
     assert {path: path.stat().st_mtime_ns for path in Path(code).rglob("*.pyc")} == at
 
 
+def test_regular_expressions_are_kept_beside_our_code(code: str) -> None:
+    started(code)
+    (kept,) = Path(code).glob("patterns-*")
+    written = kept.stat().st_mtime_ns
+    started(code)
+    assert [path.stat().st_mtime_ns for path in Path(code).glob("patterns-*")] == [written]
+
+
 def test_byte_code_that_is_cut_short_is_not_kept(code: str) -> None:
     program = (
         "import resource, sys; sys.dont_write_bytecode = True; sys.path[:0] = [sys.argv[1]]\n"

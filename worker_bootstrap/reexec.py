@@ -104,7 +104,7 @@ def main() -> None:
     try:
         compile_ours(orders.code)
         _hold(orders.lease)
-        with quickly():
+        with quickly(orders.code):
             import_dask()
             command = importlib.import_module(launch.module).main
             _import_services(launch.kind)

@@ -74,8 +74,9 @@ def main() -> None:
     try:
         options = pickle.loads(frame)
         stderr = options["stderr"]
-        with quickly():
-            _enter(options)
+        code = sys.path.pop(0)
+        with quickly(code):
+            _enter(options, code)
             worker = _checked_worker(options["worker"]) if options["worker"] is not None else None
         for plugin_name, data in options["plugins"]:
             _check_unpickles(plugin_name, data)
@@ -84,14 +85,15 @@ def main() -> None:
         sys.exit(1)
     channel.send_json({"ready": _description()})
     os.dup2(stderr, 2)
+    if worker is not None:
+        _look_ahead()
     command = channel.receive_json()
     if command is not None and command["op"] == "run" and worker is not None:
         _run(worker, command, channel)
 
 
-def _enter(options: dict[str, Any]) -> None:
+def _enter(options: dict[str, Any], code: str) -> None:
     sys.argv = list(options["argv"])
-    code = sys.path.pop(0)
     sys.path[:] = [*options["sys_path"], *sys.path, code]  # ours comes last: nothing of the environment is shadowed
     compile_ours(code)
     _hold_lease(options["lease"])
@@ -151,6 +153,13 @@ def _check_unpickles(name: str, data: bytes) -> None:
         load_plugin(data, scheduler=None)
     except Exception as error:
         raise RuntimeError(f"the plugin {name!r} does not load in this environment: {error}") from error
+
+
+def _look_ahead() -> None:
+    """Get ready for the plugin that the scheduler is going to send: who waits for the order to run has time for it."""
+    importlib.import_module("worker_bootstrap.plugins")
+    carry: Any = importlib.import_module("worker_bootstrap.carry")
+    carry.package_digest()
 
 
 def _description() -> dict[str, Any]:
