@@ -22,6 +22,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
+from envship import process_limit
 from envship.code_ahead import CodeAhead
 from envship.package_writer import PackageWriter, Packed
 from envship.reading import Reader
@@ -250,7 +251,8 @@ def _child(work: Callable[[Callable[[str, Any], None]], None], write_end: int) -
 
     try:
         try:
-            work(tell)
+            with process_limit.named():
+                work(tell)
             code = 0
         except (EnvshipError, OSError) as error:
             tell("error", error)

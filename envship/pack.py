@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from envship import config
+from envship import config, process_limit
 from envship.environment import Environment, StoreLike, store_of
 from envship.options import NO_OPTIONS, PackOptions
 from envship.packer import Packer, Report
@@ -61,6 +61,8 @@ def pack(
         If it is an archive that is damaged, cut short, or a bomb.
     StoreFull
         If there is no room.
+    ProcessLimitReached
+        If no process can be started.
 
     Notes
     -----
@@ -70,7 +72,7 @@ def pack(
     store = store_of(store)
     place = _place(source)
     limit_bytes = config.store_limit_bytes()
-    with store.adding():
+    with store.adding(), process_limit.named():
         environment, is_new = _packed(place, store, options, report)
     if is_new and limit_bytes is not None:
         evict.collect(store, limit_bytes, keep=[environment.id])

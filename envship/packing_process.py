@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from envship import process_limit
 from envship.crew import die_with_parent
 from envship.options import PackOptions
 from envship.packer import Packer, Report
@@ -109,10 +110,11 @@ def main() -> None:
     gc.disable()
     logging.getLogger("envship").addHandler(_Told(answers))
     try:
-        store = Store(job.store, job.read_only)
-        packer = Packer(store, job.options, lambda *told: _send(answers, ("progress", told)), _writers())
-        index = ScanIndex.load(store, str(job.place), job.options)
-        _send(answers, ("done", packer.pack(job.place, Trees(slim=True), index)))
+        with process_limit.named():
+            store = Store(job.store, job.read_only)
+            packer = Packer(store, job.options, lambda *told: _send(answers, ("progress", told)), _writers())
+            index = ScanIndex.load(store, str(job.place), job.options)
+            _send(answers, ("done", packer.pack(job.place, Trees(slim=True), index)))
     except EnvshipError as error:
         _send(answers, ("error", error))
     except BrokenPipeError:

@@ -18,6 +18,7 @@
     │   ├── StoreBusy                somebody else holds a lock for too long
     │   ├── ChunkMissing             a chunk is not there (any more)
     │   └── EnvironmentMissing       no manifest under this environment id
+    ├── ProcessLimitReached          the system lets nobody start another process here
     ├── ExportError                  the environment cannot be written as an archive
     ├── MaterialiseError             the prefix cannot be built
     │   └── PrefixTooLong            a placeholder is shorter than the new prefix
@@ -259,6 +260,21 @@ class EnvironmentMissing(StoreError):
 
     def describe(self) -> str:
         return f"environment {self.environment_id} is not in {self.where}. Pack it, or load its bundle."
+
+
+class ProcessLimitReached(EnvshipError):
+    """The system does not let this user start another process or thread. Worth a retry when others have ended."""
+
+    fields = ("host", "reason")
+    retryable = True
+    host: str
+    reason: str
+
+    def describe(self) -> str:
+        return (
+            f"no further process or thread can be started on {self.host}: {self.reason}. End what you do not need "
+            "there, or have the limit raised (`ulimit -u`; for a container, that of its processes)."
+        )
 
 
 class ExportError(EnvshipError):

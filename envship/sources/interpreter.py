@@ -99,6 +99,8 @@ def ask(executable: str, prefix: str, *, libraries: bool = False) -> Interpreter
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TIMEOUT_S, check=False, env=clean_environ()
         )
+    except BlockingIOError:  # no process can be started, whatever it runs
+        raise
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NotAnEnvironment(prefix, f"its interpreter {executable} does not run: {error}") from error
     try:
