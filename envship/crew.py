@@ -22,11 +22,11 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
-from envship import process_limit
 from envship.code_ahead import CodeAhead
 from envship.package_writer import PackageWriter, Packed
 from envship.reading import Reader
 from envship.sources.draft import Draft
+from worker_bootstrap import process_limit
 from worker_bootstrap.digest import Digest
 from worker_bootstrap.errors import EnvshipError
 from worker_bootstrap.manifest import Chunk
@@ -114,7 +114,9 @@ def write_with_processes(
     done: Callable[[int], None],
     processes: int,
 ) -> Written:
-    """Write *drafts*, each in one of as many *processes*, which end with this call. Nobody else may have threads here.
+    """Write *drafts*, each in one of as many *processes* (or fewer, where no more can be started).
+
+    They end with this call. Nobody else may have threads here.
 
     Raises
     ------
@@ -128,9 +130,14 @@ def write_with_processes(
         numbers = stack.enter_context(tempfile.TemporaryFile(buffering=0))
         numbers.write(b"".join(_NUMBER.pack(number) for number in range(len(drafts))))
         numbers.seek(0)
-        forks = [_Fork(lambda tell: _work(numbers.fileno(), drafts, new_reader, store, tell)) for _ in range(processes)]
-        for fork in forks:
-            stack.callback(fork.end)
+        forks: list[_Fork] = []
+        try:
+            for _ in range(processes):
+                forks.append(_Fork(lambda tell: _work(numbers.fileno(), drafts, new_reader, store, tell)))
+                stack.callback(forks[-1].end)
+        except BlockingIOError:
+            if not forks:
+                raise
         for kind, value in _messages(forks):
             if kind == "bytes":
                 done(value)
@@ -143,7 +150,7 @@ def write_with_processes(
                 ended_well += 1
             else:
                 raise value
-    if ended_well < processes:
+    if ended_well < len(forks):
         raise EnvshipError("a process that packed was ended from outside; it may have been out of memory")
     return written
 
@@ -209,7 +216,12 @@ class _Fork:
 
     def __init__(self, work: Callable[[Callable[[str, Any], None]], None]) -> None:
         self.pipe, write_end = os.pipe()
-        self.pid = os.fork()
+        try:
+            self.pid = os.fork()
+        except OSError:
+            os.close(self.pipe)
+            os.close(write_end)
+            raise
         if self.pid == 0:
             _child(work, write_end)
         os.close(write_end)

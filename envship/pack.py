@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from envship import config, process_limit
+from envship import config
 from envship.environment import Environment, StoreLike, store_of
 from envship.options import NO_OPTIONS, PackOptions
 from envship.packer import Packer, Report
@@ -19,7 +19,7 @@ from envship.scan_index import ScanIndex
 from envship.sources.archive import is_archive
 from envship.sources.locate import find_prefix
 from envship.sources.tree import Trees
-from worker_bootstrap import evict
+from worker_bootstrap import evict, process_limit
 from worker_bootstrap.digest import EnvironmentId
 from worker_bootstrap.errors import EnvironmentMissing, ManifestInvalid
 from worker_bootstrap.manifest import Manifest

@@ -142,7 +142,10 @@ class Packer:
     def _head_start(self, prefix: Path) -> contextlib.AbstractContextManager[object]:
         if self._processes == 1 or self._options.filters:
             return contextlib.nullcontext()
-        return HeadStart(str(prefix), NOT_CONTENT if is_conda(prefix) else (), self._store)
+        try:
+            return HeadStart(str(prefix), NOT_CONTENT if is_conda(prefix) else (), self._store)
+        except BlockingIOError:  # no process can be started; whether one must be will show
+            return contextlib.nullcontext()
 
     def _write_unknown(self, drafts: list[Draft], packed: list[Packed | None], plan: Plan, spool: Spool) -> Written:
         """Write those of *drafts* that are not *packed* yet."""

@@ -20,12 +20,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from envship import process_limit
 from envship.crew import die_with_parent
 from envship.options import PackOptions
 from envship.packer import Packer, Report
 from envship.scan_index import ScanIndex
 from envship.sources.tree import Trees
+from worker_bootstrap import process_limit
 from worker_bootstrap.digest import EnvironmentId
 from worker_bootstrap.errors import EnvshipError
 from worker_bootstrap.store import Store

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from envship import process_limit
+from worker_bootstrap import process_limit
+from worker_bootstrap.build import STUB
 from worker_bootstrap.errors import ProcessLimitReached
+from worker_bootstrap.materialise import read_error
 from worker_bootstrap.store import Store
+from worker_bootstrap.verify import damaged_files
 
+from .environments import tiny_environment
+
+CODE = str(Path(process_limit.__file__).parents[1])
 USER = 54321
 """Somebody who has no other process."""
 PACK = """
@@ -45,22 +53,32 @@ def own() -> Iterator[Path]:
         yield folder
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can act as a user who has no process")
-@pytest.mark.skipif(shutil.which("setpriv") is None or shutil.which("prlimit") is None, reason="needs util-linux")
+needs_another_user = pytest.mark.skipif(
+    os.getuid() != 0 or shutil.which("setpriv") is None or shutil.which("prlimit") is None,
+    reason="only root can act as a user who has no process; needs util-linux",
+)
+
+
+def as_user(home: Path, limit: int, program: Sequence[str], **how: Any) -> subprocess.CompletedProcess[str]:
+    """Run *program* as a user who may have *limit* processes and threads."""
+    command = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"]
+    command += [f"--inh-caps={CAPABILITIES}", f"--ambient-caps={CAPABILITIES}"]
+    command += ["prlimit", f"--nproc={limit}:{limit}", *program]
+    environ = {"PATH": os.environ["PATH"], "HOME": str(home), "OPENBLAS_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/", env=environ, **how
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        out, errors = process.stdout.read(), process.stderr.read()
+    return subprocess.CompletedProcess(command, process.returncode, out, errors)
+
+
+@needs_another_user
 def test_a_pack_that_may_start_few_processes_says_so_or_works(venv: Path, own: Path) -> None:
-    user = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"]
-    user += [f"--inh-caps={CAPABILITIES}", f"--ambient-caps={CAPABILITIES}"]
     outcomes = []
     for limit in (1, 4, 5, 6, 7, 8, 64):
         store = own / f"store-{limit}"
-        command = [*user, "prlimit", f"--nproc={limit}:{limit}", sys.executable, "-c", PACK, str(venv), str(store)]
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            cwd="/",
-            env={"PATH": os.environ["PATH"], "HOME": str(own), "OPENBLAS_NUM_THREADS": "1"},
-        )
+        done = as_user(own, limit, [sys.executable, "-c", PACK, str(venv), str(store)])
         assert done.returncode == 0, (limit, done.stderr)
         assert "Traceback" not in done.stderr, (limit, done.stderr)
         assert bool(Store(store).environments()) == (done.stdout == "packed\n"), (limit, done.stdout)
@@ -71,6 +89,27 @@ def test_a_pack_that_may_start_few_processes_says_so_or_works(venv: Path, own: P
     for text in refused:
         assert text.startswith("no further process or thread can be started on ")
         assert "ulimit -u" in text
+
+
+@needs_another_user
+def test_a_build_that_may_start_few_processes_works_with_fewer(own: Path) -> None:
+    store = Store(own / "store")
+    files = {f"lib/{i:04}": b"%d" % i * 50 for i in range(300)}
+    environment_id = tiny_environment(store, {**files, "bin/tool*": b"#!/bin/sh\necho it runs\n"}, 1000)
+    for path in (own / "store", *(own / "store").rglob("*")):
+        os.chown(path, USER, USER)
+    said = []
+    for limit in (1, 2, 3, 64):
+        program = [sys.executable, "-B", "-c", STUB, CODE, str(own / "store"), environment_id]
+        done = as_user(own, limit, program, stdin=subprocess.PIPE)
+        said.append(json.loads(done.stdout.splitlines()[-1]))
+        if "prefix" in said[-1]:
+            prefix = Path(said[-1]["prefix"])
+            assert list(damaged_files(store, environment_id)) == []
+            store.layout.ready(environment_id).unlink()
+            shutil.rmtree(prefix)
+    assert read_error(said[0]["error"]).values[1] == "can't start new thread"
+    assert all("prefix" in each for each in said[1:]), said
 
 
 def test_other_errors_are_what_they_are() -> None:

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Awaitable, Sequence
 from typing import Any, Callable
 
-from worker_bootstrap import arrivals
+from worker_bootstrap import arrivals, process_limit
 from worker_bootstrap.digest import Digest, EnvironmentId
 from worker_bootstrap.errors import ChunkInvalid, ChunkMissing, MaterialiseError
 from worker_bootstrap.location import store_limit_bytes
@@ -63,13 +63,14 @@ async def build(
     limit_bytes = store_limit_bytes()
     limit = [] if limit_bytes is None else ["--store-limit", str(limit_bytes)]
     # -B: an interpreter that compiles us on a full disk leaves byte code cut short, and no later build would start.
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-B", "-c", STUB, code, str(store.layout.root), environment_id),
-        *("--link-mode", link_mode, *read_only, *limit, *(["--arriving"] if fetch is not None else [])),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
+    with process_limit.named():
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-B", "-c", STUB, code, str(store.layout.root), environment_id),
+            *("--link-mode", link_mode, *read_only, *limit, *(["--arriving"] if fetch is not None else [])),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
     building = asyncio.ensure_future(_outcome(process, environment_id, report))
     try:
         if fetch is not None:

@@ -45,7 +45,7 @@ class Crew:
     done
         Gets what *job* returned, in this process.
     processes
-        How many work.
+        How many work, if as many can be started.
 
     Notes
     -----
@@ -110,10 +110,14 @@ class Crew:
     def _start(self) -> None:
         take, self._tickets = os.pipe()
         try:
-            for _ in range(self._processes):
-                self._helpers.append(_Helper(take, self._tickets, self._job))
+            # As many as the system lets this user start; none: the jobs are done here.
+            with contextlib.suppress(BlockingIOError):
+                for _ in range(self._processes):
+                    self._helpers.append(_Helper(take, self._tickets, self._job))
         finally:
             os.close(take)
+        if not self._helpers:
+            self._close()
 
     def _hear(self, timeout_s: float | None) -> None:
         """Pass on what the helpers have done; with None, wait for one of them."""

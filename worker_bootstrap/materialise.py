@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from worker_bootstrap import crew, donor, errors, evict, ready_mark, relocated_code, soundness
+from worker_bootstrap import crew, donor, errors, evict, process_limit, ready_mark, relocated_code, soundness
 from worker_bootstrap.arrivals import Arrivals
 from worker_bootstrap.blueprint import Blueprint, draw, read_listings
 from worker_bootstrap.digest import EnvironmentId, is_digest
@@ -243,9 +243,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     parser.add_argument("--store-limit", type=int, help="evict what is over so many bytes, after a build")
     options = parser.parse_args(arguments)
     arrivals = Arrivals() if options.arriving else Arrivals.none()
-    _end_with_parent(arrivals)
     gc.disable()  # hundreds of thousands of objects that live to the end, and no cycles worth collecting
     try:
+        with process_limit.named():
+            _end_with_parent(arrivals)
         store = Store(options.store, options.read_only)
         was_built = store.built(options.environment_id) is not None
         prefix = materialise(
