@@ -50,6 +50,8 @@ def test_each_survives_pickling(kind: type[EnvshipError]) -> None:
     assert type(again) is kind
     assert again.values == error.values
     assert str(again) == str(error)
+    error.retryable = not error.retryable
+    assert pickle.loads(pickle.dumps(error)).retryable is error.retryable
 
 
 @pytest.mark.parametrize("kind", CLASSES)

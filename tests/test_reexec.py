@@ -65,9 +65,10 @@ def test_a_scheduler_comes_back_with_its_dashboard(arguments: Sequence[str], add
 
 
 def test_orders_survive_the_file() -> None:
-    orders = Orders("/code", ["--port", "1"], ("10.0.0.1", 8786), 5.0, "/lease", ("/python", {"A": "b"}, "/old"), [7])
+    back = ("/python", {"A": "b"}, "/old")
+    orders = Orders("/code", ["--port", "1"], ("10.0.0.1", 8786), 5.0, 6.0, "/lease", back, [7])
     again = Orders(**json.loads(json.dumps(orders._asdict())))
-    assert again._replace(wait_for=("10.0.0.1", 8786), fallback=("/python", {"A": "b"}, "/old")) == orders
+    assert again._replace(wait_for=("10.0.0.1", 8786), fallback=back) == orders
 
 
 @pytest.mark.parametrize(

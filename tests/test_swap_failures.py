@@ -44,16 +44,20 @@ def arm():
         time.sleep(0.001)
 
     async def start_unsafe(self):
-        raise RuntimeError("no %(module)s ever starts in here")
+        %(how)s
 
     sys.modules["distributed.%(module)s"].%(kind)s.start_unsafe = start_unsafe
 
 if os.environ["ENVSHIP_STORE"].endswith("%(where)s"):
     threading.Thread(target=arm, daemon=True).start()
 """
-NO_WORKER = CRASHES_LATER % {b"module": b"worker", b"kind": b"Worker", b"where": b""}
-NO_WORKER_ON_B = CRASHES_LATER % {b"module": b"worker", b"kind": b"Worker", b"where": b"/b"}
-NO_SCHEDULER = CRASHES_LATER % {b"module": b"scheduler", b"kind": b"Scheduler", b"where": b""}
+RAISES = b'raise RuntimeError("nothing ever starts in here")'
+HANGS_LATER = b"time.sleep(3600)"
+NO_WORKER = CRASHES_LATER % {b"module": b"worker", b"kind": b"Worker", b"where": b"", b"how": RAISES}
+NO_WORKER_ON_B = CRASHES_LATER % {b"module": b"worker", b"kind": b"Worker", b"where": b"/b", b"how": RAISES}
+NO_SCHEDULER = CRASHES_LATER % {b"module": b"scheduler", b"kind": b"Scheduler", b"where": b"", b"how": RAISES}
+HUNG_WORKER = CRASHES_LATER % {b"module": b"worker", b"kind": b"Worker", b"where": b"", b"how": HANGS_LATER}
+HUNG_SCHEDULER = CRASHES_LATER % {b"module": b"scheduler", b"kind": b"Scheduler", b"where": b"", b"how": HANGS_LATER}
 """Everything can be imported, and what is imported does not start."""
 
 
@@ -171,11 +175,11 @@ def test_a_chunk_that_is_damaged_on_the_users_machine(client: Client, packed: En
 @pytest.mark.parametrize(
     ("crash", "workers", "scheduler", "named"),
     [
-        (NO_WORKER, {"nanny": "a"}, False, "no worker ever starts in here"),
+        (NO_WORKER, {"nanny": "a"}, False, "nothing ever starts in here"),
         (NO_WORKER, {"bare": "a"}, False, "the worker does not start; see its log"),
         (NO_SCHEDULER, {"nanny": "a", "bare": "a"}, None, "it does not start in environment"),
         pytest.param(
-            *(NO_WORKER_ON_B, {"nanny": "a", "bare": "a", "bad-nanny": "b"}, None, "no worker ever starts in here"),
+            *(NO_WORKER_ON_B, {"nanny": "a", "bare": "a", "bad-nanny": "b"}, None, "nothing ever starts in here"),
             marks=pytest.mark.heavy,
         ),
     ],
@@ -219,6 +223,63 @@ def test_what_crashes_after_the_swap_began_brings_the_old_environment_back(
                     assert prefix.endswith(previous)
                     assert (pid == cluster.members[name].pid) is (name == "bare")
                 client.use_environment(packed, scheduler=scheduler)
+
+
+@pytest.mark.parametrize(
+    ("hang", "workers", "scheduler", "named"),
+    [
+        (HUNG_WORKER, {"nanny": "a"}, False, "has not registered after 6 s, and was killed"),
+        pytest.param(
+            *(HUNG_WORKER, {"nanny": "a"}, None, "has not registered after 6 s, and was killed"),
+            marks=pytest.mark.heavy,
+        ),
+        (HUNG_WORKER, {"bare": "a"}, False, "the worker does not start; see its log"),
+        pytest.param(
+            HUNG_WORKER, {"bare": "a"}, None, "the worker does not start; see its log", marks=pytest.mark.heavy
+        ),
+        (HUNG_SCHEDULER, {"nanny": "a", "bare": "a"}, None, "it does not start in environment"),
+    ],
+    ids=["nanny", "nanny, scheduler moves", "no-nanny", "no-nanny, scheduler moves", "scheduler"],
+)
+def test_what_hangs_after_the_swap_began_brings_the_old_environment_back(
+    base_venv: Path,
+    tmp_path: Path,
+    warm_stores: Path,
+    packed: Environment,
+    client_store: Store,
+    onlyhere: ModuleType,
+    hang: bytes,
+    workers: dict[str, str],
+    scheduler: bool | None,
+    named: str,
+) -> None:
+    hanging = variant(client_store, packed.manifest, at_start(hang))
+
+    def where() -> tuple[str, int]:
+        return sys.prefix, os.getpid()
+
+    def imports() -> Any:
+        import importlib
+
+        return importlib.import_module("onlyhere").f(1)
+
+    with Cluster(base_venv, tmp_path / "c", stores=warm_stores) as cluster:
+        cluster.start_scheduler()
+        for name, host in workers.items():
+            cluster.start_worker(name, *(["--no-nanny"] if name == "bare" else []), host=host)
+        with cluster.client(workers=len(workers)) as client:
+            before = client.run_on_scheduler(where)
+            with pytest.raises(CommitFailed, match=named) as caught:
+                client.use_environment(hanging, scheduler=scheduler, timeout="10s")
+            assert "moved back" in str(caught.value)
+            assert "not all of it" not in str(caught.value)
+            assert client.run_on_scheduler(where) == before
+            assert all(member.alive and " leaves: " not in member.log for member in cluster.members.values())
+            cluster.wait_for_workers(client, len(workers))
+            for prefix, _ in client.run(where).values():
+                assert prefix == str(base_venv)
+            client.use_environment(packed, scheduler=scheduler)
+            assert client.submit(imports, pure=False).result(timeout=30) == onlyhere.f(1)
 
 
 def test_a_chunk_damaged_on_a_host_is_never_used(

@@ -183,6 +183,11 @@ def test_an_asynchronous_client(client: Client, cluster: Cluster, packed: Enviro
             assert await own.submit(onlyhere.f, 1, pure=False) == 42
             status = await own.environment_status()
             assert status.target_id == packed.id
+            back = await own.reset_environment()
+            assert back.scheduler_swapped and back.environment_id is None
+            staged = await own.stage_environment(packed)
+            assert staged.uploaded_bytes == 0
+            assert (await own.environment_status()).target_id is None
 
     asyncio.run(main())
 

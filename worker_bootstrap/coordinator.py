@@ -47,7 +47,7 @@ SUCCESSION_TIMEOUT_S = 60.0
 """So long an agent waits for the scheduler's successor."""
 EVENTS = "envship"
 """Topic of the scheduler's event log: ``client.get_events("envship")``."""
-DEFAULT_OPTIONS = {"link_mode": "auto", "start_timeout_s": 60.0}
+DEFAULT_OPTIONS = {"link_mode": "auto", "start_timeout_s": 60.0, "commit_timeout_s": 60.0}
 
 
 class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distributed is not typed

@@ -75,7 +75,7 @@ class EnvshipError(Exception):
         return self.describe()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (type(self), self.values)
+        return (type(self), self.values, {"retryable": self.retryable})
 
 
 class PackError(EnvshipError):
@@ -409,17 +409,19 @@ class SwapError(EnvshipError):
     environment_id: str
     causes: dict[str, str]
     outcome = "the cluster is as it was"
+    remedy = ""
 
     def describe(self) -> str:
         name = f"environment {str(self.environment_id)[:16]}" if self.environment_id else "the base environment"
         lines = "\n".join(f"  {host}: {cause}" for host, cause in sorted((self.causes or {}).items()))
-        return f"{self.outcome.capitalize()}: it could not be moved to {name}.\n{lines}"
+        return f"{self.outcome.capitalize()}: it could not be moved to {name}.\n{lines}\n{self.remedy}"
 
 
 class PrepareFailed(SwapError):
     """A host could not get ready. Nothing that runs was touched."""
 
     outcome = "the cluster is as it was"
+    remedy = "Mend what is named, and call again: what these hosts have fetched and built they keep."
 
 
 class CommitFailed(SwapError):
@@ -427,3 +429,4 @@ class CommitFailed(SwapError):
 
     fields = ("environment_id", "causes", "outcome")
     outcome: str
+    remedy = "The logs of these processes say more. Give them longer (timeout=…) if they are slow to start."

@@ -83,7 +83,7 @@ class WorkerAgent(ExecAgent):
             return {}  # It did not start where it was sent, and is back before the cluster is; see `_stand_aside`.
         interpreter = await self.interpreter(environment_id)
         # The answer must have left before the process is replaced, or the coordinator sees a broken connection.
-        self.in_background(self._leave(interpreter, options["scheduler_moves"]))
+        self.in_background(self._leave(interpreter, options))
         return {}
 
     async def conform(self, target: EnvironmentId | None, manifest: bytes | None, options: Mapping[str, Any]) -> None:
@@ -95,7 +95,7 @@ class WorkerAgent(ExecAgent):
             if target is not None:
                 await self.provide(target, manifest, options["link_mode"], reserve=True)
             await self.prepare(target, options)
-            await self._leave(await self.interpreter(target), scheduler_moves=False)
+            await self._leave(await self.interpreter(target), {**options, "scheduler_moves": False})
         except Exception as error:
             logger.error(
                 "worker %s leaves: it must run in environment %s and cannot: %s", self.server.address, target, error
@@ -120,20 +120,23 @@ class WorkerAgent(ExecAgent):
 
     async def wait_out(self, timeout_s: float) -> None:
         interpreter = await self.interpreter(self.environment_id)
-        self.in_background(self._leave(interpreter, scheduler_moves=True))
+        self.in_background(self._leave(interpreter, {"scheduler_moves": True}))
 
     def hold(self) -> None:
         """Pause the worker, in a way that its memory monitor does not undo."""
         self.server.status = Status.closing_gracefully
 
-    async def _leave(self, interpreter: Interpreter, scheduler_moves: bool) -> None:
+    async def _leave(self, interpreter: Interpreter, options: Mapping[str, Any]) -> None:
         await asyncio.sleep(0.01)
         scheduler = self.server.scheduler.address
         await self.server.close(nanny=False, executor_wait=False, timeout=CLOSE_TIMEOUT_S, reason="envship-swap")
-        wait_for = reexec.dialled(scheduler) if scheduler_moves else None
+        wait_for = reexec.dialled(scheduler) if options["scheduler_moves"] else None
         own = launch.own()
         assert own is not None
-        orders = self._orders(interpreter, wait_for=wait_for, extra=_remaining_lifetime(own))
+        arrival_timeout_s = reexec.arrival_timeout_s(options)
+        orders = self._orders(
+            interpreter, wait_for=wait_for, arrival_timeout_s=arrival_timeout_s, extra=_remaining_lifetime(own)
+        )
         reexec.execute(interpreter, self.base, own, orders, self.store.layout.tmp)
 
 
@@ -174,10 +177,17 @@ class SchedulerAgent(ExecAgent):
         ]
         os.environ[reexec.STATE_VARIABLE] = str(path)
         try:
-            reexec.execute(interpreter, self.base, own, self._orders(interpreter, extra=extra), self.store.layout.tmp)
+            orders = self._orders(interpreter, arrival_timeout_s=_scheduler_timeout_s(coordinator), extra=extra)
+            reexec.execute(interpreter, self.base, own, orders, self.store.layout.tmp)
         finally:
             del os.environ[reexec.STATE_VARIABLE]
             path.unlink()
+
+
+def _scheduler_timeout_s(coordinator: Mapping[str, Any]) -> float:
+    """How long a scheduler may take to take over: nannies wait as long as a commit may take, clients as Dask does."""
+    patience_s = float(parse_timedelta(dask.config.get("distributed.comm.timeouts.connect")))
+    return reexec.ARRIVAL_SHARE * min(patience_s, float(coordinator["swap"]["options"]["commit_timeout_s"]))
 
 
 def _remaining_lifetime(own: launch.Launch) -> list[str]:

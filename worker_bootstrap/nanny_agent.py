@@ -21,10 +21,10 @@ from distributed.core import Status
 
 from worker_bootstrap.agent import Agent
 from worker_bootstrap.digest import EnvironmentId
-from worker_bootstrap.errors import EnvironmentMissing, NotSwappable
+from worker_bootstrap.errors import EnvironmentMissing, NotSwappable, StartError
 from worker_bootstrap.hosted import HostedProcess, PendingProcess, RefusedProcess
 from worker_bootstrap.provision import Call
-from worker_bootstrap.reexec import dialled
+from worker_bootstrap.reexec import arrival_timeout_s, dialled
 from worker_bootstrap.standby import Standby
 from worker_bootstrap.standby_pool import StandbyPool
 from worker_bootstrap.store import Store
@@ -100,13 +100,13 @@ class NannyAgent(Agent):
             old = self._take_process()
             if options["scheduler_moves"]:
                 await old.kill(timeout=STOP_TIMEOUT_S, executor_wait=False, reason="envship-swap")
-                self.in_background(self._start_when_scheduler_is_back(new, options["commit_timeout_s"]))
+                self.in_background(self._start_when_scheduler_is_back(new, options))
                 return {}
             closing = self.in_background(old.kill(timeout=STOP_TIMEOUT_S, executor_wait=False, reason="envship-swap"))
             await self.call("envship_release", address=old.worker_address)
             if self._has_fixed_ports():
                 await closing
-            await self._start(new)
+            await self._start(new, options)
         return {}
 
     async def park(self, environment_id: str | None, keep: int, prepare: Mapping[str, Any]) -> None:
@@ -124,7 +124,7 @@ class NannyAgent(Agent):
                     await self.provide(target, manifest, options["link_mode"])
                 self._start_timeout_s = float(options["start_timeout_s"])
                 async with self._moving:
-                    await self._start(await self._process_for(target))
+                    await self._start(await self._process_for(target), options)
             logger.info("worker %s runs in environment %s", self.server.worker_address, target)
         except Exception as error:
             logger.error(
@@ -208,15 +208,21 @@ class NannyAgent(Agent):
         """Whether it would start the worker that the nanny would: plugins change that, Dask's `Environ` for one."""
         return standby.worker == WorkerOptions.of_nanny(self.server).pickled()
 
-    async def _start(self, new: HostedProcess) -> None:
+    async def _start(self, new: HostedProcess, options: Mapping[str, Any]) -> None:
         self.server.process = new
-        await new.start()
+        timeout_s = arrival_timeout_s(options)
+        try:
+            await asyncio.wait_for(new.start(), timeout_s)
+        except asyncio.TimeoutError:
+            interpreter = new.interpreter
+            reason = f"the worker has not registered after {timeout_s:.0f} s, and was killed"
+            raise StartError(interpreter.environment_id, interpreter.prefix, reason, "") from None
         self.reservations.drop(new.interpreter.environment_id)
         if self.server.status in (Status.closing, Status.closed):
             await new.kill()
 
-    async def _start_when_scheduler_is_back(self, new: HostedProcess, timeout_s: float) -> None:
-        answer = await self._successor(timeout_s)
+    async def _start_when_scheduler_is_back(self, new: HostedProcess, options: Mapping[str, Any]) -> None:
+        answer = await self._successor(options["commit_timeout_s"])
         if answer is None:
             return
         try:
@@ -227,7 +233,7 @@ class NannyAgent(Agent):
                 if answer["target"] != new.interpreter.environment_id:
                     await new.kill()  # It has, before this nanny joined, so that it may never be asked.
                     new = await self._process_for(answer["target"])
-                await self._start(new)
+                await self._start(new, options)
         except Exception as error:
             await self.call("envship_trouble", address=self.server.address, cause=str(error))
 

@@ -15,10 +15,11 @@ import os
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from worker_bootstrap.interpreter import ENVIRONMENT_VARIABLE, FAILED_VARIABLE, Interpreter, with_base
 from worker_bootstrap.launch import Launch, recognise
@@ -35,20 +36,25 @@ STUB = (
     "from worker_bootstrap.reexec import main; main()"
 )
 WAIT_INTERVAL_S = 0.02
+COMMIT_TIMEOUT_S = 60.0
+ARRIVAL_SHARE = 0.6
+"""Of the time that a commit may take: whoever does not arrive shall have gone back, and say so, before it is over."""
 
 
 class Orders(NamedTuple):
     """What the stub is to do.
 
     *extra* arguments are appended to the command line; *wait_for* is a (host, port) that must accept a connection
-    first; *lease* is the file that holds the environment; *fallback* is the way back, as (python, variables, lease);
-    *inherited* are the descriptors of leases that the process held before.
+    first; *arrival_timeout_s* is how long it may take from then on to get where it is sent; *lease* is the file that
+    holds the environment; *fallback* is the way back, as (python, variables, lease); *inherited* are the descriptors of
+    leases that the process held before.
     """
 
     code: str
     extra: Sequence[str] = ()
     wait_for: tuple[str, int] | None = None
     wait_timeout_s: float = 60.0
+    arrival_timeout_s: float = COMMIT_TIMEOUT_S
     lease: str | None = None
     fallback: tuple[str, dict[str, str], str | None] | None = None
     inherited: Sequence[int] = ()
@@ -80,15 +86,18 @@ class Arrival:
 
     done = False
     inherited: Sequence[int] = ()
+    lock = threading.Lock()
+    """Held by who arrives, and by who gives up."""
 
     @classmethod
     def arrive(cls) -> None:
         """It has: there is no way back any more, and what lies there may be evicted."""
-        cls.done = True
-        for lease in cls.inherited:
-            with contextlib.suppress(OSError):
-                os.close(lease)
-        cls.inherited = ()
+        with cls.lock:
+            cls.done = True
+            for lease in cls.inherited:
+                with contextlib.suppress(OSError):
+                    os.close(lease)
+            cls.inherited = ()
 
 
 def main() -> None:
@@ -110,6 +119,8 @@ def main() -> None:
             _import_services(launch.kind)
         if orders.wait_for is not None:
             _wait_for(*orders.wait_for, timeout_s=orders.wait_timeout_s)
+        if orders.fallback is not None:
+            _go_back_unless_arrived(orders, launch, path.parent)
         command(args=[*launch.arguments, *orders.extra], prog_name=" ".join(("dask", launch.kind)))
     except BaseException as error:
         if Arrival.done or orders.fallback is None or (isinstance(error, SystemExit) and not error.code):
@@ -125,6 +136,20 @@ def _import_services(kind: str) -> None:
     for name in (*routes, f"distributed.dashboard.{kind}"):
         with contextlib.suppress(ImportError):  # whoever needs it says so later
             importlib.import_module(name)
+
+
+def _go_back_unless_arrived(orders: Orders, launch: Launch, folder: Path) -> None:
+    """Have a thread go back if this process hangs: nobody else could."""
+
+    def late() -> None:
+        with Arrival.lock:
+            if not Arrival.done:
+                error = TimeoutError(f"it has not arrived after {orders.arrival_timeout_s:.0f} s")
+                _go_back(orders, launch, error, folder)
+
+    timer = threading.Timer(orders.arrival_timeout_s, late)
+    timer.name, timer.daemon = "envship-arrival", True
+    timer.start()
 
 
 def _go_back(orders: Orders, launch: Launch, error: BaseException, folder: Path) -> NoReturn:
@@ -155,6 +180,11 @@ def _replace_process(python: str, environ: Mapping[str, str], launch: Launch, or
         except OSError:
             Path(path).unlink()
             raise
+
+
+def arrival_timeout_s(options: Mapping[str, Any]) -> float:
+    """How long a worker may take to register, once it may, where a commit has the time that *options* give it."""
+    return ARRIVAL_SHARE * float(options.get("commit_timeout_s", COMMIT_TIMEOUT_S))
 
 
 def _hold(lease: str | None) -> None:

@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, Protocol
 
 from worker_bootstrap.digest import EnvironmentId
@@ -28,6 +28,8 @@ LOST_CHUNKS = ("TransferError", "ChunkMissing", "ChunkInvalid")
 JOIN_TIMEOUT_S = 3.0
 """So long a worker that has just registered may take until its agent answers."""
 JOIN_INTERVAL_S = 0.1
+ANSWER_TIMEOUT_S = 10.0
+"""So much longer than a commit may take an agent is waited for: it says by itself who has not arrived."""
 
 
 class Cluster(Protocol):
@@ -217,7 +219,10 @@ class Swap(SwapAccount):
         movers = [address for address, identity in agents.items() if identity["role"] != "scheduler"]
         results = await asyncio.gather(
             *(
-                cluster.roster.ask(address, "envship_commit", environment_id=cluster.target, options=options)
+                _in_time(
+                    cluster.roster.ask(address, "envship_commit", environment_id=cluster.target, options=options),
+                    float(self.options["commit_timeout_s"]) + ANSWER_TIMEOUT_S,
+                )
                 for address in movers
             ),
             return_exceptions=True,
@@ -315,6 +320,13 @@ class Swap(SwapAccount):
             self.outcome = "the swap broke off in the middle; the status says who runs where"
         causes = {**self.causes, "scheduler": f"{type(error).__name__}: {error}"}
         self.fail("CommitFailed" if began else "PrepareFailed", causes)
+
+
+async def _in_time(answer: Awaitable[Any], timeout_s: float) -> Any:
+    try:
+        return await asyncio.wait_for(answer, timeout_s)
+    except asyncio.TimeoutError:
+        raise Refused(f"no answer within {timeout_s:.0f} s", "TimeoutError") from None
 
 
 def _label(identity: Mapping[str, Any]) -> str:

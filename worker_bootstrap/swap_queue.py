@@ -20,6 +20,8 @@ from worker_bootstrap.swap import Cluster, Swap
 PARK_DELAY_S = 1.0
 """Starting interpreters takes both cores of a small machine; the tasks that waited for the swap come first."""
 KEPT_SWAPS = 20
+TOLD_LATER = ("link_mode", "start_timeout_s", "commit_timeout_s")
+"""Options of a swap that count for who joins after it."""
 
 
 class SwapQueue:
@@ -114,7 +116,7 @@ class SwapQueue:
     async def _take_turn(self, swap: Swap) -> None:
         async with self._turn:
             swap.previous_id = self._cluster.target
-            self._cluster.options = {name: swap.options[name] for name in ("link_mode", "start_timeout_s")}
+            self._cluster.options = {name: swap.options[name] for name in TOLD_LATER}
             await self._run(swap)
         await self._after(swap)
 
