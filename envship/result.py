@@ -201,9 +201,8 @@ class HostStatus:
 
 
 class EnvironmentSummary(TypedDict, total=False):
-    """What is known of an environment: its name (if it has one here), count of packages, uncompressed size."""
+    """What is known of an environment: count of packages, uncompressed size."""
 
-    name: str
     packages: int
     size_bytes: int
 
@@ -238,12 +237,8 @@ class EnvironmentStatus:
         return all(worker.environment_id == self.target_id for worker in self.workers.values())
 
     def label(self, environment_id: EnvironmentId | None) -> str:
-        """How to show an environment: its name where it has one, and the start of its id."""
-        if environment_id is None:
-            return "base"
-        name = self.environments.get(environment_id, {}).get("name")
-        short = environment_id[:SHORT_ID_LENGTH]
-        return f"{name} ({short})" if name else short
+        """How to show an environment: by the start of its id."""
+        return "base" if environment_id is None else environment_id[:SHORT_ID_LENGTH]
 
     def process_rows(self) -> list[tuple[str, ...]]:
         """The scheduler and each worker as texts: (process, address, environment, prefix, Python, PID, host)."""

@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks import environments, held_memory, swap
 
+from .cluster import Prefixes
 from .prefixes import clone_of, install, onlyhere_wheel
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -37,6 +38,28 @@ def test_the_swap_benchmark(tmp_path: Path) -> None:
     assert report["metrics"]["noop_bytes"] == 0
     assert all(len(values) == 1 for name, values in report["samples"].items() if "first call" not in name)
     assert "from exec to registered" in printed
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(600)
+def test_the_first_swap_benchmark(tmp_path: Path, prefixes: Prefixes) -> None:
+    arguments = [
+        prefixes.base,
+        prefixes.mine,
+        "--module",
+        "onlyhere",
+        "--repetitions",
+        "1",
+        "--json",
+        tmp_path / "figures",
+    ]
+    command = [sys.executable, CHECKOUT / "benchmarks" / "first_swap.py", *arguments]
+    environ = {**os.environ, "ENVSHIP_BENCHMARK_VENV": sys.executable}
+    printed = subprocess.run([*map(str, command)], env=environ, check=True, capture_output=True, text=True).stdout
+    metrics = json.loads((tmp_path / "figures").read_text())["metrics"]
+    assert metrics["first_bytes"] > 0
+    assert metrics["noop_bytes"] == metrics["back_bytes"] == metrics["again_bytes"] == 0
+    assert "unknown to the cluster" in printed
 
 
 @pytest.fixture(scope="module")

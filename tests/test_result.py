@@ -41,7 +41,7 @@ def status() -> EnvironmentStatus:
     moved = ProcessStatus("tcp://h:2", "alice", "host1", 11, A, "/s/envs/aaaa", "3.12.1", True)
     left = ProcessStatus("tcp://h:3", "<bob>", "host2", 12, None, "/opt/base", "3.11.7", True)
     host = HostStatus("host1", "node-1", "/s", (A, B), (B,), 30 << 20, 5 << 30)
-    known = {A: EnvironmentSummary(name="analysis", packages=3, size_bytes=1)}
+    known = {A: EnvironmentSummary(packages=3, size_bytes=1)}
     return EnvironmentStatus(A, known, scheduler, {"w1": moved, "w2": left}, {"host1": host})
 
 
@@ -72,10 +72,10 @@ def test_staged_says_where_it_is_ready() -> None:
 def test_status_shows_each_process_with_its_environment() -> None:
     """A worker that is not where it should be can be seen at a glance."""
     lines = repr(status()).splitlines()
-    assert lines[0] == "1 of 2 workers in the environment analysis (aaaaaaaaaaaaaaaa)"
+    assert lines[0] == "1 of 2 workers in the environment aaaaaaaaaaaaaaaa"
     rows = {line.split("  ")[0]: line for line in lines}
     assert "base" in rows["scheduler"]
-    assert "analysis (aaaaaaaaaaaaaaaa)" in rows["worker alice"]
+    assert "aaaaaaaaaaaaaaaa" in rows["worker alice"]
     assert "node-1" in rows["worker alice"]
     assert "base" in rows["worker <bob>"]
     assert "bbbbbbbbbbbbbbbb (30.00 MiB)" in rows["node-1"]
