@@ -123,7 +123,7 @@ def test_an_upload_to_a_dead_peer_is_handed_back(tmp_path: Path) -> None:
         return await upload_chunks(source, plan, held=held, put=put, report=report)
 
     rest = asyncio.run(main())
-    assert rest[0] == next(iter(needed))
+    assert next(iter(needed)) in rest, "it was the first that the dead one was sent"
     arrived = [digest for outcome in outcomes for digest in outcome.received]
     assert sorted([*rest, *arrived]) == sorted(needed)
     assert {outcome.source: outcome.fault for outcome in outcomes} == {"tcp://dead:1": "silent", "tcp://b:1": ""}
