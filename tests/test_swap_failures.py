@@ -172,88 +172,55 @@ def test_a_chunk_that_is_damaged_on_the_users_machine(client: Client, packed: En
     client.stage_environment(made)
 
 
+CRASHED = "nothing ever starts in here"
+NO_START = "the worker does not start; see its log"
+KILLED = "has not registered after 6 s, and was killed"
+NO_ARRIVAL = "it does not start in environment"
+
+
 @pytest.mark.parametrize(
-    ("crash", "workers", "scheduler", "named"),
+    ("sabotage", "workers", "scheduler", "timeout", "named"),
     [
-        (NO_WORKER, {"nanny": "a"}, False, "nothing ever starts in here"),
-        (NO_WORKER, {"bare": "a"}, False, "the worker does not start; see its log"),
-        (NO_SCHEDULER, {"nanny": "a", "bare": "a"}, None, "it does not start in environment"),
+        pytest.param(NO_WORKER, {"nanny": "a"}, False, "30s", CRASHED, id="nanny"),
+        pytest.param(NO_WORKER, {"bare": "a"}, False, "30s", NO_START, id="no-nanny"),
+        pytest.param(NO_SCHEDULER, {"nanny": "a", "bare": "a"}, None, "30s", NO_ARRIVAL, id="scheduler"),
         pytest.param(
-            *(NO_WORKER_ON_B, {"nanny": "a", "bare": "a", "bad-nanny": "b"}, None, "nothing ever starts in here"),
+            *(
+                NO_WORKER_ON_B,
+                {"nanny": "a", "bare": "a", "bad-nanny": "b"},
+                None,
+                "30s",
+                CRASHED,
+            ),
             marks=pytest.mark.heavy,
+            id="one of several",
+        ),
+        pytest.param(HUNG_WORKER, {"nanny": "a"}, False, "10s", KILLED, id="hung: nanny"),
+        pytest.param(HUNG_WORKER, {"bare": "a"}, False, "10s", NO_START, id="hung: no-nanny"),
+        pytest.param(HUNG_SCHEDULER, {"nanny": "a", "bare": "a"}, None, "10s", NO_ARRIVAL, id="hung: scheduler"),
+        pytest.param(
+            *(HUNG_WORKER, {"nanny": "a"}, None, "10s", KILLED), marks=pytest.mark.heavy, id="hung: nanny, all move"
+        ),
+        pytest.param(
+            *(HUNG_WORKER, {"bare": "a"}, None, "10s", NO_START), marks=pytest.mark.heavy, id="hung: no-nanny, all move"
         ),
     ],
-    ids=["nanny", "no-nanny", "scheduler", "one of several"],
 )
-def test_what_crashes_after_the_swap_began_brings_the_old_environment_back(
+def test_what_does_not_start_after_the_swap_began_brings_the_old_environment_back(
     base_venv: Path,
     tmp_path: Path,
     warm_stores: Path,
     packed: Environment,
     client_store: Store,
     onlyhere: ModuleType,
-    crash: bytes,
+    sabotage: bytes,
     workers: dict[str, str],
     scheduler: bool | None,
+    timeout: str,
     named: str,
 ) -> None:
     """From the base environment, and from another one; the processes are the same, and work."""
-    crashing = variant(client_store, packed.manifest, at_start(crash))
-
-    def where() -> tuple[str, int]:
-        return sys.prefix, os.getpid()
-
-    with Cluster(base_venv, tmp_path / "c", stores=warm_stores) as cluster:
-        cluster.start_scheduler()
-        for name, host in workers.items():
-            cluster.start_worker(name, *(["--no-nanny"] if name == "bare" else []), host=host)
-        with cluster.client(workers=len(workers)) as client:
-            for previous in (str(base_venv), packed.id[:16]):
-                before = client.run_on_scheduler(where)
-                with pytest.raises(CommitFailed, match=named) as caught:
-                    client.use_environment(crashing, scheduler=scheduler, timeout="30s")
-                assert "moved back" in str(caught.value)
-                assert "not all of it" not in str(caught.value)
-                assert client.run_on_scheduler(where) == before
-                assert all(member.alive and " leaves: " not in member.log for member in cluster.members.values())
-                names = {a: info["name"] for a, info in client.scheduler_info(n_workers=-1)["workers"].items()}
-                assert sorted(names.values()) == sorted(workers)
-                for address, name in names.items():
-                    prefix, pid = client.submit(where, workers=[address], pure=False).result(timeout=30)
-                    assert prefix.endswith(previous)
-                    assert (pid == cluster.members[name].pid) is (name == "bare")
-                client.use_environment(packed, scheduler=scheduler)
-
-
-@pytest.mark.parametrize(
-    ("hang", "workers", "scheduler", "named"),
-    [
-        (HUNG_WORKER, {"nanny": "a"}, False, "has not registered after 6 s, and was killed"),
-        pytest.param(
-            *(HUNG_WORKER, {"nanny": "a"}, None, "has not registered after 6 s, and was killed"),
-            marks=pytest.mark.heavy,
-        ),
-        (HUNG_WORKER, {"bare": "a"}, False, "the worker does not start; see its log"),
-        pytest.param(
-            HUNG_WORKER, {"bare": "a"}, None, "the worker does not start; see its log", marks=pytest.mark.heavy
-        ),
-        (HUNG_SCHEDULER, {"nanny": "a", "bare": "a"}, None, "it does not start in environment"),
-    ],
-    ids=["nanny", "nanny, scheduler moves", "no-nanny", "no-nanny, scheduler moves", "scheduler"],
-)
-def test_what_hangs_after_the_swap_began_brings_the_old_environment_back(
-    base_venv: Path,
-    tmp_path: Path,
-    warm_stores: Path,
-    packed: Environment,
-    client_store: Store,
-    onlyhere: ModuleType,
-    hang: bytes,
-    workers: dict[str, str],
-    scheduler: bool | None,
-    named: str,
-) -> None:
-    hanging = variant(client_store, packed.manifest, at_start(hang))
+    sabotaged = variant(client_store, packed.manifest, at_start(sabotage))
 
     def where() -> tuple[str, int]:
         return sys.prefix, os.getpid()
@@ -268,18 +235,22 @@ def test_what_hangs_after_the_swap_began_brings_the_old_environment_back(
         for name, host in workers.items():
             cluster.start_worker(name, *(["--no-nanny"] if name == "bare" else []), host=host)
         with cluster.client(workers=len(workers)) as client:
-            before = client.run_on_scheduler(where)
-            with pytest.raises(CommitFailed, match=named) as caught:
-                client.use_environment(hanging, scheduler=scheduler, timeout="10s")
-            assert "moved back" in str(caught.value)
-            assert "not all of it" not in str(caught.value)
-            assert client.run_on_scheduler(where) == before
-            assert all(member.alive and " leaves: " not in member.log for member in cluster.members.values())
-            cluster.wait_for_workers(client, len(workers))
-            for prefix, _ in client.run(where).values():
-                assert prefix == str(base_venv)
-            client.use_environment(packed, scheduler=scheduler)
-            assert client.submit(imports, pure=False).result(timeout=30) == onlyhere.f(1)
+            for previous in (str(base_venv), packed.id[:16]):
+                before = client.run_on_scheduler(where)
+                with pytest.raises(CommitFailed, match=named) as caught:
+                    client.use_environment(sabotaged, scheduler=scheduler, timeout=timeout)
+                assert "moved back" in str(caught.value)
+                assert "not all of it" not in str(caught.value)
+                assert client.run_on_scheduler(where) == before
+                assert all(member.alive and " leaves: " not in member.log for member in cluster.members.values())
+                names = {a: info["name"] for a, info in client.scheduler_info(n_workers=-1)["workers"].items()}
+                assert sorted(names.values()) == sorted(workers)
+                for address, name in names.items():
+                    prefix, pid = client.submit(where, workers=[address], pure=False).result(timeout=30)
+                    assert prefix.endswith(previous)
+                    assert (pid == cluster.members[name].pid) is (name == "bare")
+                client.use_environment(packed, scheduler=scheduler)
+                assert client.submit(imports, pure=False).result(timeout=30) == onlyhere.f(1)
 
 
 def test_a_chunk_damaged_on_a_host_is_never_used(

@@ -33,7 +33,7 @@ from worker_bootstrap.relay import Relay
 from worker_bootstrap.roster import Roster
 from worker_bootstrap.scheduler_state import COORDINATOR
 from worker_bootstrap.swap import Swap
-from worker_bootstrap.swap_queue import SwapQueue
+from worker_bootstrap.swap_queue import TOLD_LATER, SwapQueue
 
 logger = logging.getLogger("envship.coordinator")
 
@@ -47,7 +47,6 @@ SUCCESSION_TIMEOUT_S = 60.0
 """So long an agent waits for the scheduler's successor."""
 EVENTS = "envship"
 """Topic of the scheduler's event log: ``client.get_events("envship")``."""
-DEFAULT_OPTIONS = {"link_mode": "auto", "start_timeout_s": 60.0, "commit_timeout_s": 60.0}
 
 
 class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distributed is not typed
@@ -66,7 +65,7 @@ class Coordinator(Carried, SchedulerPlugin):  # type: ignore[misc]  # distribute
         self.reports: dict[str, dict[str, Any]] = {}
         self.troubles: dict[str, str] = {}
         self.queue: SwapQueue
-        self.options: dict[str, Any] = dict(DEFAULT_OPTIONS)
+        self.options: dict[str, Any] = dict(TOLD_LATER)
         self._reported = asyncio.Event()
         self.leaving = False
         self._resumed: tuple[Swap, dict[str, dict[str, Any]]] | None = None

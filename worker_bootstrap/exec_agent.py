@@ -120,7 +120,7 @@ class WorkerAgent(ExecAgent):
 
     async def wait_out(self, timeout_s: float) -> None:
         interpreter = await self.interpreter(self.environment_id)
-        self.in_background(self._leave(interpreter, {"scheduler_moves": True}))
+        self.in_background(self._leave(interpreter, {"scheduler_moves": True, "commit_timeout_s": timeout_s}))
 
     def hold(self) -> None:
         """Pause the worker, in a way that its memory monitor does not undo."""

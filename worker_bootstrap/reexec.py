@@ -36,7 +36,6 @@ STUB = (
     "from worker_bootstrap.reexec import main; main()"
 )
 WAIT_INTERVAL_S = 0.02
-COMMIT_TIMEOUT_S = 60.0
 ARRIVAL_SHARE = 0.6
 """Of the time that a commit may take: whoever does not arrive shall have gone back, and say so, before it is over."""
 
@@ -54,7 +53,7 @@ class Orders(NamedTuple):
     extra: Sequence[str] = ()
     wait_for: tuple[str, int] | None = None
     wait_timeout_s: float = 60.0
-    arrival_timeout_s: float = COMMIT_TIMEOUT_S
+    arrival_timeout_s: float = 60.0
     lease: str | None = None
     fallback: tuple[str, dict[str, str], str | None] | None = None
     inherited: Sequence[int] = ()
@@ -184,7 +183,7 @@ def _replace_process(python: str, environ: Mapping[str, str], launch: Launch, or
 
 def arrival_timeout_s(options: Mapping[str, Any]) -> float:
     """How long a worker may take to register, once it may, where a commit has the time that *options* give it."""
-    return ARRIVAL_SHARE * float(options.get("commit_timeout_s", COMMIT_TIMEOUT_S))
+    return ARRIVAL_SHARE * float(options["commit_timeout_s"])
 
 
 def _hold(lease: str | None) -> None:

@@ -157,8 +157,9 @@ def _check_unpickles(name: str, data: bytes) -> None:
 
 def _look_ahead() -> None:
     """Get ready for the plugin that the scheduler is going to send: who waits for the order to run has time for it."""
+    from worker_bootstrap import carry
+
     importlib.import_module("worker_bootstrap.plugins")
-    carry: Any = importlib.import_module("worker_bootstrap.carry")
     carry.package_digest()
 
 

@@ -20,8 +20,8 @@ from worker_bootstrap.swap import Cluster, Swap
 PARK_DELAY_S = 1.0
 """Starting interpreters takes both cores of a small machine; the tasks that waited for the swap come first."""
 KEPT_SWAPS = 20
-TOLD_LATER = ("link_mode", "start_timeout_s", "commit_timeout_s")
-"""Options of a swap that count for who joins after it."""
+TOLD_LATER = {"link_mode": "auto", "start_timeout_s": 60.0, "commit_timeout_s": 60.0}
+"""Options of a swap that count for who joins after it; what they are before the first one."""
 
 
 class SwapQueue:
