@@ -1,47 +1,35 @@
-"""Regular expressions that were compiled once, kept as byte code is: compiling them is a tenth of importing Dask.
+"""Regular expressions: compiling them is a tenth of importing Dask.
 
-The file is for one build of Python, and has the arguments of the function in C that makes a pattern; that one checks
-the code that it is given. Whatever is not in it is compiled as always.
+What is kept are the arguments of the function in C that makes a pattern; that one checks the code that it is given.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import marshal
-import os
 import sys
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-CRC_BYTES = 4
-"""What stands before the file's content, big-endian."""
+Pattern = tuple[str, int]
+"""(text, flags)."""
 
 Compiled = tuple[int, list[int], int, dict[str, int], tuple[Any, ...]]
 """(flags, code, number of groups, group numbers by name, group names by number). Source: ``re._compiler.compile``."""
 
 
 @contextlib.contextmanager
-def kept(folder: str) -> Iterator[None]:
-    """Until the end of the block, take what is compiled from *folder*; leave it there if nothing was."""
-    if sys.implementation.name != "cpython":
-        yield
-        return
+def kept(known: dict[Pattern, Compiled] | None, seen: dict[Pattern, Compiled]) -> Iterator[None]:
+    """Until the end of the block, take what is *known*; if nothing is, note in *seen* what was compiled."""
     compiler: Any = importlib.import_module("re._compiler" if sys.version_info >= (3, 11) else "sre_compile")
-    path = os.path.join(folder, f"patterns-{zlib.crc32(sys.version.encode()):08x}")
-    known = _read(path)
-    seen: dict[tuple[str, int], Compiled] = {}
     with contextlib.ExitStack() as stack:
-        if known:
+        if known is not None:
             stack.enter_context(_replaced(compiler, "compile", _taking(known, compiler.compile, compiler._sre.compile)))
         else:
             in_c = _Recorder(compiler._sre)
             stack.enter_context(_replaced(compiler, "_sre", in_c))
             stack.enter_context(_replaced(compiler, "compile", _noting(seen, compiler.compile, in_c)))
         yield
-    if seen:
-        _write(path, seen)
 
 
 class _Recorder:
@@ -59,7 +47,7 @@ class _Recorder:
         return self._module.compile(*arguments)
 
 
-def _taking(known: dict[tuple[str, int], Compiled], original: Any, in_c: Any) -> Callable[..., Any]:
+def _taking(known: dict[Pattern, Compiled], original: Any, in_c: Any) -> Callable[..., Any]:
     def compile(p: Any, flags: int = 0) -> Any:
         compiled = known.get((p, int(flags))) if type(p) is str else None
         if compiled is not None:
@@ -70,7 +58,7 @@ def _taking(known: dict[tuple[str, int], Compiled], original: Any, in_c: Any) ->
     return compile
 
 
-def _noting(seen: dict[tuple[str, int], Compiled], original: Any, in_c: _Recorder) -> Callable[..., Any]:
+def _noting(seen: dict[Pattern, Compiled], original: Any, in_c: _Recorder) -> Callable[..., Any]:
     def compile(p: Any, flags: int = 0) -> Any:
         in_c.asked = []
         pattern = original(p, flags)
@@ -90,29 +78,3 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, original)
-
-
-def _read(path: str) -> dict[tuple[str, int], Compiled]:
-    """What lies there; nothing if there is no file, or it is not as it was written."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read()
-        if zlib.crc32(data[CRC_BYTES:]) != int.from_bytes(data[:CRC_BYTES], "big"):
-            return {}
-        known: dict[tuple[str, int], Compiled] = marshal.loads(data[CRC_BYTES:])
-    except (OSError, EOFError, ValueError, TypeError):
-        return {}
-    return known
-
-
-def _write(path: str, seen: dict[tuple[str, int], Compiled]) -> None:
-    """Leave it whole, or not at all: whoever comes next compiles otherwise, as this one did."""
-    aside = f"{path}.{os.getpid()}"
-    try:
-        data = marshal.dumps(seen)
-        with open(aside, "wb") as file:
-            file.write(zlib.crc32(data).to_bytes(CRC_BYTES, "big") + data)
-        os.replace(aside, path)
-    except (OSError, ValueError):
-        with contextlib.suppress(OSError):
-            os.unlink(aside)

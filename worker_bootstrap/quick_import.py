@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-from worker_bootstrap import patterns
+from worker_bootstrap import compiled
 
 HEADER_BYTES = 16
 """What stands in a ``.pyc`` before the code. Source: PEP 552."""
@@ -21,11 +21,11 @@ def quickly(code: str) -> Iterator[None]:
     """Until the end of the block, no collection of garbage: there is none, and looking takes an eighth of the time.
 
     The stubs that we start interpreters with begin so, for what they import to get here. What was imported is not
-    looked at by later collections either. Regular expressions are kept in the folder *code*, where our code lies.
+    looked at by later collections either. What is compiled is kept in the folder *code*, where our code lies.
     """
     gc.disable()
     try:
-        with patterns.kept(code):
+        with compiled.kept(code):
             yield
         gc.freeze()
     finally:

@@ -1,4 +1,4 @@
-"""Regular expressions that are kept from one interpreter to the next."""
+"""Regular expressions and generated source that are kept, compiled, from one interpreter to the next."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ PATTERNS = [
 ]
 TEXTS = ["abbbc", "STRASSE STRAßEx", "key = 'value'\nk='v'", "z" * 9, "12 34", ""]
 PROGRAM = """
-import json, os, re, resource, sys
+import dataclasses, json, os, re, resource, sys
 sys.path[:0] = [sys.argv[1]]
-from worker_bootstrap import patterns
+from worker_bootstrap import compiled
 
 compiler = sys.modules.get("re._compiler") or sys.modules["sre_compile"]
 parser = compiler._parser if hasattr(compiler, "_parser") else compiler.sre_parse
@@ -40,7 +40,7 @@ asked, texts, limit = json.loads(sys.argv[3])
 if limit is not None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 re.purge()
-with patterns.kept(sys.argv[2]):
+with compiled.kept(sys.argv[2]):
     made = [re.compile(text, flags) for text, flags in asked]
     bytes_too = re.compile(b"a(b)")
 count = len(parsed)
@@ -114,7 +114,8 @@ def test_code_that_this_python_does_not_take_is_compiled(tmp_path: Path) -> None
     compiles(tmp_path)
     (kept,) = tmp_path.iterdir()
     known = marshal.loads(kept.read_bytes()[4:])
-    wrong = marshal.dumps({key: (flags, [9999], *more) for key, (flags, _, *more) in known.items()})
+    patterns = {key: (flags, [9999], *more) for key, (flags, _, *more) in known["patterns"].items()}
+    wrong = marshal.dumps({**known, "patterns": patterns})
     kept.write_bytes(zlib.crc32(wrong).to_bytes(4, "big") + wrong)
     assert compiles(tmp_path) == ALL
 
@@ -137,3 +138,68 @@ def test_many_at_once_leave_one_file(tmp_path: Path) -> None:
         assert process.returncode == 0, errors
     assert len(list(tmp_path.iterdir())) == 1
     assert compiles(tmp_path) == 1
+
+
+CLASSES = """
+import collections, dataclasses, sys, typing
+sys.path[:0] = [sys.argv[1]]
+from worker_bootstrap import compiled
+
+texts = []
+sys.addaudithook(lambda event, given: texts.append(given) if event == "compile" else None)
+
+def classes(extra):
+    @dataclasses.dataclass(order=True)
+    class Point:
+        x: int
+        y: float = 2.5
+        names: list = dataclasses.field(default_factory=list, compare=False)
+
+    @dataclasses.dataclass(frozen=True)
+    class Frozen:
+        x: int
+        y: float
+        z: "int | None" = None
+
+    if extra:
+        dataclasses.dataclass(type("Another", (), {"__annotations__": {"other": int}}))
+    return Point, Frozen, collections.namedtuple("Pair", ["left", "right"], defaults=[7])
+
+def seen(made):
+    point, frozen, pair = made
+    one, other = point(1), point(1, 3.5, ["a"])
+    still = frozen(1, 2.0, z=4)
+    try:
+        still.z = 5
+    except dataclasses.FrozenInstanceError as error:
+        refused = str(error)
+    return [one, other, one < other, one == point(1, 2.5, ["b"]), still,
+        hash(still) == hash(frozen(1, 2.0, z=4)), refused, pair(1), pair(left=3, right=4)._asdict(), point.__doc__,
+        pair.__new__.__doc__, point.__init__.__code__.co_filename, point.__init__.__module__]
+
+with compiled.kept(sys.argv[2]):
+    made = classes(extra=len(sys.argv) > 3)
+count = len(texts)
+fresh = classes(False)
+assert len(texts) > count, "what is generated is compiled as always after the block"
+assert "exec" not in vars(dataclasses) and "eval" not in vars(collections)
+assert list(map(repr, seen(made))) == list(map(repr, seen(fresh))), (seen(made), seen(fresh))
+print(count)
+"""
+
+
+@pytest.mark.parametrize("python", [sys.executable, *other_minors().values()])
+def test_methods_of_data_classes_are_not_compiled_again_and_are_the_same(tmp_path: Path, python: str) -> None:
+    def compiles(*more: str) -> int:
+        command = [python, "-c", CLASSES, str(ROOT), str(tmp_path), *more]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert compiles() >= 3
+    (kept,) = tmp_path.iterdir()
+    data = kept.read_bytes()
+    assert compiles() == 0
+    assert compiles("another") >= 1
+    assert kept.read_bytes() == data
+    kept.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert compiles() >= 3
+    assert kept.read_bytes() == data
