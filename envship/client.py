@@ -12,7 +12,6 @@ from typing import Any
 
 import dask
 import distributed
-from dask.utils import parse_timedelta
 from distributed import Client
 
 from envship import config
@@ -86,6 +85,8 @@ def use_environment(
         The scheduler ended, or cannot be reached any more.
     SettingInvalid
         Dask's configuration holds a setting of ours that means nothing.
+    ValueError
+        *timeout* is no duration over 0.
 
     Notes
     -----
@@ -145,34 +146,34 @@ async def _use(
     timeout: str | float | None,
     show: bool | None,
 ) -> SwapResult:
+    # First of all: nobody shall pack for a minute to be told that the cluster cannot move.
+    terms = _terms(scheduler, timeout)
     with open_display(show) as display:
         journey = Journey(client, display)
-        # First of all: nobody shall pack for a minute to be told that the cluster cannot move.
         _check_processes(client)
         await journey.connect()
         async with journey.expecting(source, options, config.timeout_s("start")):
             manifest, environment = await journey.find(source, options)
             if not ignore_versions:
                 _check_fit(manifest)
-        return await journey.with_chunks(
-            manifest.id, environment, lambda: _move(journey, manifest.id, scheduler, timeout)
-        )
+        return await journey.with_chunks(manifest.id, environment, lambda: _move(journey, manifest.id, terms))
 
 
 async def _reset(client: Client, timeout: str | float | None, show: bool | None) -> SwapResult:
+    terms = _terms(None, timeout)
     with open_display(show) as display:
         journey = Journey(client, display)
         await journey.connect()
         journey.lap("check")
-        return await _move(journey, None, None, timeout)
+        return await _move(journey, None, terms)
 
 
 async def _stage(client: Client, source: Source, options: PackOptions, build: bool, show: bool | None) -> StagedResult:
+    terms = {**_terms(None, None), "chunks_only": not build}
     with open_display(show) as display:
         journey = Journey(client, display)
         await journey.connect()
         manifest, environment = await journey.find(source, options)
-        terms = {**_terms(None, None), "chunks_only": not build}
 
         async def stage() -> Mapping[str, Any]:
             swap_id = await journey.ask("envship_stage", environment_id=manifest.id, options=terms)
@@ -192,11 +193,9 @@ async def _stage(client: Client, source: Source, options: PackOptions, build: bo
 async def _move(
     journey: Journey,
     environment_id: EnvironmentId | None,
-    scheduler: bool | None,
-    timeout: str | float | None,
+    terms: Mapping[str, Any],
 ) -> SwapResult:
     futures = len(journey.client.futures)
-    terms = _terms(scheduler, timeout)
     swap_id = await journey.ask("envship_use", environment_id=environment_id, options=terms)
     status = await journey.follow(swap_id)
     return SwapResult(
@@ -223,7 +222,11 @@ async def _status(client: Client) -> EnvironmentStatus:
 
 
 def _terms(scheduler: bool | None, timeout: str | float | None) -> dict[str, Any]:
-    commit = config.timeout_s("commit") if timeout is None else parse_timedelta(timeout)
+    """What the coordinator is told besides the environment; all that the user can get wrong is looked at here."""
+    try:
+        commit = config.timeout_s("commit") if timeout is None else config.duration_s(timeout)
+    except ValueError as error:
+        raise ValueError(f"timeout={timeout!r}: expected {error}") from error
     return {
         "scheduler": scheduler,
         "client_token": PROCESS_TOKEN,

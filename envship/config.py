@@ -7,6 +7,7 @@ configuration. Machines of the cluster have their own; what they need of the cli
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -125,11 +126,25 @@ def timeout_s(phase: Timeout) -> float:
     name = f"timeouts.{phase}"
     value = _get(name)
     try:
+        return duration_s(value)
+    except ValueError as error:
+        raise SettingInvalid(name, value, str(error)) from error
+
+
+def duration_s(value: Any) -> float:
+    """The seconds of a duration that somebody waits for: a number of them, or what Dask takes, such as '60s'.
+
+    Raises
+    ------
+    ValueError
+        If it is none, or not over 0; with what was expected.
+    """
+    try:
         seconds = float(parse_timedelta(value))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise SettingInvalid(name, value, "a duration such as '60s'") from error
-    if not seconds > 0:
-        raise SettingInvalid(name, value, "a duration over 0")
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError("a duration such as '60s'") from error
+    if not 0 < seconds <= threading.TIMEOUT_MAX:
+        raise ValueError("a duration over 0" if not seconds > 0 else "a duration that ends")
     return seconds
 
 

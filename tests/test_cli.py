@@ -156,6 +156,25 @@ def test_use_goes_on_in_spite_of_versions_if_it_is_told_to(
     envship("reset", *at)
 
 
+@pytest.mark.parametrize("command", [["use"], ["reset"]])
+@pytest.mark.parametrize("timeout", ["soon", "", "0s", "-5", "inf", "nan", "9999999999999h"])
+def test_a_timeout_that_is_none_is_refused_before_anybody_is_asked(command: list[str], timeout: str) -> None:
+    refused = envship(*command, "-s", "tcp://127.0.0.1:9", f"--timeout={timeout}", code=2).stderr
+    assert "--timeout" in refused
+    assert timeout.strip("-") in refused
+
+
+def test_a_commit_that_takes_longer_than_it_may_is_taken_back(
+    cluster: Cluster, packed: Environment, prefixes: Prefixes
+) -> None:
+    at = ("--scheduler", cluster.address)
+    told = envship("use", prefixes.mine, *at, "--timeout", "1ms", code=1).stderr
+    assert "moved back" in told
+    assert envship_json("status", *at)["target_id"] is None
+    assert envship_json("use", prefixes.mine, *at, "--timeout", "100s")["environment_id"] == packed.id
+    assert envship_json("reset", *at, "--timeout", "1m")["environment_id"] is None
+
+
 def test_failure_on_the_cluster_is_a_message(cluster: Cluster, tmp_path: Path) -> None:
     unknown = "0" * 64
     assert unknown[:16] in envship("use", unknown, "-s", cluster.address, code=1).stderr

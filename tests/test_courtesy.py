@@ -70,7 +70,7 @@ def test_no_limit_never_waits_and_the_lowest_of_several_counts() -> None:
     assert slower_of(None, None) is None
 
 
-@pytest.mark.parametrize("value", ["fast", 0, "-1 MB", []])
+@pytest.mark.parametrize("value", ["fast", "", "MB", 0, True, float("inf"), "-1 MB", []])
 def test_a_limit_that_is_none_is_refused(value: object) -> None:
     with dask.config.set({"envship.rate-limit": value}), pytest.raises(SettingInvalid, match="rate-limit"):
         own_rate()

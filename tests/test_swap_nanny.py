@@ -277,10 +277,11 @@ def test_a_reset_brings_the_base_environment_back(client: Client, base_venv: Pat
     assert {place.prefix for place in places(client).values()} == {str(base_venv)}
 
 
+@pytest.mark.parametrize("scheduler", [False, True])
 def test_what_a_worker_was_told_is_carried_on(
-    base_venv: Path, tmp_path: Path, warm_stores: Path, packed: Environment, onlyhere: ModuleType
+    base_venv: Path, tmp_path: Path, warm_stores: Path, packed: Environment, onlyhere: ModuleType, scheduler: bool
 ) -> None:
-    """Names, threads, resources, memory limit, local directory, preload, --nworkers, and a late variable."""
+    """Names, threads, resources, memory limit, local directory, preload, --nworkers, --lifetime; also by a restart."""
     preload = tmp_path / "preload.py"
     preload.write_text(PRELOAD)
     with Cluster(base_venv, tmp_path / "c", stores=warm_stores) as cluster:
@@ -292,7 +293,7 @@ def test_what_a_worker_was_told_is_carried_on(
         several = cluster.start_worker("several", "--nworkers", "2", "--nthreads", "1", "--lifetime", "1 hour")
         with cluster.client(workers=3) as client:
             before = _told(client)
-            result = client.use_environment(packed, scheduler=False)
+            result = client.use_environment(packed, scheduler=scheduler)
             assert result.workers == 3
             assert result.hosts == 1
             moved(client, packed)
@@ -305,6 +306,9 @@ def test_what_a_worker_was_told_is_carried_on(
             assert told["scratch"] == str(cluster.scratch("told"))
             written = [path.read_text() for path in cluster.scratch("told").rglob("preloaded")]
             assert written == [next(p.prefix for p in places(client).values())]
+            client.restart()
+            moved(client, packed)
+            assert _told(client) == before
         assert one.alive
         assert several.alive
 

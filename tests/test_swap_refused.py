@@ -7,11 +7,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import dask
 import pytest
 from distributed import Client, LocalCluster
 
 import envship  # noqa: F401  adds the methods to the client
-from worker_bootstrap.errors import IncompatibleEnvironment, NotSwappable, PrepareFailed
+from worker_bootstrap.errors import IncompatibleEnvironment, NotSwappable, PrepareFailed, SettingInvalid
 from worker_bootstrap.store import Store
 
 from .cluster import SWAP_MARKS, Cluster, Prefixes, client_of_unmoved, variant
@@ -73,6 +74,26 @@ def test_a_scheduler_without_plugins_is_refused_before_anything_is_packed(
             pytest.raises(NotSwappable, match="does not accept plugins"),
         ):
             client.use_environment(str(prefixes.mine))
+
+
+@pytest.mark.usefixtures("nothing_is_packed")
+@pytest.mark.parametrize("timeout", ["soon", "", 0, -1, float("inf"), float("nan"), [], "1e99h"])
+def test_a_timeout_that_is_none_is_refused_before_anything_is_packed(
+    client: Client, prefixes: Prefixes, timeout: Any
+) -> None:
+    with pytest.raises(ValueError, match=r"timeout=.*: expected a duration"):
+        client.use_environment(str(prefixes.mine), timeout=timeout)
+    with pytest.raises(ValueError, match=r"timeout=.*: expected a duration"):
+        client.reset_environment(timeout=timeout)
+
+
+@pytest.mark.usefixtures("nothing_is_packed")
+def test_a_setting_that_means_nothing_is_refused_before_anything_is_packed(client: Client, prefixes: Prefixes) -> None:
+    for setting in ("timeouts.commit", "rate-limit", "keep-warm", "link-mode"):
+        with dask.config.set({f"envship.{setting}": "nonsense"}):
+            for move in (client.use_environment, client.stage_environment):
+                with pytest.raises(SettingInvalid, match=setting):
+                    move(str(prefixes.mine))
 
 
 def test_versions_are_compared_also_where_only_the_cluster_holds_the_environment(

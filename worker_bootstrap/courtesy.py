@@ -18,9 +18,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import dask.config
-from dask.utils import parse_bytes
 
 from worker_bootstrap.errors import SettingInvalid
+from worker_bootstrap.sizes import parse_size
 
 SO_MAX_PACING_RATE = 47
 """Linux; the socket module has no name for it (asm-generic/socket.h)."""
@@ -80,8 +80,8 @@ def own_rate() -> float | None:
     if value is None:
         return None
     try:
-        rate = float(parse_bytes(value))
-    except (ValueError, TypeError, AttributeError) as error:
+        rate = float(parse_size(value))
+    except ValueError as error:
         raise SettingInvalid("rate-limit", value, "bytes per second such as '50 MB', or null") from error
     if not rate > 0:
         raise SettingInvalid("rate-limit", value, "over 0 bytes per second, or null")

@@ -21,6 +21,7 @@ from typing import Any
 from worker_bootstrap.errors import SettingInvalid, StoreUntrusted
 from worker_bootstrap.layout import Layout
 from worker_bootstrap.mounts import NETWORK_FILE_SYSTEMS, file_system_of
+from worker_bootstrap.sizes import parse_size
 from worker_bootstrap.store import Store
 
 STORE_VARIABLE = "ENVSHIP_STORE"
@@ -81,12 +82,9 @@ def store_limit_bytes() -> int | None:
     if value is None:
         return None
     try:
-        limit_bytes = int(importlib.import_module("dask.utils").parse_bytes(value))
-    except (ValueError, TypeError, AttributeError) as error:
+        return parse_size(value)
+    except ValueError as error:
         raise SettingInvalid("store-limit", value, "a size such as '50 GB', or null") from error
-    if limit_bytes < 0:
-        raise SettingInvalid("store-limit", value, "a size of at least 0, or null")
-    return limit_bytes
 
 
 def trusted(path: Path) -> Path:

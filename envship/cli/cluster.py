@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from envship.cli.packed_as import PackingCommand
+from envship.cli.quantities import Timeout
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -110,7 +111,11 @@ def connected(command: Command) -> Command:
     return decorated  # type: ignore[no-any-return]
 
 
-_timeout = click.option("--timeout", metavar="DURATION", help="Give up after, for example, 120s.")
+_timeout = click.option(
+    "--timeout",
+    type=Timeout(),
+    help="How long workers may take to come back, e.g. 120s. [envship.timeouts.commit]",
+)
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
@@ -125,7 +130,7 @@ def use(
     connection: Connection,
     ignore_versions: bool,
     packed_as: PackOptions,
-    timeout: str | None,
+    timeout: float | None,
     as_json: bool,
 ) -> None:
     """Move a running cluster into the environment SOURCE.
@@ -142,7 +147,7 @@ def use(
 @connected
 @_timeout
 @_as_json
-def reset(connection: Connection, timeout: str | None, as_json: bool) -> None:
+def reset(connection: Connection, timeout: float | None, as_json: bool) -> None:
     """Move a cluster back to the environment that it was started in."""
     with connection.open() as client:
         result = client.reset_environment(timeout=timeout)

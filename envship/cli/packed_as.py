@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from envship.cli.quantities import Size
 from envship.options import Filter, PackOptions
 from worker_bootstrap.errors import SourceProblems
 
@@ -30,10 +31,9 @@ class PackingCommand(click.Command):
             _flag("--copy-outside-links", "Put what symbolic links out of the environment point to in their place."),
             click.Option(
                 ["--project-limit", "project_limit_bytes"],
-                metavar="SIZE",
+                type=Size(),
                 default="1 GiB",
                 show_default=True,
-                callback=_size,
                 help="Refuse a project in editable mode that is larger than this.",
             ),
             _flag("--all-problems", "If it cannot be packed, print everything that is wrong with it, file by file."),
@@ -63,15 +63,6 @@ class PackingCommand(click.Command):
 
 def _filter(name: str, text: str) -> click.Option:
     return click.Option([name], metavar="PATTERN", multiple=True, help=text)
-
-
-def _size(ctx: click.Context, param: click.Parameter, value: str) -> int:
-    from dask.utils import parse_bytes
-
-    try:
-        return int(parse_bytes(value))
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from error
 
 
 def _flag(name: str, text: str) -> click.Option:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from envship.cli.cluster import Connection, connected
+from envship.cli.quantities import Duration, Size
 
 if TYPE_CHECKING:
     from envship.environment import Environment
@@ -21,41 +22,11 @@ _store = click.option("--store", "store_path", type=_folder, help="The store to 
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
-class _Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic from click 8.2 on
-    name = "SIZE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        from dask.utils import parse_bytes
-
-        try:
-            size_bytes = int(parse_bytes(value))
-        except (ValueError, TypeError):
-            size_bytes = -1
-        if size_bytes < 0:
-            self.fail(f"{value!r} is not a size such as 50GB", param, ctx)
-        return size_bytes
-
-
-class _Duration(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    name = "DURATION"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        from dask.utils import parse_timedelta
-
-        try:
-            seconds = float(parse_timedelta(value))
-        except (ValueError, TypeError, KeyError):
-            seconds = -1.0
-        if seconds < 0:
-            self.fail(f"{value!r} is not a duration such as 30d", param, ctx)
-        return seconds
-
-
 @click.command()
 @_store
-@click.option("--limit", type=_Size(), help="Evict until the store is no larger, e.g. 50GB. [envship.store-limit]")
-@click.option("--unused", type=_Duration(), help="Evict what nobody has used for so long, e.g. 30d.")
-@click.option("--grace", type=_Duration(), default="15m", show_default=True, help="Never evict what was used since.")
+@click.option("--limit", type=Size(), help="Evict until the store is no larger, e.g. 50GB. [envship.store-limit]")
+@click.option("--unused", type=Duration(), help="Evict what nobody has used for so long, e.g. 30d.")
+@click.option("--grace", type=Duration(), default="15m", show_default=True, help="Never evict what was used since.")
 @click.option("-n", "--dry-run", is_flag=True, help="Only say what would go.")
 @_as_json
 def gc(
