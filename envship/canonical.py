@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -26,6 +26,15 @@ _NO_ROOM = "looks for shared libraries in %s (RPATH) and has no room for $ORIGIN
 
 _POLYGLOT = b"#!/bin/sh\n'''exec' "
 _ENV_SHEBANG = re.compile(rb"\A#!/usr/bin/env (?:-S )?([^\s/=-][^\s/=]*(?=[ \n]))")
+
+
+_BEFORE = re.compile(rb"(?:\A|[^\w\x80-\xff.~*?%})\]+/-]|://|(?:\A|[\s\"'=,;(\[])-[A-Za-z]|-isystem|\\[nrt])\Z")
+"""What may stand before a prefix: `/usr/bin/env`, `~/env` and `${HOME}/env` do not name `/env`; `file:///env`,
+`-I/env/include` and `"\\n/env"` do."""
+_BEFORE_BYTES = 8
+"""No more of it is looked at."""
+_AFTER = rb"(?![\w\x80-\xff-]|\.\w)"
+"""`/home/me/env2` and `/home/me/env.old` do not name `/home/me/env`; `/home/me/env.` at a sentence's end does."""
 
 
 class Content(NamedTuple):
@@ -122,9 +131,9 @@ class Recorded:
         )
         for installed in dict.fromkeys(candidates):
             for prefix in self.own.prefixes:
-                original = restore(installed, self.relocation, prefix)
-                if digest_of(original) == self.digest:
-                    return Content(original, self.relocation, self.digest)
+                for original in _originals(installed, self.relocation, prefix):
+                    if digest_of(original) == self.digest:
+                        return Content(original, self.relocation, self.digest)
         if self.relocation.mode == "binary":
             # Signed or stripped after installing: no longer the original, but the room for a longer prefix is there.
             return _with_room(data, self.relocation, self.own)
@@ -184,7 +193,17 @@ def with_interpreter_of(data: bytes, prefix: str) -> bytes:
 def names_prefix(data: bytes, prefixes: tuple[str, ...]) -> bool:
     """Whether a module with the text *data* would be relocated."""
     pattern = _text_pattern(prefixes)
-    return pattern is not None and pattern.search(data) is not None
+    return pattern is not None and any(map(_is_whole, pattern.finditer(data)))
+
+
+def _originals(data: bytes, relocation: Relocation, prefix: str) -> Iterator[bytes]:
+    """What *data*, installed at *prefix*, may have been made of."""
+    original = restore(data, relocation, prefix)
+    yield original
+    if relocation.mode == "text" and original != data:
+        # The original may name what only ends like the prefix: `/usr/bin/env`, where that is `/env`.
+        plain = restore(data, relocation, relocation.placeholder)
+        yield _replaced(plain, (prefix,), os.fsencode(relocation.placeholder))
 
 
 def _with_room(data: bytes, relocation: Relocation, own: Own) -> Content:
@@ -211,10 +230,21 @@ def _canonical_text(data: bytes, prefixes: tuple[str, ...], is_script: bool) -> 
         # A script's interpreter moves along even from `/usr`, where the rest of its text means the system.
         data = _with_plain_shebang(data, prefixes)
         data = _shebang_pattern(prefixes).sub(b"#!" + placeholder, data, count=1)
-    pattern = _text_pattern(prefixes)
-    if pattern is not None:
-        data = pattern.sub(placeholder, data)
+    data = _replaced(data, prefixes, placeholder)
     return Content(data, Relocation("text", placeholder.decode()) if placeholder in data else None)
+
+
+def _replaced(data: bytes, prefixes: tuple[str, ...], placeholder: bytes) -> bytes:
+    """The text *data* with *placeholder* wherever it names one of *prefixes*."""
+    pattern = _text_pattern(prefixes)
+    if pattern is None:
+        return data
+    return pattern.sub(lambda match: placeholder if _is_whole(match) else match.group(), data)
+
+
+def _is_whole(match: re.Match[bytes]) -> bool:
+    """Whether a path begins where *match*, of `_text_pattern`, does."""
+    return _BEFORE.search(match.string, max(0, match.start() - _BEFORE_BYTES), match.start()) is not None
 
 
 def _with_plain_shebang(data: bytes, prefixes: tuple[str, ...]) -> bytes:
@@ -233,8 +263,7 @@ def _shebang_pattern(prefixes: tuple[str, ...]) -> re.Pattern[bytes]:
 @functools.lru_cache(maxsize=64)
 def _text_pattern(prefixes: tuple[str, ...]) -> re.Pattern[bytes] | None:
     chosen = tuple(prefix for prefix in prefixes if prefix not in SYSTEM_PREFIXES)
-    # `/home/me/env2` and `/home/me/env.old` do not name `/home/me/env`; `/home/me/env.` at a sentence's end does.
-    return re.compile(b"(?:" + _alternatives(chosen) + rb")(?![\w\x80-\xff-]|\.\w)") if chosen else None
+    return re.compile(b"(?:" + _alternatives(chosen) + b")" + _AFTER) if chosen else None
 
 
 def _alternatives(prefixes: tuple[str, ...]) -> bytes:

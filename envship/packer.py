@@ -87,7 +87,7 @@ class Packer:
             seen, known = done.trees, done.known
         else:
             seen, known = Trees(), Known()
-            seen.walk(Root(str(place)))
+            seen.walk(Root(str(place), follow=True))
             done = self._archive(place)
         environment_id = self._store.write_manifest(done.manifest)
         index.save(seen, environment_id, known)

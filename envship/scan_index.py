@@ -72,7 +72,7 @@ class ScanIndex:
             raw = json.loads(index.path.read_bytes())
             if raw["rules"] != rules():
                 return index
-            index.roots = tuple(Root(path, *map(tuple, lists)) for path, *lists in raw["roots"])
+            index.roots = tuple(Root(path, *map(tuple, lists), follow=follow) for path, *lists, follow in raw["roots"])
             if is_digest(raw["environment"]):
                 index.fingerprint, index.environment_id = raw["fingerprint"], EnvironmentId(raw["environment"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -42,6 +42,58 @@ def test_the_prefix_itself_does(text: str) -> None:
     assert names_prefix(text.encode(), (HERE,))
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "#!/usr/bin/env sh",
+        "~/env/x",
+        "${HOME}/env",
+        "$(pwd)/env",
+        "http://env/",
+        "../env",
+        "x-/env",
+        "*/env",
+        "ab-I/env",
+    ],
+)
+def test_what_only_ends_like_a_short_prefix_does_not_name_it(text: str) -> None:
+    assert Own(("/env",), "bin/x")(text.encode()).relocation is None
+    assert not names_prefix(text.encode(), ("/env",))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("/env", "'/env'", "#!/env/bin/tool", "file:///env/x", "cc -I/env/include", "-L/env/lib", '["-L/env/lib"]'),
+        *(
+            "PATH=/env/bin",
+            "/bin:/env/bin",
+            "-isystem/env/i",
+            r'"\n/env"',
+            "-Wl,-rpath,/env/lib",
+            "(/env)",
+            "x\n/env/x",
+        ),
+        "#!/usr/bin/env /env/bin/tool",
+    ],
+)
+def test_a_short_prefix_is_found_where_a_path_begins(text: str) -> None:
+    content = Own(("/env",), "bin/x")(text.encode())
+    assert content.relocation is not None
+    assert (
+        relocate(content.data, content.relocation, "/some/where")
+        == text.replace("/env", "/some/where").replace("bin/some/where", "bin/env").encode()
+    )
+    assert names_prefix(text.encode(), ("/env",))
+
+
+def test_a_recorded_text_may_hold_what_ends_like_a_short_prefix() -> None:
+    original = f"#!/usr/bin/env sh\nexec {LONG}/bin/tool\n".encode()
+    relocation = Relocation("text", LONG)
+    recorded = Recorded(digest_of(original), relocation, Own(("/env",)))
+    assert recorded(relocate(original, relocation, "/env"))[:2] == (original, relocation)
+
+
 def test_a_text_that_holds_the_placeholder_itself_still_comes_back() -> None:
     text = f"{PLACEHOLDER} is not {HERE}\n".encode()
     content = Own((HERE,))(text)

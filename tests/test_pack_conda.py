@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -257,3 +258,28 @@ def test_records_lose_what_is_true_of_one_machine_only() -> None:
         "paths_data": {"paths": [{"_path": "a", "sha256": "s", "size_in_bytes": 1}]},
     }
     assert canonical_conda_meta(text) == text
+
+
+def test_an_environment_that_is_reached_by_a_link_is_the_same(copy: Path, store: Store, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(copy)
+    environment = pack(link, store=store)
+    assert environment.id == pack(copy, store=store).id
+    assert pack(link, store=store).id == environment.id
+
+
+def test_an_archive_that_is_reached_by_a_link_is_read_again_when_the_link_leads_elsewhere(
+    copy: Path, store: Store, tmp_path: Path
+) -> None:
+    one, other, link = tmp_path / "one.tar", tmp_path / "other.tar", tmp_path / "link.tar"
+    pack(copy, store=store).export(one)
+    (copy / "share" / "more").write_text("")
+    pack(copy, store=store).export(other)
+    link.symlink_to(one)
+    assert "share/more" not in all_entries(pack(link, store=store))
+    link.unlink()
+    link.symlink_to(other)
+    os.utime(link, (1, 1), follow_symlinks=False)
+    assert "share/more" in all_entries(pack(link, store=store))
+    os.replace(one, other)
+    assert "share/more" not in all_entries(pack(link, store=store))

@@ -144,8 +144,12 @@ def test_a_plain_interpreter_can_be_packed(store: Store, tmp_path: Path) -> None
 
 
 def test_a_venv_with_the_packages_of_its_interpreter_has_them(
-    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Those of its user, which it sees as well, it is said not to have."""
+    users = tmp_path / "home" / ".local" / SITE
+    users.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     built = materialise(store, pack(small_venv(tmp_path / "a", [onlyhere_wheel(tmp_path)]), store=store).id)
     shutil.copytree(built, tmp_path / "plain", symlinks=True)
     mine = tmp_path / "mine"
@@ -159,7 +163,29 @@ def test_a_venv_with_the_packages_of_its_interpreter_has_them(
     (said_so,) = (record.getMessage() for record in caplog.records)
     assert said_so.endswith("1 of them: onlyhere 1.0")
     install(mine, "--ignore-installed", str(onlyhere_wheel(tmp_path, "2.0")))
+    (users / "theirs.py").write_text("")
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "envship"):
+        pack(mine, store=store)
+    (said_so,) = (record.getMessage() for record in caplog.records)
+    assert f"no packages of its user ({users})" in said_so
     assert package(pack(mine, store=store), "onlyhere").version == "2.0"
+
+
+@pytest.mark.parametrize("above", [False, True])
+def test_a_venv_that_is_reached_by_a_link_is_the_same(store: Store, tmp_path: Path, above: bool) -> None:
+    """Be the link the prefix itself or a folder above; where it leads elsewhere later on, that is noticed."""
+    mine = small_venv(tmp_path / "real" / "env", [onlyhere_wheel(tmp_path)])
+    link = tmp_path / "link"
+    link.symlink_to(mine.parent if above else mine)
+    through = link / "env" if above else link
+    assert pack(through, store=store).id == pack(mine, store=store).id
+    other = tmp_path / "elsewhere" / "env"
+    shutil.copytree(mine, other, symlinks=True)
+    (other / SITE / "more.py").write_text("")
+    link.unlink()
+    link.symlink_to(other.parent if above else other)
+    assert f"{SITE}/more.py" in all_entries(pack(through, store=store))
 
 
 def test_a_venv_whose_interpreter_is_gone_is_refused(store: Store, tmp_path: Path) -> None:

@@ -33,14 +33,18 @@ _SYSTEM_FOLDERS = ("/lib/", "/lib64/", "/usr/lib/", "/usr/lib64/")
 def base_roots(interpreter: Interpreter) -> list[Root]:
     """What has to be walked for `base_draft`."""
     executable = Root(interpreter.executable)
-    library = Root(interpreter.stdlib, _LEFT_OUT)
-    headers = Root(interpreter.include, _LEFT_OUT)
+    library = _library_root(interpreter.stdlib)
+    headers = _library_root(interpreter.include)
     roots = [executable, library, headers, *(Root(path) for path in _libraries(interpreter))]
     if is_of_conda(interpreter):
         roots.append(Root(f"{interpreter.base_prefix}/{OPENSSL}"))
     if interpreter.platstdlib != interpreter.stdlib:
-        roots.append(Root(interpreter.platstdlib, _LEFT_OUT))
+        roots.append(_library_root(interpreter.platstdlib))
     return roots
+
+
+def _library_root(folder: str) -> Root:
+    return Root(folder, _LEFT_OUT, follow=True)
 
 
 def base_draft(interpreter: Interpreter, trees: Trees, collector: Collector) -> Draft:
@@ -92,7 +96,7 @@ def _library(name: str, origin: str, collector: Collector, recorded: Mapping[str
 def _tree(
     folder: str, place: str, trees: Trees, collector: Collector, recorded: Mapping[str, Treatment]
 ) -> Iterator[Item]:
-    for path, (origin, node) in trees.found(Root(folder, _LEFT_OUT), place).items():
+    for path, (origin, node) in trees.found(_library_root(folder), place).items():
         if path.endswith((".a", ".o", ".pyc")) or ("/config-" in path and path.endswith(".so")):
             continue
         if stat.S_ISLNK(node.st_mode):

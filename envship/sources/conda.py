@@ -61,7 +61,7 @@ def plan_conda(prefix: Path, trees: Trees, options: PackOptions, is_archive: boo
     SourceProblems
         If files are missing or were overwritten (unless *options* ignore that), or cannot be packed.
     """
-    files = trees.found(Root(str(prefix), tuple(sorted(NOT_CONTENT))))
+    files = trees.found(Root(str(prefix), tuple(sorted(NOT_CONTENT)), follow=True))
     records = _read_records(prefix, files)
     python = next((record for record in records if record["name"] == "python"), None)
     if python is None:

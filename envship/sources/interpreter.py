@@ -45,6 +45,7 @@ print("\n" + json.dumps({
     "include": paths["include"],
     "platlibdir": getattr(sys, "platlibdir", "lib"),
     "site": [path for path in site.getsitepackages([sys.base_prefix]) if os.path.isdir(path)],
+    "user_site": site.getusersitepackages(),
     "scripts": paths["scripts"],
     "system": platform.system(),
     "machine": platform.machine(),
@@ -57,7 +58,8 @@ class Interpreter(NamedTuple):
     """A CPython: where its parts lie (absolute paths) and what it is.
 
     *executable* has no symbolic links left. *site* are the folders of packages that are installed into the interpreter
-    itself. *loaded* are the shared libraries that it and its standard library need, if asked for.
+    itself, *user_site* is where its user's would lie. *loaded* are the shared libraries that it and its standard
+    library need, if asked for.
     """
 
     executable: str
@@ -70,6 +72,7 @@ class Interpreter(NamedTuple):
     include: str
     platlibdir: str
     site: list[str]
+    user_site: str
     scripts: str
     system: str
     machine: str

@@ -29,13 +29,15 @@ _IS_UTF8 = sys.getfilesystemencoding().lower().replace("-", "") == "utf8"
 class Root(NamedTuple):
     """A folder (or a single file) to walk, without the relative paths and the folder names to pass over.
 
-    With *suffixes*, files with other ones and empty folders do not count.
+    With *suffixes*, files with other ones and empty folders do not count. With *follow*, the folder may be reached by a
+    symbolic link.
     """
 
     path: str
     skip_paths: tuple[str, ...] = ()
     skip_names: tuple[str, ...] = ()
     suffixes: tuple[str, ...] = ()
+    follow: bool = False
 
 
 class SlimStatus(NamedTuple):
@@ -215,7 +217,7 @@ def _changed_ns(folder: str) -> int:
 def _walk(root: Root, slim: bool = False) -> Walk:
     """What lies below *root*."""
     try:
-        node = os.lstat(root.path)
+        node = os.stat(root.path) if root.follow else os.lstat(root.path)
     except (FileNotFoundError, NotADirectoryError):
         return Walk()
     if not stat.S_ISDIR(node.st_mode):

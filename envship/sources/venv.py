@@ -5,6 +5,7 @@ The result is one relocatable prefix in which everything lies where Python expec
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -100,7 +101,7 @@ def _installed(
     distributions: list[Distribution] = []
     settings = _settings(prefix)
     if settings is not None:
-        files.update(trees.found(Root(str(prefix))))
+        files.update(trees.found(Root(str(prefix), follow=True)))
         distributions += read_distributions(str(prefix / site_path), site_path, files)
     mine = len(distributions)
     if settings is None or settings.get("include-system-site-packages") == "true":
@@ -115,13 +116,27 @@ def _say(prefix: Path, interpreter: Interpreter, others: Sequence[Distribution])
         more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
         message = "with the venv %s go the packages of its interpreter (%s), %d of them: %s%s"
         logger.warning(message, prefix, ", ".join(interpreter.site), len(others), names, more)
+    if _sees_users_packages(prefix) and _has_entries(interpreter.user_site):
+        message = "with the venv %s go no packages of its user (%s): install into it what is needed of them"
+        logger.warning(message, prefix, interpreter.user_site)
+
+
+def _has_entries(folder: str) -> bool:
+    with contextlib.suppress(OSError):
+        return bool(os.listdir(folder))
+    return False
+
+
+def _sees_users_packages(prefix: Path) -> bool:
+    settings = _settings(prefix) or {}
+    return settings.get("include-system-site-packages") == "true" and "PYTHONNOUSERSITE" not in os.environ
 
 
 def _add_site(
     folder: str, site_path: str, trees: Trees, files: dict[str, Found], distributions: list[Distribution]
 ) -> None:
     """Add what lies in a site folder of the interpreter, except for packages that a folder before it has."""
-    inside = trees.found(Root(folder), site_path)
+    inside = trees.found(Root(folder, follow=True), site_path)
     taken = {distribution.name for distribution in distributions}
     for distribution in read_distributions(folder, site_path, inside):
         info = distribution.info + "/"
