@@ -24,7 +24,6 @@ SYSTEM_PREFIXES = frozenset(("/", "/usr", "/usr/local"))
 _NO_ROOM = "looks for shared libraries in %s (RPATH) and has no room for $ORIGIN/…: patchelf --set-rpath makes it"
 """What is said of an ELF file that works where it is only."""
 
-_POLYGLOT = b"#!/bin/sh\n'''exec' "
 _ENV_SHEBANG = re.compile(rb"\A#!/usr/bin/env (?:-S )?([^\s/=-][^\s/=]*(?=[ \n]))")
 
 
@@ -170,15 +169,15 @@ class Rewritten:
 
     name: str
     function: Callable[[bytes], bytes]
-    own: Own | None = None
+    then: Treatment | None = None
 
     @property
     def key(self) -> str:
-        return f"rewritten {self.name} {self.own.key if self.own else ''}"
+        return f"rewritten {self.name} {self.then.key if self.then else ''}"
 
     def __call__(self, data: bytes) -> Content:
         data = self.function(data)
-        return self.own(data) if self.own else Content(data, None)
+        return self.then(data) if self.then else Content(data, None)
 
 
 def with_interpreter_of(data: bytes, prefix: str) -> bytes:
@@ -249,7 +248,7 @@ def _is_whole(match: re.Match[bytes]) -> bool:
 
 def _with_plain_shebang(data: bytes, prefixes: tuple[str, ...]) -> bytes:
     """Undo the form of scripts whose interpreter's path is too long for the kernel, or has a space."""
-    if not data.startswith(_POLYGLOT):
+    if not data.startswith(b"#!/bin/sh\n"):
         return data
     plain = restore(data, Relocation("text", "/"), "/")
     return plain if _shebang_pattern(prefixes).match(plain) else data

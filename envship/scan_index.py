@@ -72,7 +72,7 @@ class ScanIndex:
             raw = json.loads(index.path.read_bytes())
             if raw["rules"] != rules():
                 return index
-            index.roots = tuple(Root(path, *map(tuple, lists), follow=follow) for path, *lists, follow in raw["roots"])
+            index.roots = tuple(map(_root, raw["roots"]))
             if is_digest(raw["environment"]):
                 index.fingerprint, index.environment_id = raw["fingerprint"], EnvironmentId(raw["environment"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -171,6 +171,12 @@ def _sources(folder: Path) -> Iterable[Path]:
 def _packed(row: Any) -> Packed:
     listing, chunks = row
     return Packed(_chunk(listing), tuple(_chunk(chunk) for chunk in chunks))
+
+
+def _root(row: Sequence[Any]) -> Root:
+    path, *lists, follow = row
+    paths, names, suffixes = map(tuple, lists)
+    return Root(path, paths, names, suffixes, follow)
 
 
 def _whole(row: Any) -> Whole:

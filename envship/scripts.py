@@ -1,9 +1,9 @@
-"""Scripts as if one installer had written all of them: what pip, uv and others write differs, and does the same. Pure.
+"""Scripts as if one installer had written all of them: what pip, uv, conda and others write differs, and does the same.
 
 Two things differ: by which of its names the script's first line calls the interpreter (pip takes the one that it was
 started with), and how the few lines are spelled that call an entry point. What a person changed in such a script is no
-installer's spelling any more, and stays. Source: the templates of distlib (which pip has), pip, uv and pypa/installer.
-See also `envship.canonical`, for the prefix in the first line.
+installer's spelling any more, and stays. Pure. Source: the templates of distlib (which pip has), pip, uv,
+pypa/installer, conda and rattler (which pixi has). See also `envship.canonical`, for the prefix in the first line.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _INSTALLED = re.compile(
     rb")"
     rb" {4}sys\.exit\((?P<function>(?P=name)(?:\.\w+)*)\(\)\)\n?"
 )
-"""The spellings, with one kind of quotes and without empty lines. What they do besides the call is for Windows."""
+"""The spellings, in one kind of quotes, without tabs and empty lines. What they do besides the call is for Windows."""
 
 _CANONICAL = b"""\
 import sys
@@ -74,6 +74,7 @@ def canonical_body(data: bytes) -> bytes:
     if len(data) > _LONGEST_BYTES:
         return data
     plain = re.sub(rb"\n\n+", b"\n", data.replace(b'"', b"'"))
+    plain = re.sub(rb"(?m)^\t+", lambda tabs: b"    " * len(tabs[0]), plain)
     found = _INSTALLED.fullmatch(plain)
     return data if found is None else _CANONICAL % {name.encode(): value for name, value in found.groupdict().items()}
 

@@ -191,7 +191,7 @@ def test_a_clone_without_package_cache_is_the_same_environment(
 def test_an_environment_of_pixi_is_the_same_environment(
     conda_pair: tuple[Path, Path], conda_environment: Environment, store: Store, tmp_path: Path
 ) -> None:
-    """Its records lack what conda adds, and there are files of pixi's beside them, but no history."""
+    """Its records lack what conda adds, there are files of pixi's beside them, no history, and tabs in scripts."""
     prefix = clone_of(conda_pair[0], tmp_path / "project" / ".pixi" / "envs" / "default")
     for path in (prefix / "conda-meta").iterdir():
         if path.suffix != ".json":
@@ -208,6 +208,14 @@ def test_an_environment_of_pixi_is_the_same_environment(
     (prefix / "conda-meta" / "pixi_env_prefix").write_text(str(prefix))
     (prefix / "conda-meta" / ".pixi-environment-fingerprint").write_text("1")
     assert pack(prefix, store=store).id == conda_environment.id
+    scripts = [path for path in (prefix / "bin").iterdir() if b"\tsys.exit(" in path.read_bytes()]
+    assert scripts, "an installer that is pixi's wrote them"
+    for path in scripts:
+        text = path.read_text().replace("\t", "    ")
+        path.unlink()  # it may be a link to that of another environment
+        path.write_text(text)
+        path.chmod(0o755)
+    assert pack(prefix, store=store).id == conda_environment.id, "as conda writes them"
 
 
 # -- byte code

@@ -207,6 +207,21 @@ def test_an_interpreter_that_does_not_start_is_reported(store: Store, tmp_path: 
         pack(mine, store=store)
 
 
+def test_a_free_threaded_interpreter_is_refused(store: Store, tmp_path: Path) -> None:
+    """Its library and its packages lie elsewhere; here, an interpreter that says that it is one."""
+    mine = small_venv(tmp_path / "env", [onlyhere_wheel(tmp_path)])
+    python = mine / "bin" / "python"
+    python.unlink()
+    pretend = "import sysconfig; sysconfig.get_config_vars()['Py_GIL_DISABLED'] = 1; "
+    python.write_text(
+        f'#!/bin/sh\nfor code; do shift; [ "$code" = -c ] && break; done\ncode=$1; shift\n'
+        f'exec \'{sys.executable}\' -I -S -B -c "{pretend}$code" "$@"\n'
+    )
+    python.chmod(0o755)
+    with pytest.raises(NotAnEnvironment, match="free-threaded"):
+        pack(mine, store=store)
+
+
 def test_unreadable_files_are_all_named(store: Store, tmp_path: Path) -> None:
     if os.getuid() == 0:
         pytest.skip("root reads everything")

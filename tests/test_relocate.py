@@ -115,6 +115,20 @@ def test_an_interpreter_outside_of_the_prefix_stays_with_all_its_arguments() -> 
     assert moved == b"#!/bin/bash --rcfile=" + b"/n" * 90 + b"/etc/rc\nx\n"
 
 
+@pytest.mark.parametrize("folder", ["with a space", "x" * 150, "plain"])
+def test_a_script_keeps_its_encoding(tmp_path: Path, folder: str) -> None:
+    """Python looks for it in the first two lines only."""
+    prefix = tmp_path / folder
+    (prefix / "bin").mkdir(parents=True)
+    (prefix / "bin" / "python").symlink_to(sys.executable)
+    data = b"#!" + O + b"/bin/python\n# -*- coding: latin-1 -*- of " + O + b"\nprint(ascii('\xe9'))\n"
+    script = prefix / "bin" / "tool"
+    script.write_bytes(relocate(data, TEXT, str(prefix)))
+    script.chmod(0o755)
+    assert subprocess.run([script], capture_output=True, text=True, check=True).stdout == "'\\xe9'\n"
+    assert restore(script.read_bytes(), TEXT, str(prefix)) == data
+
+
 def test_the_other_quotes_of_uv_are_undone() -> None:
     script = b"#!/bin/sh\n'''exec' '/a b/bin/python' \"$0\" \"$@\"\n' '''\nx\n"
     assert restore(script, TEXT, "/a b") == b"#!" + O + b"/bin/python\nx\n"

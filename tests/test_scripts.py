@@ -18,6 +18,10 @@ INSTALLERS = {
     "installer": "# -*- coding: utf-8 -*-\nimport re\nimport sys\nfrom a.b import c\n"
     'if __name__ == "__main__":\n    sys.argv[0] = re.sub(r"(-script\\.pyw|\\.exe)?$", "", sys.argv[0])\n'
     "    sys.exit(c.d())\n",
+    "conda": "# -*- coding: utf-8 -*-\nimport re\nimport sys\n\nfrom a.b import c\n\nif __name__ == '__main__':\n"
+    "    sys.argv[0] = re.sub(r'(-script\\.pyw?|\\.exe)?$', '', sys.argv[0])\n    sys.exit(c.d())\n",
+    "rattler": "# -*- coding: utf-8 -*-\nimport re\nimport sys\n\nfrom a.b import c\n\nif __name__ == '__main__':\n"
+    "\tsys.argv[0] = re.sub(r'(-script\\.pyw?|\\.exe)?$', '', sys.argv[0])\n\tsys.exit(c.d())\n",
     "pip": PIP_24 + "    sys.exit(c.d())\n",
     "uv": '# -*- coding: utf-8 -*-\nimport sys\nfrom a.b import c\nif __name__ == "__main__":\n'
     '    if sys.argv[0].endswith("-script.pyw"):\n        sys.argv[0] = sys.argv[0][:-11]\n'

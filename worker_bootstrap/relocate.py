@@ -28,6 +28,8 @@ GROWTH_LIMIT_BYTES = 64 << 20
 """Text may become so much longer: a short placeholder in every word would stand for gigabytes."""
 
 _SHEBANG = re.compile(rb"#![ \t]*(?P<interpreter>[^ \t\r\n]*)(?P<arguments>[^\n]*)(?:\n|\Z)")
+_ENCODING = re.compile(rb"[ \t\f]*#[^\n]*?coding[:=][ \t]*[-_.a-zA-Z0-9]+[^\n]*\n")
+"""Source: PEP 263. A shell takes it for a comment."""
 _PYTHON = re.compile(rb"(?:python|pypy)[0-9.]*t?")
 _BARE = re.compile(rb"[\w%+=:,./@\x80-\xff-]+")
 """What a shell takes for one word."""
@@ -121,11 +123,16 @@ def _replace_text(data: bytes, old: bytes, new: bytes) -> bytes:
     end = data.find(b"\n", 0, FIRST_LINE_LIMIT_BYTES) + 1 or len(data)
     if not data.startswith(b"#!") or end > FIRST_LINE_LIMIT_BYTES or old not in data[:end]:
         return data.replace(old, new)
-    return _usable_shebang(data[:end], old, new) + data[end:].replace(old, new)
+    encoding = _ENCODING.match(data, end)
+    after = encoding.end() if encoding is not None else end
+    second = data[end:after].replace(old, new)
+    return _usable_shebang(data[:end], second, old, new) + data[after:].replace(old, new)
 
 
-def _usable_shebang(line: bytes, old: bytes, new: bytes) -> bytes:
+def _usable_shebang(line: bytes, second: bytes, old: bytes, new: bytes) -> bytes:
     """*line* with *new* in the place of *old*, or what does the same where the kernel could not read that.
+
+    The *second* line comes with it where that says how a Python script is encoded, which none after it can.
 
     Python scripts get a first line that is both a shell's command and a Python string (the form that pip and distlib
     write). There is no such form for every language, so others find their interpreter on PATH, which activation has
@@ -136,13 +143,15 @@ def _usable_shebang(line: bytes, old: bytes, new: bytes) -> bytes:
     assert shebang is not None
     interpreter = shebang["interpreter"].replace(old, new)
     if old not in shebang["interpreter"] or (len(moved.rstrip()) <= SHEBANG_LIMIT_BYTES and b" " not in interpreter):
-        return moved
+        return moved + second
     arguments = shebang["arguments"].strip().replace(old, new)
     name = interpreter.rpartition(b"/")[2]
     if _PYTHON.fullmatch(name) is None:
-        return b"#!/usr/bin/env " + (b"-S " + name + b" " + _split_again(arguments) if arguments else name) + b"\n"
+        command = b"-S " + name + b" " + _split_again(arguments) if arguments else name
+        return b"#!/usr/bin/env " + command + b"\n" + second
     quoted = interpreter if _BARE.fullmatch(interpreter) else b'"' + interpreter + b'"'
-    return b"#!/bin/sh\n'''exec' " + quoted + (b" " + arguments if arguments else b"") + b" \"$0\" \"$@\"\n' '''\n"
+    command = quoted + (b" " + arguments if arguments else b"")
+    return b"#!/bin/sh\n" + second + b"'''exec' " + command + b" \"$0\" \"$@\"\n' '''\n"
 
 
 def _split_again(arguments: bytes) -> bytes:
@@ -154,7 +163,8 @@ def _split_again(arguments: bytes) -> bytes:
 
 # As pip and distlib write it, as uv does (other quotes), both in two lines more, and as rattler does (in one).
 _POLYGLOT = re.compile(
-    rb"#!/bin/sh\n'''exec' (?:\"(?P<double>[^\"\n]+)\"|'(?P<single>[^'\n]+)'|(?P<bare>[^ '\"\n]+))"
+    rb"#!/bin/sh\n(?P<second>" + _ENCODING.pattern + rb")?"
+    rb"'''exec' (?:\"(?P<double>[^\"\n]+)\"|'(?P<single>[^'\n]+)'|(?P<bare>[^ '\"\n]+))"
     rb"(?P<arguments>[^\n\"]*?) \"\$0\" \"\$@\"(?:\n' '''| #''')\n"
 )
 
@@ -164,4 +174,4 @@ def _restore_shebang(data: bytes) -> bytes:
     if polyglot is None:
         return data
     interpreter = polyglot["double"] or polyglot["single"] or polyglot["bare"]
-    return b"#!" + interpreter + polyglot["arguments"] + b"\n" + data[polyglot.end() :]
+    return b"#!" + interpreter + polyglot["arguments"] + b"\n" + (polyglot["second"] or b"") + data[polyglot.end() :]

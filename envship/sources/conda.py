@@ -19,6 +19,7 @@ from typing import Any
 
 from envship.canonical import Own, Recorded, Rewritten, Treatment, Undigested, with_interpreter_of
 from envship.options import PackOptions
+from envship.scripts import Script
 from envship.sources.distributions import Distribution, is_byte_code, read_distributions
 from envship.sources.draft import CodeItem, Draft, Item, MadeItem, Plan
 from envship.sources.faults import Fault, Owner
@@ -78,7 +79,7 @@ def plan_conda(prefix: Path, trees: Trees, options: PackOptions, is_archive: boo
     faults = [*_missing(records, files), *missing_files(distributions, files)]
     faults += _take_over(prefix, records, owners, distributions)
     shared = _shared(records, distributions)
-    drafts = [_package(record, files, owners, shared, collector) for record in records]
+    drafts = [_package(record, files, owners, shared, collector, library) for record in records]
     for distribution in distributions:
         drafts.append(distribution_draft(distribution, files, owners, collector))
     drafts += path_file_drafts(f"{library}/site-packages", files, distributions, owners, collector)
@@ -282,6 +283,7 @@ def _package(
     owners: Mapping[str, str],
     shared: Container[str],
     collector: Collector,
+    library: str,
 ) -> Draft:
     me = record["envship-record"]
     own_record = f"conda-meta/{me}"
@@ -290,7 +292,7 @@ def _package(
     for entry in _as_copies(record["envship-paths"]):
         path = entry["_path"]
         if owners.get(path) == me:
-            items += collector.item(path, *files[path], treatment_of(entry, collector))
+            items += collector.item(path, *files[path], treatment_of(entry, collector, library))
     items = list({item.path: item for item in items}.values())
     paths = (entry["_path"] for entry in record["envship-paths"])
     is_whole = all(owners.get(path) == me and path not in shared and not path.endswith(LINKING) for path in paths)
@@ -308,14 +310,18 @@ def _as_copies(entries: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, An
         yield {**files.get(entry["sha256"], entry), "_path": entry["_path"]} if is_link else entry
 
 
-def treatment_of(entry: Mapping[str, Any], collector: Collector) -> Treatment | None:
-    """How a file is treated that a package recorded as *entry*; None if it says nothing that matters."""
+def treatment_of(entry: Mapping[str, Any], collector: Collector, library: str) -> Treatment | None:
+    """How a file is treated that a package recorded as *entry*; None if it says nothing that matters.
+
+    *library* is the place of the standard library, ``lib/python3.11``.
+    """
     digest, mode, placeholder = entry.get("sha256"), entry.get("file_mode"), entry.get("prefix_placeholder")
     own = collector.own(entry["_path"])
     if entry.get("path_type") == "unix_python_entry_point":
         # Written by the installer: with the interpreter's path, or where that is too long without it.
         prefix = own.prefixes[0]
-        return Rewritten(f"entry point {prefix}", functools.partial(with_interpreter_of, prefix=prefix), own)
+        script = Script(own, library.rpartition("/")[2])
+        return Rewritten(f"entry point {prefix}", functools.partial(with_interpreter_of, prefix=prefix), script)
     named = isinstance(placeholder, str) and placeholder.startswith("/") and mode in ("text", "binary")
     relocation = Relocation(str(mode), str(placeholder)) if named else None
     if not is_digest(digest):

@@ -38,7 +38,7 @@ def treatments(interpreter: Interpreter, collector: Collector) -> dict[str, Trea
         except (OSError, ValueError, KeyError, TypeError):
             continue
         for name, entry in named.items():
-            treatment = treatment_of(entry, collector)
+            treatment = treatment_of(entry, collector, f"lib/python{interpreter.short_version}")
             if treatment is not None:
                 # Found by either spelling of the prefix.
                 found[f"{base}/{name}"] = found[f"{interpreter.base_prefix}/{name}"] = treatment

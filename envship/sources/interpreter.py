@@ -39,6 +39,7 @@ print("\n" + json.dumps({
     "version": platform.python_version(),
     "cache_tag": sys.implementation.cache_tag,
     "implementation": sys.implementation.name,
+    "free_threaded": bool(sysconfig.get_config_var("Py_GIL_DISABLED")),
     "base_prefix": sys.base_prefix,
     "stdlib": paths["stdlib"],
     "platstdlib": paths["platstdlib"],
@@ -66,6 +67,7 @@ class Interpreter(NamedTuple):
     version: str
     cache_tag: str
     implementation: str
+    free_threaded: bool
     base_prefix: str
     stdlib: str
     platstdlib: str
@@ -95,7 +97,7 @@ def ask(executable: str, prefix: str, *, libraries: bool = False) -> Interpreter
     Raises
     ------
     NotAnEnvironment
-        If it does not run, or is not CPython 3.
+        If it does not run, or is not CPython 3 with its lock.
     """
     command = [executable, "-I", "-S", "-B", "-c", _QUESTION, *(["libraries"] if libraries else [])]
     try:
@@ -113,6 +115,10 @@ def ask(executable: str, prefix: str, *, libraries: bool = False) -> Interpreter
         raise NotAnEnvironment(prefix, f"its interpreter {executable} does not run: {reason[0]}") from error
     if answer.implementation != "cpython" or re.match(r"3\.\d+", answer.version) is None:
         raise NotAnEnvironment(prefix, f"its interpreter is {answer.implementation} {answer.version}, not CPython 3")
+    if answer.free_threaded:
+        raise NotAnEnvironment(
+            prefix, f"its interpreter, CPython {answer.version}, is free-threaded: not supported yet"
+        )
     return answer
 
 
