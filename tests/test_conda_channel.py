@@ -1,7 +1,8 @@
 """Environments from a real conda channel, where there is one: ``ENVSHIP_TEST_CHANNEL``, a URL or a folder of packages.
 
-It has to hold ``python``, ``numpy`` and ``distributed``. Everything that these tests look at is also looked at with the
-packages that `conda_packages` makes; here it is with compiled ones that others built.
+Without it, a folder ``shared/conda/channel`` beside the checkout is one. It has to hold ``python``, ``numpy`` and
+``distributed``. Everything that these tests look at is also looked at with the packages that `conda_packages` makes;
+here it is with compiled ones that others built.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from worker_bootstrap.materialise import materialise
 from worker_bootstrap.store import Store
 from worker_bootstrap.verify import damaged_files
 
+from .byte_code import compiled
 from .contents import all_entries
 from .prefixes import clone_of, conda_environments, said
 
-CHANNEL = os.environ.get("ENVSHIP_TEST_CHANNEL", "")
+BESIDE = Path(__file__).parents[2] / "shared" / "conda" / "channel"
+CHANNEL = os.environ.get("ENVSHIP_TEST_CHANNEL") or (str(BESIDE) if BESIDE.is_dir() else "")
 AUTHORITY = Path(__file__).parent / "tls" / "cert.pem"
-SPECS = ("python 3.11.*", "numpy", "distributed")
+SPECS = ("python 3.11.*", "numpy", "distributed", "importlib-metadata")
 IMPORTS = """
 import sys
 sys.dont_write_bytecode = True
@@ -38,7 +41,6 @@ print(numpy.arange(4).sum())
 """
 
 pytestmark = [
-    pytest.mark.heavy,
     pytest.mark.timeout(600),
     pytest.mark.skipif(not CHANNEL, reason="ENVSHIP_TEST_CHANNEL names no conda channel"),
 ]
@@ -59,10 +61,12 @@ def packed(pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
     return pack(pair[0], store=Store(tmp_path_factory.mktemp("packed") / "store"))
 
 
+@pytest.mark.heavy
 def test_the_same_packages_at_two_prefixes_are_one_environment(pair: tuple[Path, Path], packed: Environment) -> None:
     assert pack(pair[1], store=packed.store).id == packed.id
 
 
+@pytest.mark.heavy
 def test_what_is_packed_is_what_conda_pack_would_pack(pair: tuple[Path, Path], packed: Environment) -> None:
     theirs = {file.target for file in conda_pack.CondaEnv.from_prefix(str(pair[0])).files}
     ours = set(all_entries(packed))
@@ -72,11 +76,12 @@ def test_what_is_packed_is_what_conda_pack_would_pack(pair: tuple[Path, Path], p
 
 
 def test_it_runs_at_another_path(packed: Environment, tmp_path: Path) -> None:
-    """Libraries find each other and their data there: binary prefixes are relocated."""
+    """Libraries find each other and their data there: binary prefixes are relocated. Nothing is compiled."""
     store = Store(tmp_path / "a-store-with-quite-a-long-name", [packed.store.layout.root])
     prefix = materialise(store, packed.id)
     assert said(prefix / "bin" / "python", "-I", "-c", IMPORTS) == "6"
     assert list(damaged_files(store, packed.id)) == []
+    assert compiled(prefix / "bin" / "python", "distributed", "numpy") == []
 
 
 VENV = """
@@ -88,6 +93,7 @@ print(*sorted(name for name in names if name.rpartition("/")[2].startswith(LIBRA
 """
 
 
+@pytest.mark.heavy
 def test_a_venv_of_condas_interpreter_has_its_libraries_and_its_certificates(
     pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
