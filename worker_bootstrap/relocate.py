@@ -135,8 +135,9 @@ def _usable_shebang(line: bytes, second: bytes, old: bytes, new: bytes) -> bytes
     The *second* line comes with it where that says how a Python script is encoded, which none after it can.
 
     Python scripts get a first line that is both a shell's command and a Python string (the form that pip and distlib
-    write). There is no such form for every language, so others find their interpreter on PATH, which activation has
-    set; one with arguments takes ``env -S`` for that (coreutils 8.30, of 2018), as the kernel passes but one argument.
+    write, and which stands where the script's ``__doc__`` would). There is no such form for every language, so others
+    find their interpreter on PATH, which activation has set; one with arguments takes ``env -S`` for that (coreutils
+    8.30, of 2018), as the kernel passes but one argument.
     """
     moved = line.replace(old, new)
     shebang = _SHEBANG.match(line)
