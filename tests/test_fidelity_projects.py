@@ -288,6 +288,26 @@ def test_without_git_what_gitignore_says_stays_all_the_same(
     assert all_entries(pack(prefix, store=store)).keys() == with_git.keys()
 
 
+def test_what_submodules_ignore_stays_and_their_rules_may_be_edited(
+    tree: Path, prefix: Path, store: Store, tmp_path: Path
+) -> None:
+    library = project(tmp_path, "library")
+    (library / ".gitignore").write_text("data/\n")
+    git(library, "init")
+    git(library, "add", "-A")
+    git(library, "commit", "-m", "first")
+    git(tree, "-c", "protocol.file.allow=always", "submodule", "add", str(library), "src/vendored")
+    vendored = tree / "src" / "vendored"
+    (vendored / "data").mkdir()
+    (vendored / "data" / "big.bin").write_bytes(bytes(3 << 20))
+    environment = pack(prefix, store=store)
+    files = all_entries(environment)
+    assert f"{PLACE}/mine/vendored/library/__init__.py" in files
+    assert not any(path.endswith("big.bin") for path in files)
+    (vendored / ".gitignore").write_text("nothing\n")
+    assert f"{PLACE}/mine/vendored/data/big.bin" in all_entries(pack(prefix, store=store))
+
+
 def test_a_checkout_in_the_environment_goes_along_without_what_git_left(
     plain: tuple[Path, Store], tmp_path: Path
 ) -> None:

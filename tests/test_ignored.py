@@ -100,6 +100,44 @@ def test_a_git_that_takes_too_long_is_not_waited_for(tree: Path, monkeypatch: py
     assert left_out(tree) == expected
 
 
+@pytest.fixture
+def nest(tmp_path: Path) -> Path:
+    """A repository with a submodule and with another clone, which holds one itself; each ignores its own data."""
+    library = tmp_path / "library"
+    (library / "sub").mkdir(parents=True)
+    (library / ".gitignore").write_text("data/\n/build/\n")
+    (library / "sub" / "module.py").write_text("VALUE = 1\n")
+    git(library, "init")
+    git(library, "add", "-A")
+    git(library, "commit", "-m", "first")
+    root = tmp_path / "nest"
+    (root / "src" / "data").mkdir(parents=True)
+    (root / "src" / "data" / "kept.txt").write_text("x")
+    (root / ".gitignore").write_text("*.csv\n")
+    git(root, "init")
+    git(root, "-c", "protocol.file.allow=always", "submodule", "add", str(library), "src/vendored")
+    for place in ("src/cloned", "src/cloned/deep/inner", "far"):
+        git(root, "clone", str(library), place)
+    for place in ("src/vendored", "src/cloned", "src/cloned/deep/inner", "far"):
+        for name in ("data/big.bin", "build/copy.py", "sub/data/generated.py", "sub/table.csv"):
+            (root / place / name).parent.mkdir(exist_ok=True)
+            (root / place / name).write_text("x")
+    return root
+
+
+@pytest.mark.parametrize("how", ["git", "by hand"])
+def test_repositories_in_a_tree_say_themselves_what_they_ignore(
+    nest: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if how == "by hand":
+        monkeypatch.setenv("PATH", "/nowhere")
+    places = ("src/vendored", "src/cloned", "src/cloned/deep/inner", "far")
+    # What a repository around one ignores is nothing to that one.
+    assert left_out(nest) == {f"{place}/{name}" for place in places for name in ("data/big.bin", "build/copy.py")}
+    only = ignored(str(nest), [str(nest / "src" / "cloned" / "sub")])
+    assert set(only) == {"src/cloned/build", "src/cloned/data", "src/cloned/sub/data"}
+
+
 def test_a_tree_that_a_repository_around_it_ignores_is_one_of_its_own(tree: Path) -> None:
     expected = ignored(str(tree))
     git(tree.parent, "init")

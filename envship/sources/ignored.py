@@ -4,7 +4,8 @@ Modules (generated ones, compiled ones) do not, wherever they lie: a program nee
 what was built from the project, in environments and in tools' own folders. Where git cannot say what it ignores (it is
 not installed, takes too long, or the tree is no repository), the files named ``.gitignore`` are read here: names and
 paths with ``*``, ``?``, ``[…]`` and ``**``, ``!``, and a slash at the end for folders; that a file is in the repository
-all the same is not known then. Source: gitignore(5). See also `envship.sources.source_tree`.
+all the same is not known then. Source: gitignore(5). Repositories in the tree (submodules and other clones, which git
+does not enter) say for themselves what they ignore. See also `envship.sources.source_tree`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from envship.sources.tree import Root
@@ -24,6 +25,7 @@ SKIPPED = (
 """Names of what never goes along, whether git ignores it or not."""
 
 _NOBODY_MISSES = frozenset((*SKIPPED, "__pycache__"))
+_ENVIRONMENT_MARKS = ("pyvenv.cfg", "conda-meta")
 _BUILT = ("build", "dist")
 """Folders of a project in which build backends leave copies of its modules."""
 _MODULES = (".py", ".pyi", ".so", ".mo")
@@ -46,11 +48,8 @@ def ignored(root: str, wanted: Sequence[str] = ()) -> Mapping[str, LeftOut]:
     *wanted* are absolute paths: a folder in which one of them lies (a build folder that an installation links to) does
     not stay, even if git ignores it.
     """
-    names = _by_git(root)
-    if names is None:
-        names = list(_by_hand(root))
     found: dict[str, LeftOut] = {}
-    for name in minimal(names):
+    for name in minimal(_names(root, wanted)):
         path = f"{root}/{name}"
         if _NOBODY_MISSES.intersection(name.split("/")) or any(is_in(part, path) for part in wanted):
             continue
@@ -61,7 +60,7 @@ def ignored(root: str, wanted: Sequence[str] = ()) -> Mapping[str, LeftOut]:
             found[name] = LeftOut(0)
         elif not name.endswith(".egg-info"):
             left_out = _folder(path)
-            found[name] = left_out._replace(modules=None) if name in _BUILT else left_out
+            found[name] = left_out._replace(modules=None) if _is_built(root, name) else left_out
     return found
 
 
@@ -81,7 +80,12 @@ def minimal(paths: Iterable[str]) -> list[str]:
 
 def is_environment(folder: str) -> bool:
     """Whether a folder of a project is a Python environment."""
-    return any(os.path.exists(f"{folder}/{mark}") for mark in ("pyvenv.cfg", "conda-meta"))
+    return any(os.path.exists(f"{folder}/{mark}") for mark in _ENVIRONMENT_MARKS)
+
+
+def _is_built(root: str, name: str) -> bool:
+    folder, _, last = name.rpartition("/")
+    return last in _BUILT and (not folder or os.path.exists(f"{root}/{folder}/.git"))
 
 
 def _folder(path: str) -> LeftOut:
@@ -98,6 +102,40 @@ def _folder(path: str) -> LeftOut:
                 size_bytes += os.lstat(f"{folder}/{name}").st_size if os.path.lexists(f"{folder}/{name}") else 0
         count += len(names)
     return LeftOut(size_bytes, Root(path, tuple(sorted(environments)), SKIPPED, _MODULES))
+
+
+def _names(root: str, wanted: Sequence[str]) -> Iterator[str]:
+    """What is ignored below *root*, as the repository that it lies in and each one below it say."""
+    tops = [root]
+    for top in tops:
+        said = _by_git(top)
+        names = [f"{top}/{name}" for name in (_by_hand(top) if said is None else said)]
+        yield from (name[len(root) + 1 :] for name in names)
+        passed_over = {name for name in names if not any(is_in(part, name) for part in wanted)}
+        # Those of the loop that runs: repositories hold others.
+        tops += _repositories_below(top, passed_over, wanted)
+
+
+def _repositories_below(top: str, passed_over: Collection[str], wanted: Sequence[str]) -> Iterator[str]:
+    """The nearest repositories below the folder *top*, of those that have to do with what is *wanted* (or of all)."""
+    waiting = [top]
+    while waiting:
+        folder = waiting.pop()
+        entries = _entries(folder)
+        if folder != top:
+            names = {entry.name for entry in entries}
+            if ".git" in names:
+                yield folder
+                continue
+            if not names.isdisjoint(_ENVIRONMENT_MARKS):
+                continue
+        for entry in entries:
+            if entry.name not in _NOBODY_MISSES and entry.path not in passed_over and _concerns(entry.path, wanted):
+                waiting += [entry.path] if entry.is_dir(follow_symlinks=False) else []
+
+
+def _concerns(path: str, wanted: Sequence[str]) -> bool:
+    return not wanted or any(is_in(path, part) or is_in(part, path) for part in wanted)
 
 
 def _by_git(root: str) -> list[str] | None:
@@ -130,7 +168,10 @@ class _Rule(NamedTuple):
 
 
 def _by_hand(root: str) -> Iterator[str]:
-    """What the ``.gitignore`` files in *root*, and in the project around it, say is ignored, folders as a whole."""
+    """What the ``.gitignore`` files in *root*, and in the project around it, say is ignored, folders as a whole.
+
+    Repositories in it are passed over.
+    """
     waiting = [(root, _rules_above(root))]
     while waiting:
         folder, rules = waiting.pop()
@@ -141,7 +182,7 @@ def _by_hand(root: str) -> Iterator[str]:
             is_folder = entry.is_dir(follow_symlinks=False)
             if _says_ignored(rules, entry.path, is_folder):
                 yield entry.path[len(root) + 1 :]
-            elif is_folder and not is_environment(entry.path):
+            elif is_folder and not is_environment(entry.path) and not os.path.exists(f"{entry.path}/.git"):
                 waiting.append((entry.path, rules))
 
 

@@ -25,8 +25,9 @@ def files_below(root: str, parts: Sequence[str], trees: Trees) -> Iterator[tuple
     """The files of *parts*, absolute paths of files and folders in *root*; each by its path relative to *root*."""
     left_out = ignored(root, parts)
     _say(root, parts, left_out)
-    # An edit of it may change what goes along.
-    trees.walk(Root(f"{root}/.gitignore"))
+    # An edit of one may change what goes along.
+    for folder in sorted({root, *map(repository, parts)}):
+        trees.walk(Root(f"{folder}/.gitignore"))
     for part in parts:
         inside = os.path.relpath(part, root)
         before = "" if inside == "." else inside + "/"
