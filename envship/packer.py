@@ -29,6 +29,7 @@ from envship.sources.locate import is_conda
 from envship.sources.plan import plan as plan_prefix
 from envship.sources.tree import Root, Trees
 from envship.sources.unpacked import SCRIPT
+from envship.sources.version_control import VERSION_CONTROL
 from envship.spool import Spool
 from worker_bootstrap.digest import Digest, EnvironmentId
 from worker_bootstrap.errors import NotAnEnvironment, SourceProblems
@@ -143,7 +144,8 @@ class Packer:
         if self._processes == 1 or self._options.filters:
             return contextlib.nullcontext()
         try:
-            return HeadStart(str(prefix), NOT_CONTENT if is_conda(prefix) else (), self._store)
+            skip = (*VERSION_CONTROL, *(NOT_CONTENT if is_conda(prefix) else ()))
+            return HeadStart(str(prefix), skip, self._store)
         except BlockingIOError:  # no process can be started; whether one must be will show
             return contextlib.nullcontext()
 

@@ -17,9 +17,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from envship.sources.tree import Root
+from envship.sources.version_control import VERSION_CONTROL
 
 SKIPPED = (
-    *(".git", ".hg", ".svn", ".venv", ".tox", ".nox", ".eggs", ".pixi", "node_modules", ".ipynb_checkpoints"),
+    *VERSION_CONTROL,
+    *(".venv", ".tox", ".nox", ".eggs", ".pixi", "node_modules", ".ipynb_checkpoints"),
     *(".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis", ".idea", ".vscode", ".DS_Store"),
 )
 """Names of what never goes along, whether git ignores it or not."""

@@ -19,6 +19,7 @@ from envship.sources.projects import PLACE
 from envship.sources.symlinks import leads_back, target_inside
 from envship.sources.tree import Root, Status, Trees
 from envship.sources.unpacked import Unpacked
+from envship.sources.version_control import VERSION_CONTROL
 from worker_bootstrap.errors import SourceProblems
 from worker_bootstrap.manifest import Directory, HardLink, Link
 
@@ -137,7 +138,7 @@ class Collector:
         if os.path.isdir(real) and leads_back(real, chain):
             self.note(f"{path} is a symbolic link to {real}, which holds the link itself", _COPY_LINKS, path)
             return
-        for relative, node in self.trees.walk(Root(real)).items():
+        for relative, node in self.trees.walk(Root(real, (), VERSION_CONTROL)).items():
             place, inner = (f"{path}/{relative}", f"{real}/{relative}") if relative else (path, real)
             if stat.S_ISLNK(node.st_mode):
                 yield from self._link(place, inner, (*chain, real), stays_in=(path, real))

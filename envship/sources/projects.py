@@ -21,6 +21,7 @@ from envship.sources import path_files, source_tree
 from envship.sources.distributions import Distribution
 from envship.sources.ignored import minimal
 from envship.sources.tree import Found, Trees
+from envship.sources.version_control import without_version_control
 from worker_bootstrap.manifest import Relocation
 from worker_bootstrap.relocate import PLACEHOLDER
 
@@ -143,7 +144,8 @@ def place_inside(distribution: Distribution, prefixes: Sequence[str]) -> str | N
 def without_leavings(
     files: dict[str, Found], distributions: Sequence[Distribution], prefixes: Sequence[str], trees: Trees
 ) -> dict[str, Found]:
-    """*files* without what stays behind of the source trees that lie in the environment at the first of *prefixes*."""
+    """*files* without what stays behind of source trees, wherever in the environment at the first of *prefixes*."""
+    files = without_version_control(files, distributions, prefixes[0])
     for place in filter(None, (place_inside(each, prefixes) for each in distributions)):
         root = f"{prefixes[0]}/{place}"
         if not os.path.isdir(root):
