@@ -175,8 +175,8 @@ def _packed(row: Any) -> Packed:
 
 def _root(row: Sequence[Any]) -> Root:
     path, *lists, follow = row
-    paths, names, suffixes = map(tuple, lists)
-    return Root(path, paths, names, suffixes, follow)
+    paths, names, suffixes, marks = map(tuple, lists)
+    return Root(path, paths, names, suffixes, marks, follow)
 
 
 def _whole(row: Any) -> Whole:

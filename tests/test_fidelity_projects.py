@@ -333,6 +333,31 @@ def test_a_checkout_in_the_environment_goes_along_without_what_git_left(
     assert said(built / "bin/python", "-c", code) == f"{built}/src/cloned/cloned/cloned/__init__.py"
 
 
+def test_environments_in_a_project_are_no_part_of_it(store: Store, tmp_path: Path) -> None:
+    """Neither the one that is packed nor others, however deep, with git and without."""
+    root = project(tmp_path, "flat")
+    prefix = small_venv(root / "envs" / "dev", [])
+    small_venv(root / "flat" / "tools" / "other", [])
+    (root / "flat" / "conda" / "conda-meta").mkdir(parents=True)
+    (root / "flat" / "conda" / "module.py").write_text("")
+    (prefix / SITE / "flat.pth").write_text(f"{root}\n")
+    environment = pack(prefix, store=store)
+    files = {path.removeprefix(f"{PLACE}/flat/") for path in entries(environment, package(environment, "flat"))}
+    sources = {path for path in files if "__pycache__" not in path} - {f"{SITE}/flat.pth"}
+    inside = {f"flat/{name}" for name in ("__init__.py", "inner.py", "data.txt")}
+    assert sources == {*inside, "pyproject.toml", "unrelated.txt"}
+    git(root, "init")
+    (root / ".gitignore").write_text("*.csv\n")
+    assert all_entries(pack(prefix, store=store)).keys() - all_entries(environment).keys() == {
+        f"{PLACE}/flat/.gitignore"
+    }
+    built = materialise(store, environment.id)
+    assert (
+        said(built / "bin/python", "-c", "import flat; print(flat.__file__)")
+        == f"{built}/{PLACE}/flat/flat/__init__.py"
+    )
+
+
 def test_an_edit_in_a_large_project_ships_less_than_a_mebibyte(tree: Path, prefix: Path, store: Store) -> None:
     """Ten thousand files, 24 MiB that do not compress; a part of the listing, a chunk, the byte code."""
     folder = tree / "src" / "mine" / "many"

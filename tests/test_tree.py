@@ -34,3 +34,11 @@ def test_what_is_hidden_of_an_earlier_walk_is_seen_there(tmp_path: Path) -> None
     assert not trees.walk(root)
     assert list(earlier.walk(root)) == ["file"]
     assert trees.fingerprint() == earlier.fingerprint()
+
+
+def test_folders_with_a_mark_are_passed_over_at_any_depth_but_not_the_root(tmp_path: Path) -> None:
+    for name in ("mark", "file", "a/file", "a/b/mark", "a/b/c/file", "d/mark/file", "e/marked"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    root = Root(str(tmp_path), skip_marks=("mark",))
+    assert list(Trees().walk(root)) == ["a/file", "e/marked", "file", "mark"]

@@ -26,8 +26,10 @@ SKIPPED = (
 )
 """Names of what never goes along, whether git ignores it or not."""
 
+ENVIRONMENT_MARKS = ("pyvenv.cfg", "conda-meta")
+"""Names of which one lies in every Python environment."""
+
 _NOBODY_MISSES = frozenset((*SKIPPED, "__pycache__"))
-_ENVIRONMENT_MARKS = ("pyvenv.cfg", "conda-meta")
 _BUILT = ("build", "dist")
 """Folders of a project in which build backends leave copies of its modules."""
 _MODULES = (".py", ".pyi", ".so", ".mo")
@@ -82,7 +84,7 @@ def minimal(paths: Iterable[str]) -> list[str]:
 
 def is_environment(folder: str) -> bool:
     """Whether a folder of a project is a Python environment."""
-    return any(os.path.exists(f"{folder}/{mark}") for mark in _ENVIRONMENT_MARKS)
+    return any(os.path.exists(f"{folder}/{mark}") for mark in ENVIRONMENT_MARKS)
 
 
 def _is_built(root: str, name: str) -> bool:
@@ -129,7 +131,7 @@ def _repositories_below(top: str, passed_over: Collection[str], wanted: Sequence
             if ".git" in names:
                 yield folder
                 continue
-            if not names.isdisjoint(_ENVIRONMENT_MARKS):
+            if not names.isdisjoint(ENVIRONMENT_MARKS):
                 continue
         for entry in entries:
             if entry.name not in _NOBODY_MISSES and entry.path not in passed_over and _concerns(entry.path, wanted):

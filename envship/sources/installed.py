@@ -129,7 +129,7 @@ def path_file_drafts(
 def _project_items(project: Project, collector: Collector) -> list[Item]:
     items: list[Item] = []
     sizes: dict[str, int] = {}
-    for path, (origin, node), tree in project.files(collector.trees):
+    for path, (origin, node), tree in project.files(collector.trees, collector.prefixes):
         if not stat.S_ISLNK(node.st_mode):
             items += collector.item(path, origin, node)
             if stat.S_ISREG(node.st_mode) and collector.options.keeps(path):

@@ -108,10 +108,10 @@ class Project:
     def trees(self) -> tuple[Tree, ...]:
         return tuple(tree for tree, _ in self._parts)
 
-    def files(self, trees: Trees) -> Iterator[tuple[str, Found, Tree]]:
-        """The files by their path in the environment, and the tree that each lies in."""
+    def files(self, trees: Trees, prefixes: Sequence[str]) -> Iterator[tuple[str, Found, Tree]]:
+        """The files by their path in the environment, which is at *prefixes*, and the tree that each lies in."""
         for tree, parts in self._parts:
-            for relative, found in source_tree.files_below(tree.root, parts, trees):
+            for relative, found in source_tree.files_below(tree.root, parts, trees, prefixes):
                 yield (tree.place if relative == "." else f"{tree.place}/{relative}"), found, tree
 
     def has(self, path: str) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from dask.utils import format_bytes
 
-from envship.sources.ignored import SKIPPED, LeftOut, ignored, is_environment, is_in
+from envship.sources.ignored import ENVIRONMENT_MARKS, SKIPPED, LeftOut, ignored, is_in
 from envship.sources.tree import Found, Root, Trees, portable
 
 logger = logging.getLogger("envship.sources")
@@ -21,8 +21,13 @@ SAID_OVER_BYTES = 1 << 20
 """Whatever git ignores is left out; more than this is not left out without saying so."""
 
 
-def files_below(root: str, parts: Sequence[str], trees: Trees) -> Iterator[tuple[str, Found]]:
-    """The files of *parts*, absolute paths of files and folders in *root*; each by its path relative to *root*."""
+def files_below(
+    root: str, parts: Sequence[str], trees: Trees, prefixes: Sequence[str] = ()
+) -> Iterator[tuple[str, Found]]:
+    """The files of *parts*, absolute paths of files and folders in *root*; each by its path relative to *root*.
+
+    *prefixes* are folders that are no part of it, wherever they lie: the environment that the tree goes along with.
+    """
     left_out = ignored(root, parts)
     _say(root, parts, left_out)
     # An edit of one may change what goes along.
@@ -32,12 +37,14 @@ def files_below(root: str, parts: Sequence[str], trees: Trees) -> Iterator[tuple
         inside = os.path.relpath(part, root)
         before = "" if inside == "." else inside + "/"
         skipped = [path[len(before) :] for path in left_out if path.startswith(before)]
-        walked = trees.walk(Root(part, (*sorted(skipped), *_environments(part)), SKIPPED))
+        skip_paths = (*sorted(skipped), *_below(part, prefixes))
+        walked = trees.walk(Root(part, skip_paths, SKIPPED, skip_marks=ENVIRONMENT_MARKS))
         for relative, node in walked.items():
             path = before + relative if relative else inside
             yield portable(path), Found(part if path == "." else f"{root}/{path}", node)
         for name, (_, modules) in left_out.items():
             if modules is not None and is_in(modules.path, part):
+                modules = modules._replace(skip_paths=(*modules.skip_paths, *_below(modules.path, prefixes)))
                 for relative, found in trees.found(modules, portable(name)).items():
                     yield relative, found
 
@@ -52,14 +59,9 @@ def repository(folder: str) -> str:
     return folder
 
 
-def _environments(folder: str) -> Iterator[str]:
-    """Environments that lie in a project."""
-    if not os.path.isdir(folder):
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False) and is_environment(entry.path):
-                yield entry.name
+def _below(folder: str, paths: Sequence[str]) -> list[str]:
+    """Those of *paths* that lie in *folder*, relative to it."""
+    return sorted({path[len(folder) + 1 :] for path in paths if path.startswith(folder + "/")})
 
 
 def _say(root: str, parts: Sequence[str], left_out: Mapping[str, LeftOut]) -> None:

@@ -29,14 +29,15 @@ _IS_UTF8 = sys.getfilesystemencoding().lower().replace("-", "") == "utf8"
 class Root(NamedTuple):
     """A folder (or a single file) to walk, without the relative paths and the folder names to pass over.
 
-    With *suffixes*, files with other ones and empty folders do not count. With *follow*, the folder may be reached by a
-    symbolic link.
+    With *suffixes*, files with other ones and empty folders do not count. Folders below it that hold something with a
+    name among *skip_marks* are passed over. With *follow*, the folder may be reached by a symbolic link.
     """
 
     path: str
     skip_paths: tuple[str, ...] = ()
     skip_names: tuple[str, ...] = ()
     suffixes: tuple[str, ...] = ()
+    skip_marks: tuple[str, ...] = ()
     follow: bool = False
 
 
@@ -232,7 +233,10 @@ def _walk(root: Root, slim: bool = False) -> Walk:
         relative, folder = waiting.pop()
         changed_ns[folder] = _changed_ns(folder)
         try:
-            with os.scandir(folder) as entries:
+            with os.scandir(folder) as scanned:
+                entries = list(scanned) if root.skip_marks and relative else scanned
+                if isinstance(entries, list) and any(entry.name in root.skip_marks for entry in entries):
+                    continue
                 is_empty = True
                 for entry in entries:
                     is_empty = False
