@@ -415,6 +415,64 @@ def test_links_in_a_tree_lead_to_the_same_content(tree: Path, prefix: Path, stor
     assert contents(copied, package(copied, "mine"))[f"{place}/far.txt"] == b"far"
 
 
+def test_a_path_file_may_name_a_link_which_may_lead_elsewhere_the_next_time(
+    tree: Path, prefix: Path, store: Store
+) -> None:
+    link = tree.parent / "link"
+    link.symlink_to("mine")
+    plain = pack(prefix, store=store)
+    (prefix / SITE / "mine.pth").write_text(f"{link}\n{tree}/src\n")
+    environment = pack(prefix, store=store)
+    text = contents(environment, package(environment, "mine"))[f"{SITE}/mine.pth"].decode()
+    assert text == f"{PLACEHOLDER}/{PLACE}/mine\n{PLACEHOLDER}/{PLACE}/mine/src\n"
+    link.unlink()
+    link.symlink_to(tree / "src")
+    (prefix / SITE / "mine.pth").write_text(os.path.relpath(link, prefix / SITE) + "\n")
+    assert pack(prefix, store=store).id == plain.id
+    link.unlink()
+    link.symlink_to(project(tree.parent, "other"))
+    assert f"{PLACE}/mine/other/__init__.py" in all_entries(pack(prefix, store=store))
+
+
+def test_links_in_a_tree_that_is_reached_through_a_link_lead_to_the_same_content(
+    tree: Path, prefix: Path, store: Store
+) -> None:
+    (tree.parent / "link").symlink_to("mine")
+    (tree / "src" / "mine" / "alias.py").symlink_to("inner.py")
+    (tree / "src" / "mine" / "readme.txt").symlink_to(tree / "unrelated.txt")
+    plain = pack(prefix, store=store)
+    (prefix / SITE / "mine.pth").write_text(f"{tree.parent}/link/src\n")
+    assert pack(prefix, store=store).id == plain.id
+
+
+def test_what_links_in_a_project_point_to_is_copied_without_what_projects_leave_behind(
+    tree: Path, prefix: Path, store: Store, tmp_path: Path
+) -> None:
+    other = project(tmp_path, "other")
+    git(other, "init")
+    (other / ".gitignore").write_text("*.csv\n")
+    (other / "rows.csv").write_text("1")
+    (other / ".mypy_cache").mkdir()
+    (other / ".mypy_cache" / "x.json").write_text("{}")
+    small_venv(other / "other" / "sandbox", [])
+    (other / "history").symlink_to(other / ".git")
+    folder = tree / "src" / "mine"
+    (folder / "other").symlink_to(other)
+    (folder / "environment").symlink_to(other / "other" / "sandbox")
+    (tree / "data" / "sub").mkdir(parents=True)
+    (tree / "data" / "more.py").write_text("")
+    (tree / "data" / "sub" / ".git").write_text("gitdir: elsewhere\n")
+    (folder / "more").symlink_to(tree / "data")
+    environment = pack(prefix, store=store, options=PackOptions(copy_outside_links=True))
+    found = entries(environment, package(environment, "mine"))
+    files = {path.removeprefix(f"{PLACE}/mine/mine/") for path in found if "__pycache__" not in path}
+    copied = {path for path in files if path.startswith(("other", "environment", "more"))}
+    assert {path.removeprefix("other/") for path in copied} == {
+        *("other/__init__.py", "other/inner.py", "other/data.txt"),
+        *(".gitignore", "pyproject.toml", "unrelated.txt", "history", "more/more.py"),
+    }
+
+
 def test_a_project_that_is_built_on_every_import_is_refused(store: Store, tmp_path: Path) -> None:
     """What meson-python writes needs the build folder, a compiler and ninja."""
     prefix = small_venv(tmp_path / "env", [onlyhere_wheel(tmp_path)])

@@ -21,7 +21,7 @@ from envship.sources.faults import Fault, Owner
 from envship.sources.items import Collector
 from envship.sources.path_files import is_inside
 from envship.sources.projects import Project, linked_by_path_files, place_inside, project_of, too_large
-from envship.sources.source_tree import repository
+from envship.sources.source_tree import repository, stays_behind
 from envship.sources.symlinks import target_inside
 from envship.sources.tree import Found
 from worker_bootstrap.manifest import Link
@@ -139,15 +139,20 @@ def _project_items(project: Project, collector: Collector) -> list[Item]:
         real = os.path.realpath(origin)
         if target is not None and (project.has(real) or not os.path.exists(real)):
             items.append(Link(path, target))
-        elif os.path.exists(real) and is_inside(real, [repository(tree.root)]):
+        elif _is_beside(real, tree.root) and not stays_behind(real):
             # A part of the project that does not go along as such.
-            items += collector.copied(path, origin)
+            items += collector.copied(path, origin, is_source=True)
         else:
-            items += collector.outside_link(path, origin)
+            items += collector.outside_link(path, origin, is_source=True)
     problem = too_large(project, sizes, collector.options.project_limit_bytes)
     if problem:
         collector.note(problem, _TOO_LARGE)
     return items
+
+
+def _is_beside(path: str, root: str) -> bool:
+    """Whether there is anything at *path*, and it lies in the repository of *root*."""
+    return os.path.exists(path) and is_inside(path, [os.path.realpath(repository(root))])
 
 
 def _treatment(path: str, info: str, collector: Collector) -> Treatment | None:

@@ -13,11 +13,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from envship import elf
 from envship.canonical import Own, Recorded, Treatment
 from envship.options import NO_OPTIONS, PackOptions
+from envship.sources import source_tree
 from envship.sources.draft import CodeItem, FileItem, Item
 from envship.sources.faults import SHOWN, Fault, report
 from envship.sources.projects import PLACE
 from envship.sources.symlinks import leads_back, target_inside
-from envship.sources.tree import Root, Status, Trees
+from envship.sources.tree import Found, Root, Status, Trees
 from envship.sources.unpacked import Unpacked
 from envship.sources.version_control import VERSION_CONTROL
 from worker_bootstrap.errors import SourceProblems
@@ -129,8 +130,11 @@ class Collector:
         else:
             yield from self._entry(path, origin, node, treatment)
 
-    def copied(self, path: str, origin: str, chain: tuple[str, ...] = ()) -> Iterator[Item]:
-        """The items of what the link *origin* points to, as if it lay at *path*. *chain* are the folders on the way."""
+    def copied(self, path: str, origin: str, chain: tuple[str, ...] = (), *, is_source: bool = False) -> Iterator[Item]:
+        """The items of what the link *origin* points to, as if it lay at *path*. *chain* are the folders on the way.
+
+        If it *is_source*, part of a project, then without what source trees leave behind.
+        """
         real = os.path.realpath(origin)
         if not os.path.exists(real):
             self.note(f"{path} is a symbolic link to {os.readlink(origin)}, where nothing is", _COPY_LINKS, path)
@@ -138,12 +142,20 @@ class Collector:
         if os.path.isdir(real) and leads_back(real, chain):
             self.note(f"{path} is a symbolic link to {real}, which holds the link itself", _COPY_LINKS, path)
             return
-        for relative, node in self.trees.walk(Root(real, (), VERSION_CONTROL)).items():
-            place, inner = (f"{path}/{relative}", f"{real}/{relative}") if relative else (path, real)
+        for relative, (inner, node) in self._below(real, is_source):
+            place = f"{path}/{relative}" if relative else path
             if stat.S_ISLNK(node.st_mode):
-                yield from self._link(place, inner, (*chain, real), stays_in=(path, real))
+                yield from self._link(place, inner, (*chain, real), stays_in=(path, real), is_source=is_source)
             else:
                 yield from self._entry(place, inner, node, None)
+
+    def _below(self, real: str, is_source: bool) -> Iterator[tuple[str, Found]]:
+        """What lies below the folder *real*, by relative path, or the file itself."""
+        if is_source and os.path.isdir(real):
+            yield from source_tree.files_below(real, [real], self.trees, self.prefixes)
+            return
+        for relative, node in self.trees.walk(Root(real, (), VERSION_CONTROL)).items():
+            yield relative, Found(f"{real}/{relative}" if relative else real, node)
 
     def _entry(self, path: str, origin: str, node: Status, treatment: Treatment | None) -> Iterator[Item]:
         if stat.S_ISREG(node.st_mode):
@@ -158,7 +170,13 @@ class Collector:
             self.note(f"{path} is {kind}", _REMOVE_SPECIAL, path)
 
     def _link(
-        self, path: str, origin: str, chain: tuple[str, ...], stays_in: tuple[str, str] | None = None
+        self,
+        path: str,
+        origin: str,
+        chain: tuple[str, ...],
+        *,
+        stays_in: tuple[str, str] | None = None,
+        is_source: bool = False,
     ) -> Iterator[Item]:
         if stays_in is None:
             target = target_inside(path, origin, self.prefixes)
@@ -169,12 +187,16 @@ class Collector:
         if target is not None:
             yield Link(path, target)
         else:
-            yield from self.outside_link(path, origin, chain)
+            yield from self.outside_link(path, origin, chain, is_source=is_source)
 
-    def outside_link(self, path: str, origin: str, chain: tuple[str, ...] = ()) -> Iterator[Item]:
+    def outside_link(
+        self, path: str, origin: str, chain: tuple[str, ...] = (), *, is_source: bool = False
+    ) -> Iterator[Item]:
         """The items of a link that leads outside: what it points to, if the user wants that; else a problem."""
+        if is_source and source_tree.stays_behind(os.path.realpath(origin)):
+            return
         if self.options.copy_outside_links:
-            yield from self.copied(path, origin, chain)
+            yield from self.copied(path, origin, chain, is_source=is_source)
         else:
             outside = f"{path} is a symbolic link to {os.readlink(origin)}, outside of the environment"
             self.note(outside, _COPY_LINKS, path)

@@ -19,8 +19,8 @@ from dask.utils import format_bytes
 from envship.canonical import SYSTEM_PREFIXES, Content, Own
 from envship.sources import path_files, source_tree
 from envship.sources.distributions import Distribution
-from envship.sources.ignored import minimal
-from envship.sources.tree import Found, Trees
+from envship.sources.ignored import is_in, minimal
+from envship.sources.tree import Found, Root, Trees
 from envship.sources.version_control import without_version_control
 from worker_bootstrap.manifest import Relocation
 from worker_bootstrap.relocate import PLACEHOLDER
@@ -82,7 +82,7 @@ class Project:
     links
         Paths in the environment of the files that name its trees.
     trees
-        Where its parts lie, and will lie.
+        Where its parts lie, symbolic links resolved that are named themselves, and will lie.
     problem
         Why it cannot be followed; empty if it can.
     """
@@ -91,7 +91,10 @@ class Project:
         self.name = name
         self.links = links
         folder = re.sub(r"[^\w.-]", "_", name).strip(".") or "path"
-        named = minimal([path for paths in links.values() for path in paths])
+        spelled = minimal([path for paths in links.values() for path in paths])
+        self._aliases = {path: os.path.realpath(path) for path in spelled if os.path.islink(path)}
+        root = self._aliases.get(root, root)
+        named = minimal([self._aliases.get(path, path) for path in spelled])
         everything = [path for path in named if path in {*SYSTEM_PREFIXES, os.path.expanduser("~")}]
         self.problem = f"{', '.join(links)}: {everything[0]} is too much to take along" if everything else ""
         inside = [path for path in named if root and (path == root or path.startswith(root + "/"))]
@@ -110,17 +113,27 @@ class Project:
 
     def files(self, trees: Trees, prefixes: Sequence[str]) -> Iterator[tuple[str, Found, Tree]]:
         """The files by their path in the environment, which is at *prefixes*, and the tree that each lies in."""
+        for alias in self._aliases:
+            # It may lead elsewhere the next time.
+            trees.walk(Root(alias))
         for tree, parts in self._parts:
             for relative, found in source_tree.files_below(tree.root, parts, trees, prefixes):
                 yield (tree.place if relative == "." else f"{tree.place}/{relative}"), found, tree
 
     def has(self, path: str) -> bool:
         """Whether what lies at *path* on this machine is part of the project."""
-        return any(path_files.is_inside(path, [part]) for _, parts in self._parts for part in parts)
+        parts = [part for _, parts in self._parts for part in parts]
+        return path_files.is_inside(path, [*parts, *map(os.path.realpath, parts)])
+
+    def place_of(self, path: str) -> str:
+        """Where in the environment *path*, a part of the project on this machine, will lie."""
+        tree = next(tree for tree in self.trees if is_in(path, tree.root))
+        return tree.place + path[len(tree.root) :]
 
     def moved(self, path: str, origin: str, own: Own) -> Moved:
         """How the link at *path*, which is the file *origin*, is treated."""
-        return Moved(self.trees, own, origin if path.endswith(".pth") else "")
+        aliases = (Tree(alias, self.place_of(real)) for alias, real in self._aliases.items())
+        return Moved((*self.trees, *aliases), own, origin if path.endswith(".pth") else "")
 
 
 def place_inside(distribution: Distribution, prefixes: Sequence[str]) -> str | None:

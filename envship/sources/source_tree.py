@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from dask.utils import format_bytes
 
-from envship.sources.ignored import ENVIRONMENT_MARKS, SKIPPED, LeftOut, ignored, is_in
+from envship.sources.ignored import ENVIRONMENT_MARKS, SKIPPED, LeftOut, ignored, is_environment, is_in
 from envship.sources.tree import Found, Root, Trees, portable
+from envship.sources.version_control import VERSION_CONTROL
 
 logger = logging.getLogger("envship.sources")
 
@@ -47,6 +48,11 @@ def files_below(
                 modules = modules._replace(skip_paths=(*modules.skip_paths, *_below(modules.path, prefixes)))
                 for relative, found in trees.found(modules, portable(name)).items():
                     yield relative, found
+
+
+def stays_behind(path: str) -> bool:
+    """Whether *path*, which a link in a project points to, is nothing that goes along, as a whole."""
+    return os.path.basename(path) in VERSION_CONTROL or is_environment(path)
 
 
 def repository(folder: str) -> str:
