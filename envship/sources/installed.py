@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import PurePosixPath
 
 from envship.canonical import Rewritten, Treatment
@@ -74,10 +74,10 @@ def distribution_draft(
     for path in mine:
         if path.startswith(info) and os.path.basename(path) in MACHINE_BOUND:
             continue
-        treatment = _treatment(path, info, collector)
         if project is not None and path in project.links:
-            treatment = project.moved(path, files[path].origin, collector.own(path))
-        items += collector.item(path, *files[path], treatment)
+            items += _link_items(path, files[path], project, collector)
+        else:
+            items += collector.item(path, *files[path], _treatment(path, info, collector))
     if project is not None:
         items += _project_items(project, collector)
     return draft._replace(items=items)
@@ -120,10 +120,22 @@ def path_file_drafts(
         for path in project.links:
             if path not in owners:
                 owners[path] = project.name
-                origin, node = files[path]
-                items += collector.item(path, origin, node, project.moved(path, origin, collector.own(path)))
+                items += _link_items(path, files[path], project, collector)
         drafts.append(Draft(project.name, "", "", "project", [*items, *_project_items(project, collector)]))
     return drafts
+
+
+def _link_items(path: str, found: Found, project: Project, collector: Collector) -> Iterator[Item]:
+    """What becomes of the file or symbolic link at *path*, which links to *project*."""
+    real = os.path.realpath(found.origin)
+    is_link = stat.S_ISLNK(found.node.st_mode)
+    if is_link and os.path.isdir(real):
+        yield Link(path, os.path.relpath(project.place_of(real), os.path.dirname(path)))
+    elif is_link and not project.links[path]:
+        # Not a link to where it lies: Python looks for byte code beside the link.
+        yield from collector.copied(path, found.origin, is_source=True)
+    else:
+        yield from collector.item(path, *found, project.moved(path, found.origin, collector.own(path)))
 
 
 def _project_items(project: Project, collector: Collector) -> list[Item]:

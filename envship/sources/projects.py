@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -80,7 +81,7 @@ class Project:
     name
         Of the distribution, or of the ``.pth`` file.
     links
-        Paths in the environment of the files that name its trees.
+        Paths in the environment of the files, or symbolic links, that name its trees, and which.
     trees
         Where its parts lie, symbolic links resolved that are named themselves, and will lie.
     problem
@@ -176,19 +177,16 @@ def project_of(distribution: Distribution, files: Mapping[str, Found], prefixes:
     links: dict[str, list[str]] = {}
     problem = "in a way that cannot be followed"
     for path in distribution.files:
-        if path not in files or not path.endswith((".pth", ".py")):
+        if path not in files:
             continue
         if path.endswith(_REBUILDING):
             problem = "in a way that builds it again on every import"
             links.clear()
             break
-        origin = files[path].origin
-        if path.endswith(".pth"):
-            named = path_files.folders_outside(origin, prefixes)
-        else:
-            named = [name for name in path_files.paths_in_module(origin) if not path_files.is_inside(name, prefixes)]
-            named = [name for name in named if _is_part(name, root)]
-        if named:
+        origin, node = files[path]
+        linked = _linked(origin, root, prefixes) if stat.S_ISLNK(node.st_mode) else None
+        named = linked if linked is not None else _named_in(origin, root, prefixes)
+        if named or linked is not None:
             links[path] = named
     project = Project(distribution.name, links, root)
     if not links:
@@ -197,6 +195,29 @@ def project_of(distribution: Distribution, files: Mapping[str, Found], prefixes:
             + problem
         )
     return project
+
+
+def _linked(origin: str, root: str, prefixes: Sequence[str]) -> list[str] | None:
+    """The folder that a symbolic link, of ``flit install --symlink``, leads to; none if to a module, which is a file.
+
+    None in place of a list if it leads to nothing of the project in *root*.
+    """
+    real = os.path.realpath(origin)
+    if path_files.is_inside(real, prefixes):
+        return None
+    if os.path.isdir(real):
+        return [real]
+    return [] if root and os.path.isfile(real) and is_in(real, os.path.realpath(root)) else None
+
+
+def _named_in(origin: str, root: str, prefixes: Sequence[str]) -> list[str]:
+    """What a file of a project in editable mode, which lies in *root*, names of it."""
+    if not origin.endswith((".pth", ".py")):
+        return []
+    if origin.endswith(".pth"):
+        return path_files.folders_outside(origin, prefixes)
+    named = [name for name in path_files.paths_in_module(origin) if not path_files.is_inside(name, prefixes)]
+    return [name for name in named if _is_part(name, root)]
 
 
 def _root_of(distribution: Distribution) -> str:
