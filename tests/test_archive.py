@@ -36,6 +36,19 @@ def packed_by_conda_pack(prefix: Path, output: Path, **options: object) -> Path:
     return output
 
 
+def untar(archive: Path, prefix: Path) -> Path:
+    prefix.mkdir(parents=True)
+    subprocess.run(["tar", "-xf", archive, "-C", prefix], check=True)
+    return prefix
+
+
+def conda_unpack(prefix: Path) -> Path:
+    """Let the unpacked environment's own script move it to where it lies."""
+    environ = {"PATH": f"{prefix}/bin:/usr/bin:/bin"}
+    subprocess.run([prefix / "bin" / "conda-unpack"], env=environ, check=True)
+    return prefix
+
+
 @pytest.fixture(scope="module")
 def archive(conda_pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return packed_by_conda_pack(conda_pair[0], tmp_path_factory.mktemp("archive") / "env.tar.gz")
@@ -89,12 +102,62 @@ def test_an_archive_that_was_unpacked_and_moved_by_conda_unpack_is_the_same_envi
 ) -> None:
     expected = pack(conda_pair[1], store=shared_store)
     prefix = tmp_path / "somewhere" / "else"
-    prefix.mkdir(parents=True)
-    subprocess.run(["tar", "-xf", archive, "-C", prefix], check=True)
+    untar(archive, prefix)
     assert pack(prefix, store=store).id == expected.id
-    environ = {"PATH": f"{prefix}/bin:/usr/bin:/bin"}
-    subprocess.run([prefix / "bin" / "conda-unpack"], env=environ, check=True)
+    conda_unpack(prefix)
     assert pack(prefix, store=store).id == expected.id
+
+
+# What conda-unpack has moved knows nothing of its package cache any more.
+@pytest.mark.filterwarnings(r"ignore:\s*Conda-managed packages were found without entries:UserWarning")
+@pytest.mark.filterwarnings("ignore:Duplicate name:UserWarning")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("again.tar", {}),
+        pytest.param("again.zip", {"zip_symlinks": True, "arcroot": "inside"}, marks=pytest.mark.heavy),
+    ],
+)
+def test_an_archive_of_what_conda_unpack_moved_is_the_same_environment(
+    conda_pair: tuple[Path, Path],
+    archive: Path,
+    shared_store: Store,
+    store: Store,
+    tmp_path: Path,
+    name: str,
+    options: dict[str, object],
+) -> None:
+    """conda-pack writes the names of its own scripts twice then."""
+    expected = pack(conda_pair[1], store=shared_store)
+    again = packed_by_conda_pack(conda_unpack(untar(archive, tmp_path / "moved")), tmp_path / name, **options)
+    assert pack(again, store=store).id == expected.id
+
+
+def test_of_two_scripts_of_conda_packs_the_later_one_counts(tmp_path: Path, store: Store) -> None:
+    """Also where the earlier one has a second name, which keeps its content."""
+    members: list[Entry] = [("bin/conda-unpack", tarfile.REGTYPE, b"earlier")]
+    members += [("bin/other", tarfile.LNKTYPE, "bin/conda-unpack"), ("bin/conda-unpack", tarfile.REGTYPE, b"later")]
+    write_members(tmp_path / "env.tar", members)
+    with unpacked(tmp_path / "env.tar", store.layout.tmp) as prefix:
+        assert (prefix / "bin" / "conda-unpack").read_bytes() == b"later"
+        assert (prefix / "bin" / "other").read_bytes() == b"earlier"
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [(tarfile.REGTYPE, tarfile.SYMTYPE), (tarfile.SYMTYPE, tarfile.REGTYPE), (tarfile.REGTYPE, tarfile.LNKTYPE)],
+)
+def test_a_script_of_conda_packs_that_is_a_link_once_is_refused(
+    tmp_path: Path, store: Store, kinds: Sequence[bytes]
+) -> None:
+    content: dict[bytes, bytes | str] = {
+        tarfile.REGTYPE: b"x",
+        tarfile.SYMTYPE: "python",
+        tarfile.LNKTYPE: "bin/python",
+    }
+    write_members(tmp_path / "env.tar", [("bin/conda-unpack", kind, content[kind]) for kind in kinds])
+    with pytest.raises(SourceProblems, match="bin/conda-unpack is there twice"):
+        pack(tmp_path / "env.tar", store=store)
 
 
 @pytest.mark.heavy
@@ -181,7 +244,11 @@ EVIL: dict[str, list[Entry]] = {
         ("null", tarfile.CHRTYPE, b""),
         ("disk", tarfile.BLKTYPE, b""),
     ],
-    "there twice": [("bin/python", tarfile.REGTYPE, b"other"), ("./bin//python", tarfile.SYMTYPE, "sh")],
+    "there twice": [
+        ("bin/python", tarfile.REGTYPE, b"other"),
+        ("./bin//python", tarfile.SYMTYPE, "sh"),
+        ("lib/bin/activate", tarfile.REGTYPE, b"other"),
+    ],
     "at once": [
         ("bin/python/x", tarfile.REGTYPE, b"x"),
         ("bin", tarfile.REGTYPE, b"x"),
@@ -206,7 +273,7 @@ def test_what_leads_out_of_an_archive_is_refused_and_touches_nothing(
     name, kind, content = entry
     content = content.format(outside=outside) if isinstance(content, str) else content
     path = tmp_path / "env.tar"
-    write_members(path, [(name.format(outside=outside), kind, content), ("lib/fine", tarfile.REGTYPE, b"fine")])
+    write_members(path, [("lib/bin/activate", tarfile.REGTYPE, b"x"), (name.format(outside=outside), kind, content)])
     with untouched(tmp_path, store.layout.root), pytest.raises(SourceProblems, match=reason) as caught:
         pack(path, store=store)
     assert len(caught.value.problems) == 1

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from envship.sources.locate import is_environment
 from envship.sources.members import DAMAGES, Content, Member, opener
-from envship.sources.unpacked import read_unpacked
+from envship.sources.unpacked import SCRIPTS, read_unpacked
 from worker_bootstrap.blueprint import may_leave
 from worker_bootstrap.durable import full_error
 from worker_bootstrap.errors import ArchiveInvalid, ManifestInvalid, NotAnEnvironment, SourceProblems
@@ -77,6 +77,7 @@ class _Extraction:
         self._files: set[str] = set()
         self._folders = {""}
         self._links: dict[str, str] = {}
+        self._replacing: list[str] = []
         self._problems: list[str] = []
 
     def run(self) -> None:
@@ -92,6 +93,7 @@ class _Extraction:
                 self._add(member)
         except DAMAGES as error:
             raise ArchiveInvalid(str(self._archive), str(error) or "it is cut short") from error
+        self._check_replacing()
         self._make_links()
         if self._problems:
             raise SourceProblems(str(self._archive), self._problems, _REMEDY)
@@ -104,7 +106,7 @@ class _Extraction:
         if not parts:
             return
         path = "/".join(parts)
-        if path in self._files or path in self._links:
+        if path in self._links or (path in self._files and not self._replaced(path, member)):
             self._problems.append(f"{path} is there twice")
         elif member.kind == stat.S_IFDIR:
             self._make_folder(path)
@@ -116,6 +118,24 @@ class _Extraction:
             self._write(path, member)
         else:
             self._problems.append(f"{path} is neither a file, a folder nor a link")
+
+    def _replaced(self, path: str, member: Member) -> bool:
+        """Whether the file at *path* was removed, because *member* may take its place."""
+        if not path.endswith(tuple(SCRIPTS)) or member.kind != stat.S_IFREG or member.target:
+            return False
+        os.unlink(self._folder / path)
+        self._files.remove(path)
+        self._replacing.append(path)
+        return True
+
+    def _check_replacing(self) -> None:
+        """Refuse what was there twice and is no script of conda-pack's.
+
+        Of an environment that conda-unpack has moved, it packs the scripts of its last time, and adds new ones.
+        """
+        root = _root(self._folder)
+        scripts = {os.path.join(root, script) for script in SCRIPTS}
+        self._problems += [f"{path} is there twice" for path in self._replacing if path not in scripts]
 
     def _make_folder(self, path: str) -> bool:
         if path in self._folders:

@@ -20,10 +20,13 @@ from envship.canonical import Content, Recorded, Treatment
 from worker_bootstrap.digest import digest_of
 
 SCRIPT = "bin/conda-unpack"
-_ADDED = re.compile(
-    r"bin/(?:conda-unpack|conda_unpack_progress\.py|activate|activate\.fish|deactivate)|tmp[a-z0-9_]{8}"
+SCRIPTS = frozenset(
+    (SCRIPT, "bin/conda_unpack_progress.py", "bin/activate", "bin/activate.fish", "bin/deactivate"),
 )
-"""Files that conda-pack adds; the last is what it forgets in folders that it made with ``--format no-archive``."""
+"""Files that conda-pack adds to every archive."""
+
+_FORGOTTEN = re.compile(r"tmp[a-z0-9_]{8}")
+"""What conda-pack forgets in folders that it made with ``--format no-archive``."""
 
 _LIMIT_BYTES = 64 << 20
 _RECORDS = re.compile(r"^_prefix_records = (\[.*?^\])", re.MULTILINE | re.DOTALL)
@@ -48,7 +51,7 @@ class Unpacked:
 
     def added(self, path: str) -> bool:
         """Whether conda-pack added the file at *path*."""
-        return _ADDED.fullmatch(path) is not None
+        return path in SCRIPTS or _FORGOTTEN.fullmatch(path) is not None
 
     def treatment(self, path: str, treatment: Treatment) -> Treatment:
         """What undoes conda-pack's change of the file at *path* before *treatment*."""
