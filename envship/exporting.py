@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
+import json
 import os
 import stat
 import tarfile
@@ -30,6 +31,8 @@ from worker_bootstrap.store import Store
 SUFFIXES = (".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar", ".zip")
 """What an archive's name may end with."""
 
+_STATE = "conda-meta/state"
+"""Where conda keeps the variables of an environment that activating it sets."""
 _GZIP_LEVEL = 4
 _ZSTD_LEVEL = 3
 _TIME_S = 315_532_800
@@ -99,7 +102,9 @@ class _Export:
                 self._add(entry, content)
         if "conda-meta/history" not in paths:
             # What conda needs to know a folder as an environment.
-            self._archive.file("conda-meta/history", io.BytesIO(), 0, False)
+            self._add_made("conda-meta/history", b"")
+            if self._manifest.environ and _STATE not in paths:
+                self._add_made(_STATE, json.dumps({"version": 1, "env_vars": self._manifest.environ}).encode())
         self._packer.finish()
 
     def _add(self, entry: Entry, content: _Content) -> None:
@@ -111,6 +116,9 @@ class _Export:
             self._archive.hard_link(entry.path, entry.target)
         elif isinstance(entry, Directory):
             self._archive.folder(entry.path)
+
+    def _add_made(self, path: str, data: bytes) -> None:
+        self._archive.file(path, io.BytesIO(data), len(data), False)
 
     def _add_file(self, entry: File, content: _Content) -> None:
         piece: IO[bytes] = content.file(entry.size_bytes)

@@ -10,13 +10,17 @@ from pathlib import Path
 
 import pytest
 
+from envship.canonical import Verbatim
 from envship.environment import Environment
 from envship.pack import pack
-from worker_bootstrap.errors import ChunkMissing, ExportError
+from envship.sources.unpacked import read_exported
+from worker_bootstrap.errors import ChunkMissing, ExportError, NotAnEnvironment
+from worker_bootstrap.materialise import materialise
+from worker_bootstrap.relocate import PLACEHOLDER as OWN_PLACEHOLDER
 from worker_bootstrap.store import Store
 
 from .environments import PLACEHOLDER, tiny_environment
-from .prefixes import console_script_wheel, small_venv
+from .prefixes import clone_of, console_script_wheel, said, small_venv
 
 ACTIVATE = """
 set -e
@@ -42,6 +46,7 @@ python -c 'import sys; print(sys.prefix)'
 python -c 'import onlyhere; print(onlyhere.__file__)'
 python -c 'import named; print(named.PREFIX)'
 """
+NAMED = "import named; print(named.PREFIX)"
 LIBRARY = f"lib/python{sys.version_info.major}.{sys.version_info.minor}"
 
 
@@ -88,6 +93,59 @@ def test_an_exported_venv_works_where_it_is_unpacked(shared_store: Store, tmp_pa
     script = ACTIVATE_VENV.format(prefix=prefix)
     code = f"{prefix}/{LIBRARY}/site-packages/onlyhere.py"
     assert says(script) == [str(prefix), f"{prefix}/bin/where", str(prefix), str(prefix), code, str(prefix)]
+
+
+def test_an_exported_venv_is_the_same_packed_again_and_runs(store: Store, tmp_path: Path) -> None:
+    """From the archive, from the folder that it was unpacked into, and when conda-unpack has moved that."""
+    source = small_venv(tmp_path / "env", [console_script_wheel(tmp_path)])
+    (source / LIBRARY / "site-packages" / "named.py").write_text(f"PREFIX = {str(source)!r}\n")
+    (source / "share").mkdir(exist_ok=True)
+    (source / "share" / "odd.txt").write_text(f"{source}, and not {OWN_PLACEHOLDER}")
+    (source / "share" / "app.log").write_text("left out")
+    environment = pack(source, store=store)
+    archive = environment.export(tmp_path / "mine.tar.zst")
+    shutil.rmtree(source)
+    assert pack(archive, store=store).id == environment.id
+    prefix = unpack(archive, tmp_path / "some" / "where")
+    assert pack(prefix, store=store).id == environment.id
+    says(f"PATH={prefix}/bin:$PATH; conda-unpack")
+    (prefix / "share" / "app.log").write_text("left out")
+    assert pack(prefix, store=store).id == environment.id
+    built = materialise(store, environment.id)
+    assert said(built / "bin" / "where") == said(built / "bin" / "python", "-c", NAMED) == str(built)
+    assert (built / "share" / "odd.txt").read_text() == f"{built}, and not {OWN_PLACEHOLDER}"
+
+
+def test_files_of_no_package_name_the_prefix_in_what_is_packed_again(
+    conda_pair: tuple[Path, Path], store: Store, tmp_path: Path
+) -> None:
+    """Of a conda environment, text gets envship's own placeholder, which no package recorded."""
+    source = clone_of(conda_pair[0], tmp_path / "env")
+    (source / "share" / "note.txt").write_text(f"in {source}")
+    environment = pack(source, store=store)
+    archive = environment.export(tmp_path / "mine.tar")
+    assert pack(archive, store=store).id == environment.id
+
+
+def test_an_export_that_needs_an_interpreter_elsewhere_is_refused(store: Store, tmp_path: Path) -> None:
+    """No file of this machine comes along in the name of a folder that was unpacked."""
+    prefix = tmp_path / "env"
+    (prefix / "bin").mkdir(parents=True)
+    (prefix / "bin" / "python").symlink_to(sys.executable)
+    (prefix / "conda-meta").mkdir()
+    (prefix / "conda-meta" / "history").touch()
+    with pytest.raises(NotAnEnvironment, match="which is not in it"):
+        pack(prefix, store=store)
+
+
+def test_an_exported_interpreter_of_conda_names_its_prefix_as_its_package_does(store: Store, tmp_path: Path) -> None:
+    """conda-unpack, which runs in it, does not list it."""
+    interpreter = b"\x7fELF\0" + PLACEHOLDER.encode() + b"/lib\0"
+    files = {"bin/python*": (interpreter, "binary"), "lib/libpython.so": (PLACEHOLDER.encode() + b"\0", "binary")}
+    environment = Environment(store.read_manifest(tiny_environment(store, files)), store)
+    prefix = unpack(environment.export(tmp_path / "tiny.tar"), tmp_path / "env")
+    treatment = read_exported(prefix).treatment("bin/python", Verbatim())
+    assert treatment((prefix / "bin" / "python").read_bytes()) == (interpreter, ("binary", PLACEHOLDER), None, "")
 
 
 @pytest.mark.parametrize("name", ["tiny.tar.gz", "tiny.tar.zst", "tiny.tar", "tiny.zip"])

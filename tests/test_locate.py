@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from envship.sources.locate import find_prefix, is_conda
+from envship.sources.locate import find_prefix, is_conda, is_exported
 from worker_bootstrap.errors import NotAnEnvironment, SourceNotFound
 
 
@@ -28,6 +28,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def environment(path: Path) -> Path:
     (path / "conda-meta").mkdir(parents=True)
     (path / "conda-meta" / "history").touch()
+    return path
+
+
+def with_interpreter(path: Path) -> Path:
+    (path / "bin").mkdir(parents=True, exist_ok=True)
+    (path / "bin" / "python").symlink_to(sys.executable)
     return path
 
 
@@ -81,3 +87,14 @@ def test_the_error_says_where_was_looked(home: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(SourceNotFound) as caught:
         find_prefix("mine")
     assert str(home / "a" / "mine") in caught.value.looked_in
+
+
+def test_a_history_of_conda_makes_no_conda_environment_of_an_interpreter_that_conda_does_not_know(home: Path) -> None:
+    mine = environment(home / "mine")
+    assert is_conda(mine) and not is_exported(mine)
+    with_interpreter(mine)
+    assert is_exported(mine) and not is_conda(mine)
+    (mine / "pyvenv.cfg").touch()
+    assert not is_exported(mine) and not is_conda(mine)
+    (mine / "conda-meta" / "python-3.11.7-0.json").touch()
+    assert is_conda(mine) and not is_exported(mine)

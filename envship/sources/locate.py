@@ -62,12 +62,25 @@ def checked(path: Path) -> Path:
 
 def is_environment(path: Path) -> bool:
     """Whether a conda environment, a venv or an interpreter lies at *path*."""
-    return is_conda(path) or (path / "bin" / "python").exists() or (path / "bin" / "python3").exists()
+    return is_conda(path) or _has_interpreter(path)
 
 
 def is_conda(path: Path) -> bool:
-    """Whether conda (or mamba, pixi, rattler) made the environment at *path*."""
-    return any((path / "conda-meta").glob("*.json")) or (path / "conda-meta" / "history").is_file()
+    """Whether conda (or mamba, pixi, rattler) made the environment at *path*: its packages, or an empty one."""
+    return any((path / "conda-meta").glob("*.json")) or (_has_history(path) and not _has_interpreter(path))
+
+
+def is_exported(path: Path) -> bool:
+    """Whether the environment at *path* has all that it needs, but no package of conda's: see `exported`."""
+    return _has_history(path) and not is_conda(path) and not (path / "pyvenv.cfg").exists()
+
+
+def _has_history(path: Path) -> bool:
+    return (path / "conda-meta" / "history").is_file()
+
+
+def _has_interpreter(path: Path) -> bool:
+    return (path / "bin" / "python").exists() or (path / "bin" / "python3").exists()
 
 
 def _candidates(name: str) -> Iterator[Path]:

@@ -8,7 +8,8 @@ from pathlib import Path
 from envship.options import PackOptions
 from envship.sources.conda import plan_conda
 from envship.sources.draft import Plan
-from envship.sources.locate import checked, is_conda
+from envship.sources.exported import plan_exported
+from envship.sources.locate import checked, is_conda, is_exported
 from envship.sources.tree import Trees
 from envship.sources.venv import plan_venv
 
@@ -26,6 +27,7 @@ def plan(prefix: Path, trees: Trees, options: PackOptions, is_archive: bool = Fa
     SourceProblems
         If files are missing or were overwritten (unless *options* ignore that), or cannot be packed.
     """
-    of_kind = plan_conda if is_conda(checked(prefix)) else plan_venv
+    checked(prefix)
+    of_kind = plan_conda if is_conda(prefix) else plan_exported if is_exported(prefix) else plan_venv
     made = of_kind(prefix, trees, options, is_archive)
     return replace(made, drafts=options.chosen(made.drafts))

@@ -1,4 +1,4 @@
-"""What conda-pack did to an environment, and how to undo it.
+"""What conda-pack, or an export, did to an environment, and how to undo it.
 
 A prefix that comes from one of its archives holds files of its own, names the prefix that it was packed from in places
 that only the script ``bin/conda-unpack`` lists (until that has run), and has scripts that leave their interpreter to
@@ -11,13 +11,17 @@ import ast
 import base64
 import contextlib
 import csv
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from envship.canonical import Content, Recorded, Treatment
 from worker_bootstrap.digest import digest_of
+from worker_bootstrap.manifest import Relocation
+from worker_bootstrap.paths import PATH_LIMIT, is_file_name
+from worker_bootstrap.relocate import PLACEHOLDER, RelocationError, relocate, restore
 
 SCRIPT = "bin/conda-unpack"
 SCRIPTS = frozenset(
@@ -43,11 +47,14 @@ class Unpacked:
         Prefixes that files may name besides the present one.
     kept_scripts
         Digests of scripts that pip's packages brought as they are: nothing in them was rewritten.
+    exported
+        By path: how files name the prefix whose content an export wrote as it was in the store.
     """
 
     prefix: str
     older_prefixes: tuple[str, ...]
     kept_scripts: frozenset[str]
+    exported: Mapping[str, Relocation]
 
     def added(self, path: str) -> bool:
         """Whether conda-pack added the file at *path*."""
@@ -55,6 +62,9 @@ class Unpacked:
 
     def treatment(self, path: str, treatment: Treatment) -> Treatment:
         """What undoes conda-pack's change of the file at *path* before *treatment*."""
+        relocation = self.exported.get(path)
+        if relocation is not None:
+            return WithPlaceholder(self.prefix, relocation, treatment)
         return WithInterpreter(self.prefix, self.kept_scripts, treatment) if path.startswith("bin/") else treatment
 
 
@@ -80,25 +90,86 @@ class WithInterpreter:
         return self.inner(full)
 
 
+@dataclass(frozen=True)
+class WithPlaceholder:
+    """A file that was exported: its content is that in the store, or what conda-unpack made of it."""
+
+    prefix: str
+    relocation: Relocation
+    inner: Treatment
+
+    @property
+    def key(self) -> str:
+        return f"with placeholder {self.relocation} of {self.prefix} {self.inner.key}"
+
+    def __call__(self, data: bytes) -> Content:
+        placeholder = os.fsencode(self.relocation.placeholder)
+        if placeholder in data:
+            return Content(data, self.relocation)
+        if self.relocation.mode == "binary":
+            original = restore(data, self.relocation, self.prefix)
+            with contextlib.suppress(RelocationError):
+                if placeholder in original and relocate(original, self.relocation, self.prefix) == data:
+                    return Content(original, self.relocation)
+        return self.inner(data)
+
+
 def read_unpacked(prefix: Path, recorded: frozenset[str]) -> Unpacked | None:
-    """What conda-pack did to the environment at *prefix*; None where it has not been.
+    """What conda-pack did to the conda environment at *prefix*; None where it has not been.
 
     Parameters
     ----------
     recorded
         Placeholders that packages recorded themselves: those name no prefix that was ever one.
     """
+    rows = _rows(prefix)
+    if rows is None:
+        return None
+    placeholders = {relocation.placeholder for relocation in rows.values() if relocation.mode == "text"}
+    older = {text for text in placeholders - recorded if text.count("/") > 1}
+    exported = {path: each for path, each in rows.items() if each.placeholder.startswith(PLACEHOLDER)}
+    return Unpacked(str(prefix), tuple(sorted(older)), frozenset(_recorded_scripts(prefix)), exported)
+
+
+def read_exported(prefix: Path) -> Unpacked:
+    """What an export did to the environment at *prefix*, in which conda has no packages."""
+    rows = _rows(prefix) or {}
+    return Unpacked(str(prefix), (), frozenset(_recorded_scripts(prefix)), {**rows, **_interpreter_row(prefix, rows)})
+
+
+def _interpreter_row(prefix: Path, rows: Mapping[str, Relocation]) -> dict[str, Relocation]:
+    """The row of the interpreter, which conda-unpack runs in, and so neither changes nor lists.
+
+    That of a conda package names its prefix as the other files of the package do.
+    """
+    executable = os.path.realpath(prefix / "bin" / "python")
+    placeholders = sorted({each.placeholder for each in rows.values() if not each.placeholder.startswith(PLACEHOLDER)})
+    if not placeholders:
+        return {}
+    with open(executable, "rb") as file:
+        data = file.read()
+    path = os.path.relpath(executable, os.path.realpath(prefix))
+    found = [placeholder for placeholder in placeholders if os.fsencode(placeholder) in data]
+    return {path: Relocation("binary", found[0])} if found else {}
+
+
+def _rows(prefix: Path) -> dict[str, Relocation] | None:
+    """By path, how the files name a prefix that ``bin/conda-unpack`` lists; None if there is no such script."""
     try:
         with open(prefix / SCRIPT, encoding="utf-8", errors="surrogateescape") as file:
             found = _RECORDS.search(file.read(_LIMIT_BYTES))
-        rows = ast.literal_eval(found[1]) if found else []
-        placeholders = {str(placeholder) for _, placeholder, mode in rows if mode == "text"}
+        if found is None:
+            return None
+        rows = {str(path): Relocation(mode, str(placeholder)) for path, placeholder, mode in ast.literal_eval(found[1])}
     except (OSError, ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return None
-    if found is None:
-        return None
-    older = {text for text in placeholders - recorded if text.startswith("/") and text.count("/") > 1}
-    return Unpacked(str(prefix), tuple(sorted(older)), frozenset(_recorded_scripts(prefix)))
+    return {path: relocation for path, relocation in rows.items() if _is_sound(relocation)}
+
+
+def _is_sound(relocation: Relocation) -> bool:
+    mode, placeholder = relocation
+    is_path = placeholder.startswith("/") and 2 <= len(placeholder) <= PATH_LIMIT and "\0" not in placeholder
+    return is_path and mode in ("text", "binary") and is_file_name(placeholder)
 
 
 def _recorded_scripts(prefix: Path) -> Iterator[str]:
