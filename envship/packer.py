@@ -67,13 +67,23 @@ class Packer:
     ----------
     processes
         How many write packages. 1: threads of this process do; more: nobody else may have threads in it.
+    scratch
+        Where archives are unpacked; None: where the store keeps what is being made.
     """
 
-    def __init__(self, store: Store, options: PackOptions, report: Report | None, processes: int = 1) -> None:
+    def __init__(
+        self,
+        store: Store,
+        options: PackOptions,
+        report: Report | None,
+        processes: int = 1,
+        scratch: Path | None = None,
+    ) -> None:
         self._store = store
         self._options = options
         self._progress = _Progress(report)
         self._processes = processes
+        self._scratch = scratch or store.layout.tmp
 
     def pack(self, place: Path, trees: Trees, index: ScanIndex) -> EnvironmentId:
         """Pack what lies at *place*; *trees* may know some of it already.
@@ -95,7 +105,7 @@ class Packer:
         return environment_id
 
     def _archive(self, archive: Path) -> _Done:
-        with unpacked(archive, self._store.layout.tmp) as prefix:
+        with unpacked(archive, self._scratch) as prefix:
             try:
                 return self._prefix(prefix, Trees(slim=True), ScanIndex.none(self._store), is_archive=True)
             except SourceProblems as error:

@@ -24,10 +24,12 @@ from envship.crew import die_with_parent
 from envship.options import PackOptions
 from envship.packer import Packer, Report
 from envship.scan_index import ScanIndex
+from envship.sources.archive import scratch_folder
 from envship.sources.tree import Trees
 from worker_bootstrap import process_limit
 from worker_bootstrap.digest import EnvironmentId
 from worker_bootstrap.errors import EnvshipError
+from worker_bootstrap.layout import Layout
 from worker_bootstrap.store import Store
 
 WRITERS_LIMIT = 5
@@ -59,13 +61,20 @@ class Job(NamedTuple):
 
 
 def pack_in_processes(job: Job, report: Report | None) -> EnvironmentId:
-    """Pack in other processes, which are gone when this returns or raises.
+    """Pack in other processes, which are gone when this returns or raises, and so is what they unpacked.
 
     Raises
     ------
     EnvshipError
         What went wrong there; also if they ended without a word.
     """
+    tmp = Layout(job.store).tmp
+    # Of this process: the others are ended without a chance to remove anything.
+    with contextlib.nullcontext(tmp) if job.place.is_dir() else scratch_folder(tmp) as scratch:
+        return _pack_in_processes(job, scratch, report)
+
+
+def _pack_in_processes(job: Job, scratch: Path, report: Report | None) -> EnvironmentId:
     command = [sys.executable, "-c", _START, str(Path(__file__).parent), *sys.path]
     process = subprocess.Popen(
         command,
@@ -77,7 +86,7 @@ def pack_in_processes(job: Job, report: Report | None) -> EnvironmentId:
     assert process.stdin is not None and process.stdout is not None
     try:
         with contextlib.suppress(BrokenPipeError):
-            _send(process.stdin, job)
+            _send(process.stdin, (job, scratch))
         while (message := _receive(process.stdout)) is not None:
             kind, value = message
             if kind == "done":
@@ -105,14 +114,14 @@ def main() -> None:
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     # Whatever the environment's packages print must not get among the answers.
     os.dup2(2, 1)
-    job: Job = _receive(requests)
+    job, scratch = _receive(requests)
     # What is made here lives until the end: nothing to collect.
     gc.disable()
     logging.getLogger("envship").addHandler(_Told(answers))
     try:
         with process_limit.named():
             store = Store(job.store, job.read_only)
-            packer = Packer(store, job.options, lambda *told: _send(answers, ("progress", told)), _writers())
+            packer = Packer(store, job.options, lambda *told: _send(answers, ("progress", told)), _writers(), scratch)
             index = ScanIndex.load(store, str(job.place), job.options)
             _send(answers, ("done", packer.pack(job.place, Trees(slim=True), index)))
     except EnvshipError as error:

@@ -25,6 +25,7 @@ from envship.sources.draft import CodeItem
 from envship.sources.tree import Trees
 from worker_bootstrap import ready_mark
 from worker_bootstrap.errors import SourceProblems, StoreFull
+from worker_bootstrap.evict import collect
 from worker_bootstrap.store import Store
 from worker_bootstrap.verify import damaged_chunks
 
@@ -85,6 +86,24 @@ def test_a_pack_that_is_interrupted_leaves_a_sound_store_and_nobody_behind_and_t
     environment = pack(mine, store=store)
     assert_sound(store, environment)
     assert kept.items() <= chunks(store).items()
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "killed"])
+def test_a_pack_of_an_archive_that_is_interrupted_leaves_nothing_unpacked_or_a_sweep_takes_it(
+    mine: Path, store: Store, tmp_path: Path, how: str
+) -> None:
+    archive = tmp_path / "env.tar"
+    pack(mine, store=store).export(archive)
+    process = started(archive, store)
+    until(lambda: len(list(store.layout.tmp.glob("archive-*/**/*.py"))) > 5)
+    os.killpg(process.pid, signal.SIGINT if how == "Ctrl-C" else signal.SIGKILL)
+    process.communicate(timeout=TIMEOUT_S)
+    left = list(store.layout.tmp.glob("archive-*"))
+    assert bool(left) == (how == "killed")
+    for path in left:
+        os.utime(path, (0, 0))
+    collect(store, None)
+    assert list(store.layout.tmp.glob("archive-*")) == []
 
 
 def test_a_pack_that_a_power_cut_interrupted_leaves_chunks_that_the_next_one_reads(

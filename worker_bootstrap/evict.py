@@ -18,7 +18,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
-from worker_bootstrap import ready_mark
+from worker_bootstrap import ready_mark, scratch
 from worker_bootstrap.digest import Digest, EnvironmentId
 from worker_bootstrap.errors import StoreBusy
 from worker_bootstrap.lock import Lease, Lock, holders
@@ -241,13 +241,13 @@ def _set_aside(store: Store, prefix: Path) -> Path | None:
     """Move a prefix to where nobody looks for it: half removed, it must not lie where a whole one is expected."""
     if not os.path.lexists(prefix):
         return None
-    aside = Path(tempfile.mkdtemp(prefix="evicted-", dir=store.layout.tmp))
+    aside = Path(tempfile.mkdtemp(prefix=scratch.EVICTED, dir=store.layout.tmp))
     os.rename(prefix, aside / prefix.name)
     return aside
 
 
 def _sweep_leftovers(store: Store) -> None:
-    """Remove prefixes without a ready mark, unless somebody is building there."""
+    """Remove prefixes without a ready mark, unless somebody is building there, and what nobody makes any more."""
     for path in leftovers(store.layout):
         with contextlib.suppress(StoreBusy, OSError), Lock(store.layout.locks / f"{path.name}.lock", timeout_s=0):
             leases = [Lease(lease) for lease in store.layout.leases.glob(f"{path.name}*")]
@@ -256,9 +256,7 @@ def _sweep_leftovers(store: Store) -> None:
                 gone = _set_aside(store, path)
                 if gone is not None:
                     shutil.rmtree(gone, ignore_errors=True)
-    for entry in os.scandir(store.layout.tmp):
-        if entry.name.startswith("evicted-"):
-            shutil.rmtree(entry.path, ignore_errors=True)
+    scratch.sweep(store.layout, scratch.EVICTED)
 
 
 def _remove_unneeded_chunks(store: Store, grace_s: float) -> int:

@@ -11,7 +11,6 @@ before it counts again. Does not fetch; a chunk that is not here is `ChunkMissin
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import json
 import logging
@@ -36,13 +35,12 @@ from worker_bootstrap.errors import ChunkMissing, EnvshipError, MaterialiseError
 from worker_bootstrap.layout import SHORT_ID_LENGTH, Layout
 from worker_bootstrap.lock import Lock
 from worker_bootstrap.repair import repair
+from worker_bootstrap.scratch import sweep
 from worker_bootstrap.store import Store
 from worker_bootstrap.writer import Report, Work, Writer
 
 logger = logging.getLogger("envship.materialise")
 
-STALE_S = 24 * 3600
-"""Files in ``tmp`` that nobody touched for that long belong to processes that died."""
 MARGIN_BYTES = 16 << 20
 """Room left for the file system's own needs when it is checked whether an environment fits."""
 REPORT_INTERVAL_S = 0.1
@@ -197,19 +195,7 @@ def _sweep(layout: Layout, environment_id: EnvironmentId) -> None:
     if os.path.lexists(prefix):
         # Renamed first: a prefix that is half removed must not lie where a whole one is expected.
         os.rename(prefix, layout.tmp / f"{_scratch_name(environment_id)}old-{os.getpid()}")
-    now = time.time()
-    for entry in os.scandir(layout.tmp):
-        with contextlib.suppress(OSError):
-            stale = now - entry.stat(follow_symlinks=False).st_mtime > STALE_S
-            if entry.name.startswith(_scratch_name(environment_id)) or stale:
-                _remove(entry)
-
-
-def _remove(entry: os.DirEntry[str]) -> None:
-    if entry.is_dir(follow_symlinks=False):
-        shutil.rmtree(entry.path, ignore_errors=True)
-    else:
-        os.unlink(entry.path)
+    sweep(layout, _scratch_name(environment_id))
 
 
 def _check_room(layout: Layout, blueprint: Blueprint, donors: Donors) -> None:

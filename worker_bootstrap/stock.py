@@ -14,6 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+from worker_bootstrap import scratch
 from worker_bootstrap.digest import Digest, EnvironmentId, is_digest
 from worker_bootstrap.errors import EnvshipError
 from worker_bootstrap.layout import SHORT_ID_LENGTH, Layout
@@ -45,6 +46,7 @@ class Holding(NamedTuple):
 class Holdings(NamedTuple):
     """A whole store. *chunks* maps each digest to the bytes that its copies take up on disk.
 
+    *leftovers_bytes* are those of builds, evictions and packs that were interrupted.
     *written_at* says of each chunk when the newest of its copies was written (seconds since the epoch).
     """
 
@@ -77,7 +79,7 @@ def survey(store: Store) -> Holdings:
         written_at=written_at,
         environments=tuple(_holding(store, environment_id) for environment_id in known),
         chunks=chunks,
-        leftovers_bytes=sum(size for path in leftovers(layout) for _, size, _ in _files(path)),
+        leftovers_bytes=_leftovers_bytes(layout),
     )
 
 
@@ -157,7 +159,20 @@ def _chunks(layout: Layout) -> tuple[dict[Digest, int], dict[Digest, float]]:
     return sizes, written_at
 
 
-def _files(folder: Path) -> Iterator[tuple[int, int, int]]:
+def _leftovers_bytes(layout: Layout) -> int:
+    """What prefixes take up that no ready mark speaks of, and what nobody makes any more."""
+    found_bytes = 0
+    folders = [str(path) for path in leftovers(layout)]
+    for entry in scratch.abandoned(layout, scratch.EVICTED):
+        if entry.is_dir(follow_symlinks=False):
+            folders.append(entry.path)
+        else:
+            with contextlib.suppress(OSError):
+                found_bytes += entry.stat(follow_symlinks=False).st_blocks * BLOCK_BYTES
+    return found_bytes + sum(size for folder in folders for _, size, _ in _files(folder))
+
+
+def _files(folder: str | Path) -> Iterator[tuple[int, int, int]]:
     """(inode, bytes on disk, number of names) of all that lies in *folder*; a file once for each of its names."""
     waiting = [str(folder)]
     while waiting:

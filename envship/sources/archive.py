@@ -56,8 +56,7 @@ def unpacked(path: Path, scratch: Path) -> Iterator[Path]:
     StoreFull
         If there is no room.
     """
-    folder = Path(tempfile.mkdtemp(prefix="archive-", dir=scratch))
-    try:
+    with scratch_folder(scratch) as folder:
         try:
             _Extraction(path, folder / "env").run()
         except OSError as error:
@@ -65,6 +64,25 @@ def unpacked(path: Path, scratch: Path) -> Iterator[Path]:
                 raise full from error
             raise ArchiveInvalid(str(path), str(error)) from error
         yield _environment_in(folder / "env", path)
+
+
+@contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """A folder in *parent* that nobody else can see into, and that is gone afterwards with all that is in it then.
+
+    Raises
+    ------
+    StoreFull
+        If there is no room for it.
+    """
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="archive-", dir=parent))
+    except OSError as error:
+        if (full := full_error(error, parent)) is not None:
+            raise full from error
+        raise
+    try:
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

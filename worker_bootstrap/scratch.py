@@ -1,0 +1,40 @@
+"""Scratch: what lies in a store's ``tmp`` while somebody makes it, and what those left there who died.
+
+Whoever makes something there removes it, or moves it to its place. What is left of others is found by its age, or by a
+name that says that nobody is at work on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Iterator
+
+from worker_bootstrap.layout import Layout
+
+STALE_S = 24 * 3600
+"""What nobody touched for that long belongs to processes that died."""
+EVICTED = "evicted-"
+"""Begins the names of what is on its way out: whoever comes across it may remove it."""
+
+
+def abandoned(layout: Layout, *beginnings: str) -> Iterator[os.DirEntry[str]]:
+    """What is stale in ``tmp``, and what has a name with one of *beginnings*."""
+    before = time.time() - STALE_S
+    with os.scandir(layout.tmp) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                if entry.name.startswith(beginnings) or entry.stat(follow_symlinks=False).st_mtime < before:
+                    yield entry
+
+
+def sweep(layout: Layout, *beginnings: str) -> None:
+    """Remove what is `abandoned`, as far as that can be done."""
+    for entry in abandoned(layout, *beginnings):
+        with contextlib.suppress(OSError):
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)
+            else:
+                os.unlink(entry.path)
