@@ -207,6 +207,17 @@ def test_an_interpreter_that_does_not_start_is_reported(store: Store, tmp_path: 
         pack(mine, store=store)
 
 
+def test_what_lies_beside_byte_code_is_not_missed(store: Store, tmp_path: Path) -> None:
+    """As a wheel built where numba ran has it; whether it is there or not."""
+    mine = small_venv(tmp_path / "env", [onlyhere_wheel(tmp_path)])
+    with open(mine / SITE / "onlyhere-1.0.dist-info" / "RECORD", "a") as record:
+        record.write("__pycache__/cache.nbi,,\n")
+    without = pack(mine, store=store).id
+    (mine / SITE / "__pycache__").mkdir(exist_ok=True)
+    (mine / SITE / "__pycache__" / "cache.nbi").write_text("x")
+    assert pack(mine, store=store).id == without
+
+
 def test_a_free_threaded_interpreter_is_refused(store: Store, tmp_path: Path) -> None:
     """Its library and its packages lie elsewhere; here, an interpreter that says that it is one."""
     mine = small_venv(tmp_path / "env", [onlyhere_wheel(tmp_path)])

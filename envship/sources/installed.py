@@ -84,12 +84,12 @@ def distribution_draft(
 
 
 def missing_files(distributions: Sequence[Distribution], files: Mapping[str, Found]) -> list[Fault]:
-    """The files that distributions recorded and that are not there."""
+    """The files that distributions recorded and that are not there, but for what caches of byte code hold."""
     return [
         Fault(Owner(distribution.name, distribution.version, "pip"), path)
         for distribution in distributions
         for path in distribution.files
-        if path not in files
+        if path not in files and "__pycache__" not in path.split("/")
     ]
 
 
