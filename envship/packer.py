@@ -266,6 +266,9 @@ def _whole_of(prefix: Path, trees: Trees, packed: Sequence[tuple[Draft, Packed]]
         if any(isinstance(item, FileItem) and item.origin != f"{root.path}/{item.path}" for item in draft.items):
             # What a link out of the prefix points to changes without a trace in the prefix.
             continue
+        if any(item.path.endswith(".py") and not item.path.startswith(("lib/python", "bin/")) for item in draft.items):
+            # Whether such a module has byte code depends on path files of others.
+            continue
         paths = tuple(item.path for item in draft.items if not isinstance(item, (CodeItem, MadeItem)))
         fingerprint = fingerprint_of(paths, marks) if draft.is_whole else None
         if fingerprint is not None:

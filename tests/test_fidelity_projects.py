@@ -22,6 +22,7 @@ from worker_bootstrap.materialise import materialise
 from worker_bootstrap.relocate import PLACEHOLDER
 from worker_bootstrap.store import Store
 
+from .byte_code import compiled, unlike_its_source
 from .contents import all_entries, contents, entries, package
 from .prefixes import onlyhere_wheel, said, small_venv
 from .projects import git, install_editable, project
@@ -331,6 +332,60 @@ def test_a_checkout_in_the_environment_goes_along_without_what_git_left(
     built = materialise(plain[1], environment.id)
     code = "import cloned; print(cloned.__file__)"
     assert said(built / "bin/python", "-c", code) == f"{built}/src/cloned/cloned/cloned/__init__.py"
+
+
+def test_modules_in_folders_of_the_environment_are_compiled_once(store: Store, tmp_path: Path) -> None:
+    """In checkouts, by path files and by modules; in folders of one's own; also those that name their prefix."""
+    ids = set()
+    for place in ("one", "another"):
+        prefix = small_venv(tmp_path / place / "env", [])
+        repositories = [
+            project(tmp_path / place, "viaflit", "flit"),
+            project(tmp_path / place, "viafinder", more=EXACT_SETUP),
+        ]
+        for root in repositories:
+            git(root, "init")
+            git(root, "add", "-A")
+            git(root, "commit", "-m", "first")
+        more = [argument for root in repositories for argument in ("-e", f"git+file://{root}#egg={root.name}")]
+        install_editable(prefix, more=more)
+        texts = {"mylibs/plain.py": "", "mylibs/named.py": f"PREFIX = {str(prefix)!r}\n", "opt/x/pkg/inner.py": ""}
+        texts |= {"alone/only.py": f"PREFIX = {str(prefix)!r}\n", "unsearched/module.py": ""}
+        for name, text in texts.items():
+            (prefix / name).parent.mkdir(parents=True, exist_ok=True)
+            (prefix / name).write_text(text)
+        (prefix / SITE / "mine.pth").write_text(f"{prefix}/mylibs\n{prefix}/alone\n../../../opt/x\n")
+        environment = pack(prefix, store=store)
+        ids.add(environment.id)
+        shutil.rmtree(tmp_path / place)
+    assert len(ids) == 1
+    code = {path for path in all_entries(environment) if path.endswith(".pyc") and not path.startswith("lib/")}
+    assert {os.path.dirname(os.path.dirname(path)) for path in code} == {
+        *("src/viaflit/viaflit", "src/viafinder/viafinder", "mylibs", "opt/x/pkg")
+    }
+    built = materialise(store, environment.id)
+    before = {path: path.stat().st_mtime_ns for path in built.rglob("*.pyc")}
+    modules = ("viaflit.inner", "viafinder.inner", "plain", "named", "pkg.inner", "only")
+    assert compiled(built / "bin/python", *modules) == []
+    assert {path: path.stat().st_mtime_ns for path in built.rglob("*.pyc")} == before
+    assert unlike_its_source(built) == []
+    assert said(built / "bin/python", "-c", "import only, plain; print(only.PREFIX)") == str(built)
+
+
+def test_modules_beside_the_folders_of_an_environment_are_compiled_once(store: Store, tmp_path: Path) -> None:
+    """A path file names the environment itself, which was made in the folder of a project."""
+    root = project(tmp_path, "flat")
+    small_venv(root, [])
+    for name in ("bin", "share"):
+        (root / name).mkdir(exist_ok=True)
+        (root / name / "other.py").write_text("")
+    without = pack(root, store=store)
+    (root / SITE / "flat.pth").write_text(f"{root}\n")
+    environment = pack(root, store=store)
+    new = all_entries(environment).keys() - all_entries(without).keys()
+    assert {os.path.dirname(path) for path in new} == {SITE, "flat/__pycache__"}
+    built = materialise(store, environment.id)
+    assert compiled(built / "bin/python", "flat.inner") == []
 
 
 def test_environments_in_a_project_are_no_part_of_it(store: Store, tmp_path: Path) -> None:

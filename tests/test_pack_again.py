@@ -135,3 +135,16 @@ def test_a_path_file_of_a_conda_package_is_followed_the_second_time(prefix: Path
     (prefix / SITE / "edited.pth").write_text(f"{tmp_path}/project\n")
     add_record(prefix, "edited", f"{SITE}/edited.pth")
     packed_twice(prefix, store)
+
+
+def test_a_path_file_that_comes_later_leads_to_modules_of_a_conda_package(prefix: Path, store: Store) -> None:
+    """They have byte code from then on, though none of the package's own files has changed."""
+    module, code = "opt/plugins/plugin.py", f"opt/plugins/__pycache__/plugin.{sys.implementation.cache_tag}.pyc"
+    (prefix / module).parent.mkdir(parents=True)
+    (prefix / module).write_text("VALUE = 1\n")
+    add_record(prefix, "plugins", module)
+    packed_once(prefix, store)
+    (prefix / SITE / "mine.pth").write_text("../../../opt/plugins\n")
+    again = pack(prefix, store=store)
+    assert code in contents(again, package(again, "plugins"))
+    assert again.id == without_index(prefix, store)

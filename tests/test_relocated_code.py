@@ -14,7 +14,7 @@ SHORT = f"{sys.version_info.major}.{sys.version_info.minor}"
 TEXT = Relocation("text", "/placeholder")
 
 
-def test_modules_of_the_library_and_of_projects_that_are_relocated() -> None:
+def test_modules_that_are_relocated_where_they_may_be_imported_from() -> None:
     entries: list[Entry] = [
         File(path, 1, digest_of(b"x"), False, relocation)
         for path, relocation in (
@@ -24,10 +24,14 @@ def test_modules_of_the_library_and_of_projects_that_are_relocated() -> None:
             ("bin/script.py", TEXT),
             ("lib/python3.1/other.py", TEXT),
             ("share/envship/projects/mine/b.py", TEXT),
+            ("mylibs/c.py", TEXT),
+            ("lib/pkg/d.py", TEXT),
         )
     ]
     entries.append(Link("lib/python3.11/link.py", "a.py"))
-    assert modules_without_code(entries, "3.11.7") == ["lib/python3.11/a.py", "share/envship/projects/mine/b.py"]
+    assert modules_without_code(entries, "3.11.7") == [
+        *("lib/python3.11/a.py", "share/envship/projects/mine/b.py", "mylibs/c.py", "lib/pkg/d.py")
+    ]
 
 
 def test_what_is_compiled_aside_is_valid_where_it_will_lie(tmp_path: Path) -> None:

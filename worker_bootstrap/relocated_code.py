@@ -18,8 +18,8 @@ from worker_bootstrap.manifest import Entry, File
 logger = logging.getLogger("envship.relocated_code")
 
 TIMEOUT_S = 120.0
-PROJECTS = "share/envship/projects/"
-"""Where source trees of editable projects lie in an environment."""
+ELSEWHERE = ("bin/", "lib/python")
+"""Where scripts lie, and libraries of other interpreters, which nobody imports. Any other folder may be searched."""
 
 # Unchecked (PEP 552), like the byte code that comes with an environment: times play no part.
 _PROGRAM = """\
@@ -37,7 +37,10 @@ for module in modules:
 
 
 def modules_without_code(entries: Iterable[Entry], python: str) -> list[str]:
-    """Paths of the modules that are relocated, for an environment whose interpreter has the version *python*."""
+    """Paths of modules that are relocated, for an environment whose interpreter has the version *python*.
+
+    In its library, or wherever else a path file may lead: to a project, or to a folder that somebody put there.
+    """
     library = f"lib/python{'.'.join(python.split('.')[:2])}/"
     return [
         entry.path
@@ -45,7 +48,7 @@ def modules_without_code(entries: Iterable[Entry], python: str) -> list[str]:
         if isinstance(entry, File)
         and entry.relocation is not None
         and entry.path.endswith(".py")
-        and entry.path.startswith((library, PROJECTS))
+        and (entry.path.startswith(library) or not entry.path.startswith(ELSEWHERE))
     ]
 
 

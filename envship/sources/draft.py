@@ -38,12 +38,16 @@ class Draft(NamedTuple):
 
 
 class FileItem(NamedTuple):
-    """A file to be read from *origin* (``lstat`` or ``stat``: *node*) and treated."""
+    """A file to be read from *origin* (``lstat`` or ``stat``: *node*) and treated.
+
+    *is_searched* tells that modules are imported from there, though it is not the library (`search_path`).
+    """
 
     path: str
     origin: str
     node: Status
     treatment: Treatment
+    is_searched: bool = False
 
 
 class CodeItem(NamedTuple):

@@ -21,6 +21,7 @@ from envship.sources.faults import Fault, Owner
 from envship.sources.items import Collector
 from envship.sources.path_files import is_inside
 from envship.sources.projects import Project, linked_by_path_files, place_inside, project_of, too_large
+from envship.sources.search_path import named_by_install
 from envship.sources.source_tree import repository, stays_behind
 from envship.sources.symlinks import target_inside
 from envship.sources.tree import Found
@@ -62,6 +63,8 @@ def distribution_draft(
         if collector.options.ignore_editable:
             return draft
         project = project_of(distribution, files, collector.inside)
+        if project is None:
+            collector.search(named_by_install(distribution, files, collector.prefixes))
     if project is not None and collector.is_archive:
         url = distribution.editable
         problem = f"{draft.name} {draft.version} is installed in editable mode from {url}, which is not in the archive"

@@ -5,6 +5,7 @@ Shared by all sources; see `envship.sources.draft` for what the items are.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import stat
@@ -13,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from envship import elf
 from envship.canonical import Own, Recorded, Treatment
 from envship.options import NO_OPTIONS, PackOptions
-from envship.sources import source_tree
+from envship.sources import search_path, source_tree
 from envship.sources.draft import CodeItem, FileItem, Item
 from envship.sources.faults import SHOWN, Fault, report
 from envship.sources.projects import PLACE
@@ -90,6 +91,17 @@ class Collector:
         """The treatment of a file of which no installer recorded how it names its prefix."""
         return Own(self.prefixes, path)
 
+    def search(self, folders: Iterable[str]) -> None:
+        """From now on, modules in *folders* of the environment are taken for ones that are imported."""
+        self._searched.update(folders)
+
+    def _is_searched(self, path: str) -> bool:
+        return path.endswith(".py") and search_path.is_searched(path, self._searched)
+
+    @functools.cached_property
+    def _searched(self) -> set[str]:
+        return set(search_path.named_by_path_files(self.trees, self.prefixes))
+
     def note(self, problem: str, remedy: str, path: str = "") -> None:
         """Keep *problem*, which there is not where *path* stays away anyway."""
         if not path or self.options.keeps(path):
@@ -162,7 +174,7 @@ class Collector:
             treatment = treatment or self.own(path)
             if self.unpacked is not None:
                 treatment = self.unpacked.treatment(path, treatment)
-            yield FileItem(path, origin, node, treatment)
+            yield FileItem(path, origin, node, treatment, self._is_searched(path))
         elif stat.S_ISDIR(node.st_mode):
             yield Directory(path)
         else:
@@ -203,7 +215,9 @@ class Collector:
 
 
 def with_byte_code(items: Iterable[Item], library: str, cache_tag: str) -> Iterator[Item]:
-    """*items* and the byte code of the modules among them, in *library* (``lib/python3.11``) and in projects.
+    """*items* and the byte code of the modules among them, in *library* (``lib/python3.11``), projects, and elsewhere.
+
+    Elsewhere is where modules are imported from all the same: see `envship.sources.search_path`.
 
     Modules that name the prefix get none: their text, and with it their byte code, differs from prefix to prefix.
     """
@@ -211,7 +225,7 @@ def with_byte_code(items: Iterable[Item], library: str, cache_tag: str) -> Itera
         yield item
         if not isinstance(item, FileItem) or not item.path.endswith(".py"):
             continue
-        if not item.path.startswith((library + "/", PLACE + "/")):
+        if not (item.is_searched or item.path.startswith((library + "/", PLACE + "/"))):
             continue
         treatment = item.treatment
         if not isinstance(treatment, (Own, Recorded)) or getattr(treatment, "relocation", None) is not None:
