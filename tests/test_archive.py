@@ -133,6 +133,20 @@ def test_an_archive_of_what_conda_unpack_moved_is_the_same_environment(
     assert pack(again, store=store).id == expected.id
 
 
+def test_an_archive_for_another_place_is_the_same_environment_and_runs(
+    conda_pair: tuple[Path, Path], shared_store: Store, store: Store, tmp_path: Path
+) -> None:
+    """conda-pack puts the prefix of that place into all files, and no conda-unpack beside them."""
+    expected = pack(conda_pair[1], store=shared_store)
+    made = packed_by_conda_pack(conda_pair[0], tmp_path / "env.tar", dest_prefix="/opt/app/env")
+    environment = pack(made, store=store)
+    assert all_entries(environment) == all_entries(expected)
+    assert environment.id == expected.id
+    built = materialise(store, environment.id)
+    assert said(built / "bin" / "mini-prefix") == str(built)
+    assert said(built / "bin" / "mininoarch") == f"mininoarch {built}"
+
+
 def test_of_two_scripts_of_conda_packs_the_later_one_counts(tmp_path: Path, store: Store) -> None:
     """Also where the earlier one has a second name, which keeps its content."""
     members: list[Entry] = [("bin/conda-unpack", tarfile.REGTYPE, b"earlier")]

@@ -25,7 +25,7 @@ from worker_bootstrap.relocate import PLACEHOLDER
 from worker_bootstrap.store import Store
 
 from .byte_code import compiled, unlike_its_source
-from .contents import contents, entries, package
+from .contents import all_entries, contents, entries, package
 from .prefixes import ONLYHERE, clone_of, console_script_wheel, install, onlyhere_wheel, rename_module, said
 from .projects import git, install_editable, project
 from .read_only import pack_read_only
@@ -186,6 +186,24 @@ def test_a_clone_without_package_cache_is_the_same_environment(
         path.unlink()
         path.write_text(json.dumps(record))
     assert pack(prefix, store=store).id == conda_environment.id
+
+
+def test_an_environment_that_was_renamed_is_the_same_environment_and_runs(
+    conda_pair: tuple[Path, Path], store: Store, tmp_path: Path
+) -> None:
+    """Its files name the folder that it was in: those of conda's packages, of pip's, and of nobody."""
+    prefix = clone_of(conda_pair[0], tmp_path / "env")
+    install(prefix, str(console_script_wheel(tmp_path)))
+    (prefix / "share" / "note.txt").write_text(f"in {prefix}/share")
+    (prefix / "conda-meta" / "state").write_text(json.dumps({"env_vars": {"MINE": f"{prefix}/share"}}))
+    expected = pack(prefix, store=store)
+    moved = prefix.rename(tmp_path / "moved")
+    environment = pack(moved, store=store)
+    assert all_entries(environment) == all_entries(expected)
+    assert environment.id == expected.id
+    built = materialise(store, environment.id)
+    assert said(built / "bin" / "mini-prefix") == said(built / "bin" / "where") == str(built)
+    assert said(built / "bin" / "mininoarch") == f"mininoarch {built}"
 
 
 def test_an_environment_of_pixi_is_the_same_environment(

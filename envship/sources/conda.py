@@ -23,6 +23,7 @@ from envship.scripts import Script
 from envship.sources.distributions import Distribution, is_byte_code, read_distributions
 from envship.sources.draft import CodeItem, Draft, Item, MadeItem, Plan
 from envship.sources.faults import Fault, Owner
+from envship.sources.former_prefixes import former_prefixes
 from envship.sources.installed import distribution_draft, missing_files, path_file_drafts
 from envship.sources.interpreter import ask
 from envship.sources.items import Collector, with_byte_code
@@ -71,8 +72,9 @@ def plan_conda(prefix: Path, trees: Trees, options: PackOptions, is_archive: boo
     library = f"lib/python{interpreter.short_version}"
 
     before = read_unpacked(prefix, _placeholders(records))
-    older = before.older_prefixes if before is not None else ()
-    collector = Collector([str(prefix), str(prefix.resolve()), *older], trees, options, before, is_archive)
+    prefixes = [str(prefix), str(prefix.resolve()), *(before.older_prefixes if before is not None else ())]
+    prefixes += former_prefixes(records, files, prefixes)
+    collector = Collector(prefixes, trees, options, before, is_archive)
     owners = _owners(records, files)
     distributions = _foreign_distributions(prefix, f"{library}/site-packages", records, files, owners)
     files = without_leavings(files, distributions, collector.prefixes, trees)

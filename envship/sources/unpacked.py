@@ -32,6 +32,8 @@ SCRIPTS = frozenset(
 _FORGOTTEN = re.compile(r"tmp[a-z0-9_]{8}")
 """What conda-pack forgets in folders that it made with ``--format no-archive``."""
 
+_ACTIVATE = b"_conda_pack_activate() {"
+"""How conda-pack's ``bin/activate`` begins."""
 _LIMIT_BYTES = 64 << 20
 _RECORDS = re.compile(r"^_prefix_records = (\[.*?^\])", re.MULTILINE | re.DOTALL)
 _LEFT_TO_PATH = re.compile(rb"\A#!/usr/bin/env ((?:python|pypy)[0-9.]*t?)(?=[ \t\r\n]|\Z)")
@@ -49,12 +51,15 @@ class Unpacked:
         Digests of scripts that pip's packages brought as they are: nothing in them was rewritten.
     exported
         By path: how files name the prefix whose content an export wrote as it was in the store.
+    is_left_to_path
+        Whether scripts leave their interpreter to PATH.
     """
 
     prefix: str
     older_prefixes: tuple[str, ...]
     kept_scripts: frozenset[str]
     exported: Mapping[str, Relocation]
+    is_left_to_path: bool = True
 
     def added(self, path: str) -> bool:
         """Whether conda-pack added the file at *path*."""
@@ -65,7 +70,9 @@ class Unpacked:
         relocation = self.exported.get(path)
         if relocation is not None:
             return WithPlaceholder(self.prefix, relocation, treatment)
-        return WithInterpreter(self.prefix, self.kept_scripts, treatment) if path.startswith("bin/") else treatment
+        if self.is_left_to_path and path.startswith("bin/"):
+            return WithInterpreter(self.prefix, self.kept_scripts, treatment)
+        return treatment
 
 
 @dataclass(frozen=True)
@@ -124,7 +131,8 @@ def read_unpacked(prefix: Path, recorded: frozenset[str]) -> Unpacked | None:
     """
     rows = _rows(prefix)
     if rows is None:
-        return None
+        # With ``dest_prefix``, it writes the prefix of that place, and no script that would change it.
+        return Unpacked(str(prefix), (), frozenset(), {}, is_left_to_path=False) if _has_activate(prefix) else None
     placeholders = {relocation.placeholder for relocation in rows.values() if relocation.mode == "text"}
     older = {text for text in placeholders - recorded if text.count("/") > 1}
     exported = {path: each for path, each in rows.items() if each.placeholder.startswith(PLACEHOLDER)}
@@ -170,6 +178,15 @@ def _is_sound(relocation: Relocation) -> bool:
     mode, placeholder = relocation
     is_path = placeholder.startswith("/") and 2 <= len(placeholder) <= PATH_LIMIT and "\0" not in placeholder
     return is_path and mode in ("text", "binary") and is_file_name(placeholder)
+
+
+def _has_activate(prefix: Path) -> bool:
+    """Whether ``bin/activate`` is that of conda-pack."""
+    try:
+        with open(prefix / "bin" / "activate", "rb") as file:
+            return file.read(len(_ACTIVATE)) == _ACTIVATE
+    except OSError:
+        return False
 
 
 def _recorded_scripts(prefix: Path) -> Iterator[str]:
