@@ -102,7 +102,7 @@ def remount(path: Path, options: str) -> None:
 
 @contextmanager
 def _mounted(path: Path, *arguments: str) -> Iterator[None]:
-    path.mkdir()
+    path.mkdir(exist_ok=True)
     done = subprocess.run(["mount", *arguments, str(path)], capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip(f"cannot be mounted here: {done.stderr.strip()}")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,8 +18,9 @@ import distributed
 import pytest
 
 from tests.environments import EVERY_KIND, PLACEHOLDER, environment_of, package_of, tiny_environment
+from tests.filesystems import needs_mount, tmpfs
 from worker_bootstrap import materialise as module
-from worker_bootstrap import ready_mark, verify
+from worker_bootstrap import ready_mark, scratch, verify
 from worker_bootstrap.digest import EnvironmentId
 from worker_bootstrap.errors import (
     ChunkMissing,
@@ -30,6 +32,8 @@ from worker_bootstrap.errors import (
     StoreError,
     StoreFull,
 )
+from worker_bootstrap.layout import WRITTEN_AT_NS
+from worker_bootstrap.lock import Lease
 from worker_bootstrap.materialise import materialise, read_error
 from worker_bootstrap.store import Store
 
@@ -377,13 +381,53 @@ def test_a_mark_that_is_not_whole_is_none(store: Store, mark: bytes) -> None:
     assert materialise(store, environment_id) == prefix == store.built(environment_id)
 
 
-def test_what_others_left_long_ago_is_swept_and_what_is_fresh_stays(store: Store) -> None:
-    old, fresh = store.layout.tmp / "build-0000000000000000-x", store.layout.tmp / "fresh"
-    old.mkdir()
-    fresh.write_bytes(b"")
-    os.utime(old, (0, 0))
+def test_what_others_left_long_ago_is_swept(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    (store.layout.tmp / "build-0000000000000000-x").mkdir()
+    (store.layout.tmp / "file").write_bytes(b"")
+    monkeypatch.setattr(scratch, "STALE_S", -1.0)
     materialise(store, tiny_environment(store))
-    assert list(store.layout.tmp.iterdir()) == [fresh]
+    assert list(store.layout.tmp.iterdir()) == []
+
+
+def test_what_others_have_just_finished_stays_whatever_time_it_was_given(store: Store) -> None:
+    """As a build has, that is about to be moved to its place, and a file that is to replace a damaged one."""
+    folder, file = store.layout.tmp / "build-0000000000000000-x", store.layout.tmp / "file"
+    folder.mkdir()
+    file.write_bytes(b"")
+    for path in (folder, file):
+        os.utime(path, ns=(WRITTEN_AT_NS, WRITTEN_AT_NS))
+    materialise(store, tiny_environment(store))
+    assert set(store.layout.tmp.iterdir()) == {folder, file}
+
+
+@needs_mount
+@pytest.mark.parametrize("why", ["the disk is full", "something is mounted there"])
+def test_an_environment_that_processes_run_from_stays_where_it_cannot_be_mended(tmp_path: Path, why: str) -> None:
+    with contextlib.ExitStack() as stack:
+        store = Store(stack.enter_context(tmpfs(tmp_path / "mount", "size=40m")) / "store")
+        environment_id = tiny_environment(store, {**EVERY_KIND, "lib/large/data": os.urandom(9 << 20)}, 1 << 20)
+        prefix = materialise(store, environment_id)
+        lease = Lease(store.layout.lease(environment_id))
+        lease.hold()
+        stack.callback(lease.release)
+        with contextlib.ExitStack() as trouble:
+            if why == "the disk is full":
+                (prefix / "lib" / "large" / "data").unlink()
+                rest = tmp_path / "mount" / "rest"
+                with contextlib.suppress(OSError), open(rest, "wb", buffering=0) as file:
+                    while file.write(b"x" * 4096):
+                        pass
+                trouble.callback(rest.unlink)
+                error: type[EnvshipError] = StoreFull
+            else:
+                trouble.enter_context(tmpfs(prefix / "lib" / "large", "size=20m"))
+                error = MaterialiseError
+            with pytest.raises(error):
+                materialise(store, environment_id)
+            assert (prefix / "bin" / "tool").is_file()
+        assert materialise(store, environment_id) == prefix
+        assert list(verify.damaged_files(store, environment_id)) == []
+    assert not (tmp_path / "mount" / "store").exists()
 
 
 # -- the process of its own

@@ -23,7 +23,7 @@ from envship.packer import Packer
 from envship.scan_index import ScanIndex, index_folder
 from envship.sources.draft import CodeItem
 from envship.sources.tree import Trees
-from worker_bootstrap import ready_mark
+from worker_bootstrap import ready_mark, scratch
 from worker_bootstrap.errors import SourceProblems, StoreFull
 from worker_bootstrap.evict import collect
 from worker_bootstrap.store import Store
@@ -90,7 +90,7 @@ def test_a_pack_that_is_interrupted_leaves_a_sound_store_and_nobody_behind_and_t
 
 @pytest.mark.parametrize("how", ["Ctrl-C", "killed"])
 def test_a_pack_of_an_archive_that_is_interrupted_leaves_nothing_unpacked_or_a_sweep_takes_it(
-    mine: Path, store: Store, tmp_path: Path, how: str
+    mine: Path, store: Store, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     archive = tmp_path / "env.tar"
     pack(mine, store=store).export(archive)
@@ -100,8 +100,7 @@ def test_a_pack_of_an_archive_that_is_interrupted_leaves_nothing_unpacked_or_a_s
     process.communicate(timeout=TIMEOUT_S)
     left = list(store.layout.tmp.glob("archive-*"))
     assert bool(left) == (how == "killed")
-    for path in left:
-        os.utime(path, (0, 0))
+    monkeypatch.setattr(scratch, "STALE_S", -1.0)
     collect(store, None)
     assert list(store.layout.tmp.glob("archive-*")) == []
 

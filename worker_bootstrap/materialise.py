@@ -33,7 +33,7 @@ from worker_bootstrap.donor import LINK_MODES, Donors
 from worker_bootstrap.durable import full_error
 from worker_bootstrap.errors import ChunkMissing, EnvshipError, MaterialiseError, StoreFull
 from worker_bootstrap.layout import SHORT_ID_LENGTH, Layout
-from worker_bootstrap.lock import Lock
+from worker_bootstrap.lock import Lease, Lock
 from worker_bootstrap.repair import repair
 from worker_bootstrap.scratch import sweep
 from worker_bootstrap.store import Store
@@ -122,7 +122,7 @@ def materialise(
 def _restored(store: Store, environment_id: EnvironmentId) -> Path | None:
     """The prefix that somebody damaged, or that was built before the machine started: compared, mended, marked again.
 
-    Mended rather than built again, because processes may run from it.
+    Mended rather than built again, because processes may run from it. None if it cannot be mended and none does.
     """
     layout = store.layout
     mark, prefix = layout.ready(environment_id), store.standing(environment_id)
@@ -130,9 +130,11 @@ def _restored(store: Store, environment_id: EnvironmentId) -> Path | None:
         return None
     try:
         repair(store, environment_id)
-    except ChunkMissing:
+    except (ChunkMissing, StoreFull):
         raise
     except EnvshipError as error:
+        if not Lease(layout.lease(environment_id)).is_free():
+            raise
         logger.warning("environment %s cannot be mended: %s", environment_id[:16], error)
         return None
     if not ready_mark.is_valid(mark):
@@ -245,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             processes=crew.PROCESSES,
         )
         if options.store_limit is not None and not was_built:
-            evict.collect(store, options.store_limit, keep=[options.environment_id])
+            _make_room(store, options.store_limit, options.environment_id)
     except Exception as error:
         if not isinstance(error, EnvshipError):
             error = MaterialiseError(options.environment_id, "", f"{type(error).__name__}: {error}")
@@ -253,6 +255,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.exit(1)
     _tell({"prefix": str(prefix)})
     sys.exit(0)
+
+
+def _make_room(store: Store, limit_bytes: int, environment_id: EnvironmentId) -> None:
+    """Evict what is over the limit. What has been built counts, even if this fails."""
+    try:
+        evict.collect(store, limit_bytes, keep=[environment_id])
+    except (EnvshipError, OSError) as error:
+        logger.warning("the store %s was not brought below its limit: %s", store.layout.root, error)
 
 
 def read_error(raw: Any) -> EnvshipError:

@@ -21,12 +21,15 @@ EVICTED = "evicted-"
 
 
 def abandoned(layout: Layout, *beginnings: str) -> Iterator[os.DirEntry[str]]:
-    """What is stale in ``tmp``, and what has a name with one of *beginnings*."""
+    """What is stale in ``tmp``, and what has a name with one of *beginnings*.
+
+    By the time of the last change of the entry itself: what is finished has been given another time of modification.
+    """
     before = time.time() - STALE_S
     with os.scandir(layout.tmp) as entries:
         for entry in entries:
             with contextlib.suppress(OSError):
-                if entry.name.startswith(beginnings) or entry.stat(follow_symlinks=False).st_mtime < before:
+                if entry.name.startswith(beginnings) or entry.stat(follow_symlinks=False).st_ctime < before:
                     yield entry
 
 
