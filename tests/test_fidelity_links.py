@@ -26,6 +26,8 @@ from .read_only import pack_read_only
 
 SITE = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
 LONG_NAME = "n" * 255
+LONG_MODULE = "m" * 252 + ".py"
+"""The name of its byte code would be longer than any file's."""
 ODD_NAMES = ("two words", "naïve ünïcode", "new\nline", "tab\tand'quote\"", "-option", "*?[x]", LONG_NAME, "日本語.txt")
 NO_UTF8 = b"latin-\xe9"
 
@@ -59,6 +61,7 @@ def furnish(prefix: Path) -> None:
     for name in ODD_NAMES:
         (folder / "inner" / name).write_text(f"{prefix}\n")
     Path(os.fsdecode(os.fsencode(folder) + b"/" + NO_UTF8)).write_text("bytes")
+    (prefix / SITE / LONG_MODULE).write_text("x = 1\n")
     tool = prefix / "bin" / "tool"
     tool.write_text(f"#!{prefix}/bin/python\nimport sys; print(sys.argv[0], sys.prefix)\n")
     tool.chmod(0o750)
@@ -114,6 +117,7 @@ def test_empty_folders_modes_and_odd_names_arrive(environment: Environment, kind
     prefix = kinds.parent.parent
     for name in ODD_NAMES:
         assert (kinds / "inner" / name).read_text() == f"{prefix}\n"
+    assert (prefix / SITE / LONG_MODULE).read_text() == "x = 1\n"
     assert NO_UTF8 in os.listdir(os.fsencode(kinds))
     assert (prefix / "bin" / "tool").stat().st_mode & stat.S_IXUSR
     assert not (kinds / "private").stat().st_mode & stat.S_IXUSR

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from worker_bootstrap.digest import digest_of
 from worker_bootstrap.manifest import Entry, File, Link, Relocation
-from worker_bootstrap.relocated_code import compile_modules, modules_without_code
+from worker_bootstrap.relocated_code import compile_modules, compiler_of, modules_without_code
 
 SHORT = f"{sys.version_info.major}.{sys.version_info.minor}"
 TEXT = Relocation("text", "/placeholder")
@@ -43,7 +43,8 @@ def test_what_is_compiled_aside_is_valid_where_it_will_lie(tmp_path: Path) -> No
     (scratch / "bin" / "python").symlink_to(sys.executable)
     (scratch / library / "good.py").write_text("def where():\n    return where.__code__.co_filename\n")
     (scratch / library / "broken.py").write_text("def where(:\n")
-    compile_modules(str(scratch), str(prefix), [f"{library}/broken.py", f"{library}/good.py"])
+    modules = [f"{library}/broken.py", f"{library}/good.py"]
+    compile_modules(str(scratch), str(prefix), modules, str(scratch / "bin" / "python"))
     scratch.rename(prefix)
     (code,) = (prefix / library / "__pycache__").iterdir()
     assert code.read_bytes()[4:8] == b"\1\0\0\0"
@@ -56,7 +57,13 @@ def test_what_is_compiled_aside_is_valid_where_it_will_lie(tmp_path: Path) -> No
 
 def test_an_interpreter_that_does_not_run_costs_nothing_but_time(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
-    compile_modules(str(tmp_path), "/prefix", ["lib/a.py"])
+    compile_modules(str(tmp_path), "/prefix", ["lib/a.py"], f"{tmp_path}/bin/python")
     (tmp_path / "bin" / "python").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "bin" / "python").chmod(0o755)
-    compile_modules(str(tmp_path), "/prefix", ["lib/a.py"])
+    compile_modules(str(tmp_path), "/prefix", ["lib/a.py"], f"{tmp_path}/bin/python")
+
+
+def test_an_interpreter_that_may_not_run_is_stood_in_for_by_one_of_its_version() -> None:
+    assert compiler_of("/env", f"{SHORT}.99", may_run=True) == "/env/bin/python"
+    assert compiler_of("/env", f"{SHORT}.99", may_run=False) == sys.executable
+    assert compiler_of("/env", "3.1.0", may_run=False) is None

@@ -23,13 +23,14 @@ from worker_bootstrap import evict, ready_mark
 from worker_bootstrap.digest import EnvironmentId
 from worker_bootstrap.location import open_store
 from worker_bootstrap.lock import Lease
+from worker_bootstrap.manifest import Manifest
 from worker_bootstrap.materialise import materialise
 from worker_bootstrap.soundness import sound_prefix
 from worker_bootstrap.stock import survey
 from worker_bootstrap.store import Store
 from worker_bootstrap.verify import damaged_files
 
-from .environments import tiny_environment
+from .environments import PLACEHOLDER, package_of, tiny_environment
 from .filesystems import needs_mount, remount, tmpfs
 
 NOBODY = 65534
@@ -195,6 +196,28 @@ def test_root_stages_and_another_user_runs_in_place(bundle: Path, opt: Path) -> 
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can act as two users")
+@pytest.mark.skipif(os.getuid() != 0, reason="only root builds for others")
+@pytest.mark.parametrize("python", [f"{sys.version_info.major}.{sys.version_info.minor}.7", "3.1.0"])
+def test_root_starts_nothing_that_comes_with_a_bundle(opt: Path, tmp_path: Path, python: str) -> None:
+    """Modules that name the prefix are compiled by the interpreter that envship runs in, or not at all."""
+    from envship.environment import Environment
+
+    module = f"lib/python{python.rpartition('.')[0]}/mine"
+    store = Store(tmp_path / "packed")
+    program = f'#!/bin/sh\ntouch {tmp_path}/started\nexec {sys.executable} "$@"\n'.encode()
+    text = (f"HERE = '{PLACEHOLDER}'\n".encode(), "text")
+    manifest = Manifest("linux-64", python, [package_of(store, {"bin/python*": program, f"{module}.py": text})])
+    store.write_manifest(manifest)
+    bundle = Environment(manifest, store).save(tmp_path / "it.envship")
+    told = envship("stage", bundle, "--store", opt / "envship")
+    assert not (tmp_path / "started").exists()
+    assert Path(told["prefix"], f"{module}.py").exists()
+    compiled = list(Path(told["prefix"], module).parent.glob("__pycache__/mine.*.pyc"))
+    assert bool(compiled) == (python != "3.1.0")
+    materialise(store, manifest.id)
+    assert (tmp_path / "started").exists(), "who builds it for himself starts it"
+
+
 def test_a_store_that_another_user_staged_is_refused(bundle: Path, opt: Path) -> None:
     told = envship("stage", bundle, "--store", opt / "envship")
     os.chown(opt / "envship", 12345, 12345)

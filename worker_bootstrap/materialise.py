@@ -55,6 +55,7 @@ def materialise(
     durable: bool = False,
     arrivals: Arrivals | None = None,
     processes: int | None = None,
+    may_run: bool = True,
 ) -> Path:
     """Build an environment, or find it built; return its prefix.
 
@@ -77,6 +78,9 @@ def materialise(
     processes
         How many write; None: as many as there are processors, up to 4, if this process may be forked (it runs no
         threads), else this one alone.
+    may_run
+        Whether the environment's own interpreter may be started, to compile modules that name the prefix. Who builds
+        for others, with rights that these do not have, better starts nothing that comes with it.
 
     Raises
     ------
@@ -103,7 +107,7 @@ def materialise(
     """
     if processes is None:
         processes = crew.PROCESSES if crew.may_fork() else 1
-    work = Work(report or _silent, arrivals or Arrivals.none(), processes)
+    work = Work(report or _silent, arrivals or Arrivals.none(), processes, may_run)
     try:
         prefix = soundness.sound_prefix(store, environment_id)
         if prefix is None:
@@ -164,7 +168,8 @@ def _build(store: Store, environment_id: EnvironmentId, link_mode: str, work: Wo
         Writer(store, blueprint, donors, scratch, str(prefix), work).write()
         entries = (entry for listing in listings for entry in listing.entries)
         modules = relocated_code.modules_without_code(entries, manifest.python)
-        relocated_code.compile_modules(scratch, str(prefix), modules)
+        compiler = relocated_code.compiler_of(scratch, manifest.python, may_run=work.may_run)
+        relocated_code.compile_modules(scratch, str(prefix), modules, compiler)
         os.chmod(scratch, 0o755)
         soundness.seal(layout, environment_id, blueprint, scratch)
         os.rename(scratch, prefix)

@@ -10,8 +10,8 @@ import json
 import logging
 import os
 import subprocess
+import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from worker_bootstrap.manifest import Entry, File
 
@@ -52,20 +52,29 @@ def modules_without_code(entries: Iterable[Entry], python: str) -> list[str]:
     ]
 
 
-def compile_modules(scratch: str, prefix: str, modules: Sequence[str]) -> None:
-    """Compile *modules*, written below *scratch*, which will be *prefix*, with the interpreter that lies there.
+def compiler_of(scratch: str, python: str, *, may_run: bool) -> str | None:
+    """What compiles for an environment at *scratch* whose interpreter has the version *python*: that, if it *may_run*.
+
+    Otherwise this process's own, if it is of the same minor version, so that no program of the environment is started.
+    """
+    if may_run:
+        return f"{scratch}/bin/python"
+    return sys.executable if python.split(".")[:2] == list(map(str, sys.version_info[:2])) else None
+
+
+def compile_modules(scratch: str, prefix: str, modules: Sequence[str], interpreter: str | None) -> None:
+    """Compile *modules*, written below *scratch*, which will be *prefix*, with *interpreter*.
 
     Notes
     -----
     A module that cannot be compiled, or an interpreter that does not run, is passed over: what is lost is time, and
     whether the environment starts is found out when it is started.
     """
-    interpreter = Path(scratch, "bin", "python")
-    if not modules or not interpreter.exists():
+    if not modules or interpreter is None or not os.path.exists(interpreter):
         return
     try:
         subprocess.run(
-            [str(interpreter), "-I", "-S", "-c", _PROGRAM],
+            [interpreter, "-I", "-S", "-c", _PROGRAM],
             input=json.dumps([scratch, prefix, modules]).encode(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

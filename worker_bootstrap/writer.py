@@ -39,11 +39,12 @@ ALONE_FILES = 200
 
 
 class Work(NamedTuple):
-    """How a build goes on: who is told, what is waited for, how many write."""
+    """How a build goes on: who is told, what is waited for, how many write, whether what was built may be started."""
 
     report: Report
     arrivals: Arrivals
     processes: int
+    may_run: bool
 
 
 class Writer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -237,6 +238,8 @@ def _stage_here(source: str, store_path: Path, link_mode: str | None) -> dict[st
 
     store = open_store(store_path, read_only=[])
     environment = resolve(source, store=store)
-    prefix = materialise(store, environment.id, link_mode=link_mode or config.link_mode(), durable=True)
+    mode = link_mode or config.link_mode()
+    # Root builds for others here, and starts nothing that came with the environment.
+    prefix = materialise(store, environment.id, link_mode=mode, durable=True, may_run=os.geteuid() != 0)
     open_to_everybody(store, environment.id)
     return {"id": environment.id, "prefix": str(prefix), "store": str(store.layout.root)}

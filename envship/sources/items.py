@@ -34,6 +34,8 @@ _SPECIAL = {
     stat.S_IFBLK: "a block device",
 }
 _GO_ON = "Mend the packages, or pack them as they are: PackOptions(ignore_missing=True), --ignore-missing."
+NAME_LIMIT_BYTES = 255
+"""No file's name is longer."""
 _MAKE_READABLE = "Make these folders readable, or remove them."
 _REMOVE_SPECIAL = "Remove sockets, FIFOs and devices, or leave them out (--exclude)."
 _COPY_LINKS = (
@@ -230,8 +232,11 @@ def with_byte_code(items: Iterable[Item], library: str, cache_tag: str) -> Itera
         treatment = item.treatment
         if not isinstance(treatment, (Own, Recorded)) or getattr(treatment, "relocation", None) is not None:
             continue
+        path = _cached(item.path, cache_tag)
+        if len(os.fsencode(os.path.basename(path))) > NAME_LIMIT_BYTES:
+            continue
         yield CodeItem(
-            path=_cached(item.path, cache_tag),
+            path=path,
             origin=item.origin,
             node=item.node,
             cached=_cached(item.origin, cache_tag),
