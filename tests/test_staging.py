@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import dask
 import pytest
 from click.testing import CliRunner
 
@@ -306,6 +307,29 @@ def test_a_dry_run_takes_nothing(bundle: Path, tmp_path: Path) -> None:
     done = envship("gc", "--store", tmp_path / "store", "--limit", "0", "--grace", "0s")
     assert {**done, "dry_run": True} == said
     assert Store(tmp_path / "store").environments() == []
+
+
+@pytest.mark.parametrize("others", [[], ["empty"], ["other"], ["store"]], ids=str)
+def test_a_dry_run_is_right_whatever_other_stores_there_are(tmp_path: Path, others: list[str]) -> None:
+    """And no more goes than alone, but for chunks that one of them needs; the store itself may be one of them."""
+    store, other = Store(tmp_path / "store"), Store(tmp_path / "other")
+    Store(tmp_path / "empty")
+    content = [os.urandom(100_000) for _ in range(4)]
+    for data in content:
+        environment_id = tiny_environment(store, {"data": data}, chunk_bytes=50_000)
+        materialise(store, environment_id)
+        for path in store.layout.root.rglob("*"):
+            if path.is_file() and store.layout.envs not in path.parents:
+                os.utime(path, (0, path.stat().st_mtime - 1000))
+    tiny_environment(other, {"data": content[0]}, chunk_bytes=50_000)
+    size_bytes = survey(store).size_bytes
+    arguments = ["gc", "--store", tmp_path / "store", "--limit", size_bytes - size_bytes * 3 // 8]
+    with dask.config.set({"envship.stores": [str(tmp_path / name) for name in others]}):
+        said, done = envship(*arguments, "--dry-run"), envship(*arguments)
+    assert {**done, "dry_run": True} == said
+    assert done["bytes_after"] == survey(store).size_bytes
+    # The first one's chunks stay where another store names them: then a third one has to go.
+    assert (len(done["evicted"]), done["chunks"]) == ((3, 6) if others == ["other"] else (2, 6))
 
 
 HOLD = "import sys; from pathlib import Path; from worker_bootstrap.lock import Lock\n"

@@ -22,7 +22,16 @@ from worker_bootstrap import ready_mark, scratch
 from worker_bootstrap.digest import Digest, EnvironmentId
 from worker_bootstrap.errors import StoreBusy
 from worker_bootstrap.lock import Lease, Lock, holders
-from worker_bootstrap.stock import Holding, Holdings, chunk_files, last_used, leftovers, needed_chunks, survey
+from worker_bootstrap.stock import (
+    Holding,
+    Holdings,
+    chunk_files,
+    last_used,
+    leftovers,
+    needed_chunks,
+    needed_elsewhere,
+    survey,
+)
 from worker_bootstrap.store import Store
 
 logger = logging.getLogger("envship.evict")
@@ -126,7 +135,7 @@ def collect(
         survey(store),
         limit_bytes,
         now=now,
-        needed_elsewhere=needed_chunks(store) if store.layouts[:-1] else (),
+        needed_elsewhere=needed_elsewhere(store),
         keep=keep,
         grace_s=grace_s,
         unused_s=unused_s,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -100,8 +100,20 @@ def last_used(layout: Layout, environment_id: EnvironmentId) -> float:
 
 def needed_chunks(store: Store) -> set[Digest]:
     """Every chunk that a manifest in any store of this host names."""
+    return _named_by(store, store.environments())
+
+
+def needed_elsewhere(store: Store) -> set[Digest]:
+    """Every chunk that a manifest in a read-only store names; the writable one may be listed among those, too."""
+    own = os.path.realpath(store.layout.root)
+    others = [layout for layout in store.layouts[:-1] if os.path.realpath(layout.root) != own]
+    names = {path.stem for layout in others for path in layout.manifests.glob("*.json")}
+    return _named_by(store, [EnvironmentId(name) for name in sorted(names) if is_digest(name)])
+
+
+def _named_by(store: Store, environments: Iterable[EnvironmentId]) -> set[Digest]:
     found: set[Digest] = set()
-    for environment_id in store.environments():
+    for environment_id in environments:
         with contextlib.suppress(EnvshipError):
             found.update(store.read_manifest(environment_id).chunks)
     return found

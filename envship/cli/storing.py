@@ -41,7 +41,7 @@ def gc(
     from envship import config
     from worker_bootstrap import evict
     from worker_bootstrap.location import open_store
-    from worker_bootstrap.stock import needed_chunks, survey
+    from worker_bootstrap.stock import needed_elsewhere, survey
 
     store = open_store(store_path)
     limit_bytes = config.store_limit_bytes() if limit is None else limit
@@ -50,7 +50,7 @@ def gc(
         holdings,
         limit_bytes,
         now=now,
-        needed_elsewhere=needed_chunks(store) if store.layouts[:-1] else (),
+        needed_elsewhere=needed_elsewhere(store),
         grace_s=grace,
         unused_s=unused,
     )
