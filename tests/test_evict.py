@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.environments import environment_of, package_of, tiny_environment
-from worker_bootstrap import evict, verify
+from worker_bootstrap import evict, scratch, verify
 from worker_bootstrap.chunk_service import read_chunks
 from worker_bootstrap.digest import Digest, EnvironmentId
 from worker_bootstrap.errors import ChunkMissing, EnvironmentMissing
@@ -328,6 +328,22 @@ def test_chunks_that_are_evicted_while_they_are_served_are_left_out(store: Store
     overtaken = Overtaken(store.layout.root, "_read")
     assert read_chunks(overtaken, chunks, ["zstd"]) == []
     assert overtaken.freed[0].evicted == (environment_id,)
+
+
+def test_what_another_eviction_removes_from_tmp_is_no_failure(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The moments around the rename are when another one's sweep meets what this one has put there."""
+    old, new = two(store)
+    right = os.rename
+
+    def met(source: Path, destination: Path) -> None:
+        scratch.sweep(store.layout, scratch.EVICTED)
+        right(source, destination)
+        scratch.sweep(store.layout, scratch.EVICTED)
+
+    monkeypatch.setattr(os, "rename", met)
+    assert collect(store, 0, grace_s=0).evicted == (old, new)
+    assert_gone(store, old)
+    assert list(store.layout.tmp.iterdir()) == []
 
 
 @pytest.mark.parametrize("was_built", [False, True])

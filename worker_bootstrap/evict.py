@@ -11,8 +11,8 @@ import contextlib
 import logging
 import os
 import shutil
-import tempfile
 import time
+import uuid
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
@@ -247,11 +247,17 @@ def _take(store: Store, environment_id: EnvironmentId, lease: Lease) -> Path | N
 
 
 def _set_aside(store: Store, prefix: Path) -> Path | None:
-    """Move a prefix to where nobody looks for it: half removed, it must not lie where a whole one is expected."""
-    if not os.path.lexists(prefix):
+    """Move a prefix to where nobody looks for it: half removed, it must not lie where a whole one is expected.
+
+    None if there is none. From then on any other eviction may remove it, so nothing is made there beforehand.
+    """
+    aside = store.layout.tmp / f"{scratch.EVICTED}{uuid.uuid4().hex}"
+    try:
+        os.rename(prefix, aside)
+    except FileNotFoundError:
+        if os.path.lexists(prefix):
+            raise  # it is tmp that is missing
         return None
-    aside = Path(tempfile.mkdtemp(prefix=scratch.EVICTED, dir=store.layout.tmp))
-    os.rename(prefix, aside / prefix.name)
     return aside
 
 
