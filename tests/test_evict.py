@@ -281,6 +281,18 @@ def test_a_prefix_of_an_interrupted_build_goes(store: Store) -> None:
     assert intact(store, old)
 
 
+def test_what_somebody_else_put_beside_the_prefixes_stays(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    (store.layout.envs / "analysis").symlink_to(tmp_path / "outside")
+    (store.layout.envs / "notes").mkdir()
+    (store.layout.envs / "notes/today").write_bytes(b"mine")
+    (store.layout.envs / "README").write_bytes(b"mine")
+    before = sorted(store.layout.envs.rglob("*"))
+    assert plan(survey(store), 0, now=time.time(), grace_s=0).freed_bytes == 0
+    collect(store, 0, grace_s=0)
+    assert sorted(store.layout.envs.rglob("*")) == before
+
+
 def test_a_prefix_without_mark_stays_while_somebody_builds_or_runs_there(store: Store) -> None:
     old, _ = two(store)
     store.layout.ready(old).unlink()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -23,6 +24,8 @@ from worker_bootstrap.store import Store
 
 BLOCK_BYTES = 512
 """Unit of ``st_blocks``, whatever the file system's own blocks are (POSIX, ``sys/stat.h``)."""
+
+_PREFIX_NAME = re.compile(rf"[0-9a-f]{{{SHORT_ID_LENGTH}}}")
 
 
 class Holding(NamedTuple):
@@ -84,9 +87,13 @@ def survey(store: Store) -> Holdings:
 
 
 def leftovers(layout: Layout) -> list[Path]:
-    """Prefixes that no ready mark speaks of: of builds that were interrupted, or of evictions."""
+    """Prefixes that no ready mark speaks of: of builds that were interrupted, or of evictions.
+
+    What has another name than a prefix is not ours.
+    """
     marked = {name[:SHORT_ID_LENGTH] for name in os.listdir(layout.ready_marks)}
-    return [Path(entry.path) for entry in os.scandir(layout.envs) if entry.name not in marked]
+    names = [name for name in os.listdir(layout.envs) if _PREFIX_NAME.fullmatch(name)]
+    return [layout.envs / name for name in names if name not in marked]
 
 
 def last_used(layout: Layout, environment_id: EnvironmentId) -> float:
