@@ -6,6 +6,7 @@ that a pack that is interrupted at any point leaves chunks that the next one fin
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -21,11 +22,13 @@ from envship.sources.locate import find_prefix
 from envship.sources.tree import Trees
 from worker_bootstrap import evict, process_limit
 from worker_bootstrap.digest import EnvironmentId
-from worker_bootstrap.errors import EnvironmentMissing, ManifestInvalid
+from worker_bootstrap.errors import EnvironmentMissing, EnvshipError, ManifestInvalid
 from worker_bootstrap.manifest import Manifest
 from worker_bootstrap.store import Store
 
 __all__ = ["Report", "pack"]
+
+logger = logging.getLogger("envship.pack")
 
 
 def pack(
@@ -67,7 +70,8 @@ def pack(
     Notes
     -----
     Idempotent: the same packages give the same environment, and what the store has is not written again. May be
-    interrupted at any point. Several processes may pack at once.
+    interrupted at any point. Several processes may pack at once. Where ``envship.store-limit`` is exceeded, others are
+    evicted afterwards; if that fails, it is logged.
     """
     store = store_of(store)
     place = _place(source)
@@ -75,7 +79,7 @@ def pack(
     with store.adding(), process_limit.named():
         environment, is_new = _packed(place, store, options, report)
     if is_new and limit_bytes is not None:
-        evict.collect(store, limit_bytes, keep=[environment.id])
+        _collect(store, limit_bytes, environment.id)
     return environment
 
 
@@ -106,6 +110,14 @@ def _packed(place: Path, store: Store, options: PackOptions, report: Report | No
     else:
         environment_id = Packer(store, options, report).pack(place, Trees(trees), index)
     return Environment(store.read_manifest(environment_id), store), True
+
+
+def _collect(store: Store, limit_bytes: int, packed: EnvironmentId) -> None:
+    """Make room again. What was packed is whole whether that can be done or not."""
+    try:
+        evict.collect(store, limit_bytes, keep=[packed])
+    except (EnvshipError, OSError) as error:
+        logger.warning("the store %s stays over its limit, for eviction failed: %s", store.layout.root, error)
 
 
 def _place(source: str | os.PathLike[str] | None) -> Path:

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import dask
 import pytest
 
 from envship.environment import Environment
@@ -20,6 +21,7 @@ from worker_bootstrap.errors import SourceNotFound
 from worker_bootstrap.store import Store
 
 from .contents import contents, package
+from .environments import tiny_environment
 from .prefixes import onlyhere_wheel, small_venv
 
 SITE = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
@@ -146,6 +148,21 @@ def test_a_damaged_index_is_passed_over(mine: Path, store: Store) -> None:
         index = ScanIndex.load(store, str(mine), NO_OPTIONS)
         assert index.environment_id is None and not index.known.packages
     assert pack(mine, store=store).id == environment.id
+
+
+def test_an_eviction_that_fails_afterwards_is_logged_and_the_pack_is_done(
+    mine: Path, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = tiny_environment(store)
+    inventory = store.layout.inventory(old)
+    (inventory / "no file").mkdir(parents=True)
+    os.utime(store.layout.manifest(old), (0, 0))
+    with dask.config.set({"envship.store-limit": "1 B"}):
+        environment = pack(mine, store=store)
+    assert store.missing(environment.manifest.chunks) == []
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "envship.pack"]
+    assert str(store.layout.root) in line
+    assert str(inventory) in line
 
 
 def test_progress_ends_where_it_said(mine: Path, store: Store) -> None:
