@@ -223,6 +223,39 @@ def test_one_that_was_used_for_a_moment_after_the_decision_stays(store: Store) -
     assert intact(store, old)
 
 
+def to_come(store: Store, environment_id: EnvironmentId) -> None:
+    """Let an environment, and all chunks, be of a time that is years ahead."""
+    layout = store.layout
+    lease = Lease(layout.lease(environment_id))
+    lease.hold()
+    lease.release()
+    paths = [layout.manifest(environment_id), layout.ready(environment_id), lease.path, *layout.chunks.glob("*/*")]
+    for path in paths:
+        os.utime(path, (time.time() + 1e8,) * 2)
+
+
+def test_a_use_that_is_still_to_come_is_one_of_now(store: Store) -> None:
+    old, new = two(store)
+    to_come(store, old)
+    now = time.time()
+    planned = plan(survey(store, now), 0, now=now, grace_s=0, unused_s=0)
+    assert planned.evicted == (new, old)
+    assert store.layout.ready(old).stat().st_mtime > now  # looking alone changes nothing
+    freed = collect(store, 0, grace_s=0)
+    assert (freed.evicted, freed.chunks) == ((new, old), len(planned.chunks))
+    assert survey(store).size_bytes == 0
+
+
+def test_what_was_of_a_time_to_come_ages_from_its_first_collection_on(store: Store) -> None:
+    old, new = two(store)
+    to_come(store, old)
+    freed = collect(store, 0)
+    assert (freed.evicted, freed.kept) == ((new,), (Kept(old, "it was used in the last 15 minutes"),))
+    age(store)
+    assert collect(store, 0).evicted == (old,)
+    assert survey(store).size_bytes == 0
+
+
 def test_one_that_is_being_built_stays(store: Store) -> None:
     old, _ = two(store)
     with Lock(store.layout.lock(old)):

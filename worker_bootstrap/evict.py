@@ -30,6 +30,7 @@ from worker_bootstrap.stock import (
     leftovers,
     needed_chunks,
     needed_elsewhere,
+    settle_times,
     survey,
 )
 from worker_bootstrap.store import Store
@@ -132,7 +133,7 @@ def collect(
     """Look, decide, and remove. Parameters as for `plan`; safe while anybody uses the store, and in many processes."""
     now = time.time()
     found = plan(
-        survey(store),
+        survey(store, now),
         limit_bytes,
         now=now,
         needed_elsewhere=needed_elsewhere(store),
@@ -151,6 +152,7 @@ def carry_out(store: Store, planned: Plan, *, grace_s: float = GRACE_S) -> Freed
     An environment goes by losing its ready mark, then its prefix (renamed first), then its manifest: whoever is killed
     in the middle leaves one that is built, or one that is not. Its chunks go last.
     """
+    settle_times(store, planned.made_at)
     evicted: list[EnvironmentId] = []
     kept = list(planned.kept)
     for environment_id in planned.evicted:

@@ -7,6 +7,7 @@ Looks at every file of every built environment, so it takes about as long as ``d
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import time
@@ -24,6 +25,8 @@ from worker_bootstrap.store import Store
 
 BLOCK_BYTES = 512
 """Unit of ``st_blocks``, whatever the file system's own blocks are (POSIX, ``sys/stat.h``)."""
+CLOCK_LEEWAY_S = 60.0
+"""A file server's clock may be so far ahead of ours; a later time was noted while a clock was wrong."""
 
 _PREFIX_NAME = re.compile(rf"[0-9a-f]{{{SHORT_ID_LENGTH}}}")
 
@@ -66,8 +69,13 @@ class Holdings(NamedTuple):
         return own_bytes + sum(shared.values()) + sum(self.chunks.values()) + self.leftovers_bytes
 
 
-def survey(store: Store) -> Holdings:
+def survey(store: Store, now: float | None = None) -> Holdings:
     """Look at everything in the writable store.
+
+    Parameters
+    ----------
+    now
+        Seconds since the epoch that stand for a time of use, or writing, that is still to come; None for this moment.
 
     Notes
     -----
@@ -77,10 +85,11 @@ def survey(store: Store) -> Holdings:
     layout = store.layout
     names = {path.stem for path in layout.manifests.glob("*.json")} | set(os.listdir(layout.ready_marks))
     known = [EnvironmentId(name) for name in sorted(names) if is_digest(name)]
+    now = time.time() if now is None else now
     chunks, written_at = _chunks(layout)
     return Holdings(
-        written_at=written_at,
-        environments=tuple(_holding(store, environment_id) for environment_id in known),
+        written_at={digest: _in_the_past(written, now) for digest, written in written_at.items()},
+        environments=tuple(_holding(store, environment_id, now) for environment_id in known),
         chunks=chunks,
         leftovers_bytes=_leftovers_bytes(layout),
     )
@@ -103,6 +112,38 @@ def last_used(layout: Layout, environment_id: EnvironmentId) -> float:
         with contextlib.suppress(OSError):
             times.append(path.stat().st_mtime)
     return max(times)
+
+
+def settle_times(store: Store, now: float) -> None:
+    """Put times that are still to come to *now* (seconds since the epoch): what they are of ages from then on.
+
+    While a clock is wrong, or after it was, things are noted as used in years that it takes years to get to.
+    """
+    layout = store.layout
+    for folder in (layout.manifests, layout.ready_marks, layout.leases):
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if is_digest(entry.name.partition(".")[0]):
+                    _settle(entry, now)
+    for digest, entry in chunk_files(layout):
+        with contextlib.suppress(OSError):
+            found = entry.stat()
+            if _in_the_past(found.st_mtime, now) != found.st_mtime:
+                store.lost([digest])  # which tells by a file's times whether it was read since the machine started
+                _settle(entry, now)
+
+
+def _settle(entry: os.DirEntry[str], now: float) -> None:
+    with contextlib.suppress(OSError):
+        written = os.stat(entry.path).st_mtime
+        settled = _in_the_past(written, now)
+        if settled != written:
+            os.utime(entry.path, (settled, settled))
+
+
+def _in_the_past(noted: float, now: float) -> float:
+    """A time that was noted, or *now* if that is still to come: in whole seconds, as every file system can note it."""
+    return noted if noted <= time.time() + CLOCK_LEEWAY_S else math.floor(now)
 
 
 def needed_chunks(store: Store) -> set[Digest]:
@@ -136,7 +177,7 @@ def chunk_files(layout: Layout) -> Iterator[tuple[Digest, os.DirEntry[str]]]:
                     yield Digest(name), entry
 
 
-def _holding(store: Store, environment_id: EnvironmentId) -> Holding:
+def _holding(store: Store, environment_id: EnvironmentId, now: float) -> Holding:
     layout = store.layout
     prefix = layout.prefix(environment_id)
     lease = Lease(layout.lease(environment_id))
@@ -162,7 +203,7 @@ def _holding(store: Store, environment_id: EnvironmentId) -> Holding:
     with contextlib.suppress(EnvshipError):
         chunks = frozenset(store.read_manifest(environment_id).chunks)
     built = layout.ready(environment_id).exists()
-    used_at = time.time() if in_use else last_used(layout, environment_id)
+    used_at = time.time() if in_use else _in_the_past(last_used(layout, environment_id), now)
     builders = holders(layout.lock(environment_id))
     return Holding(environment_id, built, in_use, used_at, own_bytes, shared, chunks, builders)
 

@@ -45,7 +45,8 @@ def gc(
 
     store = open_store(store_path)
     limit_bytes = config.store_limit_bytes() if limit is None else limit
-    now, holdings = time.time(), survey(store)
+    now = time.time()
+    holdings = survey(store, now)
     planned = evict.plan(
         holdings,
         limit_bytes,
