@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.environments import environment_of, package_of, tiny_environment
-from worker_bootstrap.digest import EnvironmentId
+from worker_bootstrap.digest import EnvironmentId, digest_of
 from worker_bootstrap.errors import ChunkMissing
+from worker_bootstrap.manifest import HardLink
 from worker_bootstrap.materialise import materialise
-from worker_bootstrap.repair import repair
+from worker_bootstrap.repair import mend, repair
 from worker_bootstrap.soundness import sound_prefix
 from worker_bootstrap.store import Store
 from worker_bootstrap.verify import damaged_files
@@ -107,6 +108,28 @@ def test_a_missing_chunk_is_named_and_the_rest_can_wait_for_it(store: Store, env
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(data)
     assert materialise(store, environment_id) == prefix
+    assert list(damaged_files(store, environment_id)) == []
+
+
+def test_what_needs_no_chunk_that_is_missing_is_mended(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    """And no more than that is told."""
+    files = {"a": b"a" * 100, "a-too": HardLink("a-too", "a"), "b": b"b" * 100, "z": b"z" * 100}
+    environment_id = tiny_environment(store, files, chunk_bytes=100)
+    prefix = materialise(store, environment_id)
+    for name in ("a", "b", "z"):
+        (prefix / name).unlink()
+    chunk = next(store.layout.chunks.glob(f"*/{digest_of(b'a' * 100)}.*"))
+    content = chunk.read_bytes()
+    chunk.unlink()
+    with pytest.raises(ChunkMissing) as raised:
+        repair(store, environment_id)
+    assert raised.value.digest == digest_of(b"a" * 100)
+    assert {damage.path for damage in damaged_files(store, environment_id)} == {"a", "a-too"}
+    assert "2 files were mended" in caplog.text
+    outcome = mend(store, environment_id)
+    assert (outcome.mended, outcome.left[0].path, outcome.is_whole) == ([], "a", False)
+    chunk.write_bytes(content)
+    assert {damage.path for damage in repair(store, environment_id)} == {"a", "a-too"}
     assert list(damaged_files(store, environment_id)) == []
 
 

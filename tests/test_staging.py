@@ -283,6 +283,19 @@ def test_verify_names_damaged_chunks(bundle: Path, tmp_path: Path) -> None:
     assert told["id"]
 
 
+def test_a_repair_does_what_it_can_without_a_missing_chunk(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    environment_id = tiny_environment(store, {name: name.encode() * 100 for name in "abz"}, chunk_bytes=100)
+    prefix = materialise(store, environment_id)
+    lost = store.read_manifest(environment_id).packages[0].chunks[0].digest
+    next(store.layout.chunks.glob(f"*/{lost}.*")).unlink()
+    for name in "abz":
+        (prefix / name).write_bytes(b"edited")
+    (found,) = envship("verify", "--store", tmp_path / "store", "--repair", code=1)["environments"]
+    assert found["mended"] == ["b has other content", "z has other content"]
+    assert found["problems"] == ["a has other content", f"chunk {lost} is not in {tmp_path / 'store'}"]
+
+
 def test_a_chunk_that_never_was_here_is_no_damage(bundle: Path, tmp_path: Path) -> None:
     """A scheduler's store holds manifests only, and an image may leave the chunks out."""
     told = envship("stage", bundle, "--store", tmp_path / "store")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.environments import tiny_environment
-from worker_bootstrap.digest import EnvironmentId
-from worker_bootstrap.errors import EnvironmentMissing
+from tests.environments import PLACEHOLDER, tiny_environment
+from worker_bootstrap.digest import EnvironmentId, digest_of
+from worker_bootstrap.errors import ChunkMissing, EnvironmentMissing
 from worker_bootstrap.materialise import materialise
 from worker_bootstrap.store import Store
 from worker_bootstrap.verify import damaged_chunks, damaged_files
@@ -79,6 +79,29 @@ def test_a_changed_byte_in_a_relocated_file_is_found(store: Store) -> None:
     path = materialise(store, environment_id) / "lib/libx.so"
     path.write_bytes(path.read_bytes()[:-2] + b"X\0")
     assert [damage.path for damage in damaged_files(store, environment_id)] == ["lib/libx.so"]
+
+
+def test_all_that_can_be_told_without_a_missing_chunk_is(store: Store) -> None:
+    """Of files that name their prefix: the others, and whether those of that chunk are there."""
+    script = b"#!" + PLACEHOLDER.encode() + b"/bin/python\n"
+    files = {name: (script + name[-1:].encode(), "text") for name in ("bin/a", "bin/b", "bin/c")}
+    environment_id = tiny_environment(store, {**files, "lib/z": b"z"}, chunk_bytes=len(script) + 1)
+    prefix = materialise(store, environment_id)
+    for name in ("bin/b", "bin/c", "lib/z"):
+        (prefix / name).write_bytes(b"edited")
+    (prefix / "bin/a").chmod(0o755)
+    lost = digest_of(script + b"a")
+    next(store.layout.chunks.glob(f"*/{lost}.*")).unlink()
+    found: list[str] = []
+    with pytest.raises(ChunkMissing, match=lost):
+        for damage in damaged_files(store, environment_id):
+            found.append(str(damage))
+    assert found == [
+        "bin/a has become executable",
+        "bin/b has other content",
+        "bin/c has other content",
+        "lib/z has other content",
+    ]
 
 
 def test_what_is_not_built_cannot_be_verified(store: Store) -> None:

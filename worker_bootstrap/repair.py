@@ -1,7 +1,7 @@
 """Making a built environment whole again, in place: what is missing or was altered is written anew from its chunks.
 
 Each file appears by a rename, so processes that run from the environment go on: they keep the file that they have
-open. Does not fetch; a chunk that is not here is `ChunkMissing`, and the repair can be called again when it is.
+open. Does not fetch: what needs a chunk that is not here stays, and the repair can be called again when it is.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from worker_bootstrap import soundness
 from worker_bootstrap.blueprint import Blueprint, Run
 from worker_bootstrap.digest import EnvironmentId
 from worker_bootstrap.donor import seal
 from worker_bootstrap.durable import full_error
-from worker_bootstrap.errors import ManifestInvalid, MaterialiseError
+from worker_bootstrap.errors import ChunkMissing, ManifestInvalid, MaterialiseError
 from worker_bootstrap.layout import WRITTEN_AT_NS
 from worker_bootstrap.manifest import File
 from worker_bootstrap.relocate import relocate
@@ -32,8 +33,44 @@ ROUNDS = 2
 """What lay behind a link in the place of a folder looks whole until the folder is back."""
 
 
+class Outcome(NamedTuple):
+    """What was wrong and is not any more, what still is, and the first chunk without which nothing can be done there.
+
+    What a file that names its prefix should hold cannot be told without its chunk either: so nothing may be *left*
+    where one is *missing*.
+    """
+
+    mended: list[Damage]
+    left: list[Damage]
+    missing: ChunkMissing | None
+
+    @property
+    def is_whole(self) -> bool:
+        return not self.left and self.missing is None
+
+
 def repair(store: Store, environment_id: EnvironmentId, *, remove_added: bool = False) -> list[Damage]:
-    """Compare a prefix in the writable store with its manifest, file by file, and mend it; return what was wrong.
+    """As `mend`, but what cannot be mended is an error; return what was wrong.
+
+    Raises
+    ------
+    ChunkMissing
+        If a chunk that is needed to mend it is not in the store. Everything else has been mended.
+    MaterialiseError
+        If something cannot be mended.
+    EnvironmentMissing, ManifestInvalid, StoreFull
+        As `mend`.
+    """
+    outcome = mend(store, environment_id, remove_added=remove_added)
+    if outcome.missing is not None:
+        raise outcome.missing
+    if outcome.left:
+        raise MaterialiseError(environment_id, outcome.left[0].path, outcome.left[0].problem)
+    return outcome.mended
+
+
+def mend(store: Store, environment_id: EnvironmentId, *, remove_added: bool = False) -> Outcome:
+    """Compare a prefix in the writable store with its manifest, file by file, and mend what can be mended.
 
     Parameters
     ----------
@@ -43,13 +80,13 @@ def repair(store: Store, environment_id: EnvironmentId, *, remove_added: bool = 
     Raises
     ------
     EnvironmentMissing, ChunkMissing
-        If the manifest, or a chunk that is needed to mend it, is not in the store.
+        If the manifest, or a listing, is not in the store.
     ManifestInvalid
         If the environment breaks the format.
     StoreFull
         If there is no room.
     MaterialiseError
-        If something cannot be mended.
+        If the file system refuses something else.
 
     Notes
     -----
@@ -58,29 +95,43 @@ def repair(store: Store, environment_id: EnvironmentId, *, remove_added: bool = 
     layout = store.layout
     prefix = layout.prefix(environment_id)
     blueprint = blueprint_of(store, environment_id, prefix)
-    found = _concerning(compare(store, blueprint, prefix), remove_added)
+    found, missing = _compared(store, blueprint, prefix, remove_added)
+    left = found
     try:
-        rest = found
         for _ in range(ROUNDS):
-            if not rest:
+            if not left:
                 break
-            logger.warning("environment %s: %d files are mended, such as %s", environment_id[:16], len(rest), rest[0])
-            _Mender(store, blueprint, prefix).mend(rest)
-            rest = _concerning(compare(store, blueprint, prefix), remove_added)
-        if rest:
-            raise MaterialiseError(environment_id, rest[0].path, rest[0].problem)
-        _restore_times(blueprint, prefix)
-        soundness.seal(layout, environment_id, blueprint, str(prefix))
+            lost = _Mender(store, blueprint, prefix).mend(left)
+            left, missing = _compared(store, blueprint, prefix, remove_added)
+            missing = missing or lost
+        still = {each.path for each in left}
+        outcome = Outcome([each for each in found if each.path not in still], left, missing)
+        if outcome.mended:
+            count, first = len(outcome.mended), outcome.mended[0]
+            logger.warning("environment %s: %d files were mended, such as %s", environment_id[:16], count, first)
+        if outcome.is_whole:
+            _restore_times(blueprint, prefix)
+            soundness.seal(layout, environment_id, blueprint, str(prefix))
     except OSError as error:
         full = full_error(error, layout.root)
         if full is not None:
             raise full from error
         raise MaterialiseError(environment_id, str(error.filename or ""), str(error.strerror)) from error
-    return found
+    return outcome
 
 
-def _concerning(damage: Iterable[Damage], remove_added: bool) -> list[Damage]:
-    return [each for each in damage if remove_added or each.problem != ADDED]
+def _compared(
+    store: Store, blueprint: Blueprint, prefix: Path, remove_added: bool
+) -> tuple[list[Damage], ChunkMissing | None]:
+    """What is damaged, and the first chunk without which more cannot be told."""
+    found: list[Damage] = []
+    try:
+        for each in compare(store, blueprint, prefix):
+            if remove_added or each.problem != ADDED:
+                found.append(each)
+    except ChunkMissing as error:
+        return found, error
+    return found, None
 
 
 class _Mender:
@@ -91,8 +142,13 @@ class _Mender:
         self._blueprint = blueprint
         self._prefix = prefix
 
-    def mend(self, damage: Iterable[Damage]) -> None:
-        """Mend these, in the order in which they were built: what lies below a folder after the folder."""
+    def mend(self, damage: Iterable[Damage]) -> ChunkMissing | None:
+        """Mend these, in the order in which they were built: what lies below a folder after the folder.
+
+        Files whose chunks are not here stay as they are; returns the first chunk that is not.
+        """
+        missing: ChunkMissing | None = None
+        waiting: set[str] = set()
         paths = {each.path for each in damage if each.problem != ADDED}
         for each in damage:
             if each.problem == ADDED:
@@ -105,17 +161,22 @@ class _Mender:
         for run in self._blueprint.runs:
             wanted = [file for file in run.files if file.path in paths]
             if wanted:
-                for file, content in self._contents(run, wanted):
-                    self._write(file, content)
+                try:
+                    for file, content in self._contents(run, wanted):
+                        self._write(file, content)
+                except ChunkMissing as error:
+                    missing = missing or error
+                    waiting.update(file.path for file in wanted)
         for hard_link in self._blueprint.hard_links:
             # A file that was written anew is another one than its other names still are.
-            if hard_link.path in paths or hard_link.target in paths:
+            if (hard_link.path in paths or hard_link.target in paths) and hard_link.target not in waiting:
                 self._clear(hard_link.path)
                 os.link(self._prefix / hard_link.target, self._prefix / hard_link.path, follow_symlinks=False)
         for link in self._blueprint.links:
             if link.path in paths:
                 self._clear(link.path)
                 os.symlink(link.target, self._prefix / link.path)
+        return missing
 
     def _contents(self, run: Run, wanted: list[File]) -> Iterator[tuple[File, bytes]]:
         content = b"".join(self._store.read_chunk(chunk.digest) for chunk in run.chunks)

@@ -79,7 +79,8 @@ def damaged_files(store: Store, environment_id: EnvironmentId, prefix: Path | No
     EnvironmentMissing
         If it is not built here.
     ChunkMissing
-        If a listing, or a chunk of files that name their prefix, is not in the store.
+        If a listing, or a chunk of files that name their prefix, is not in the store. In the latter case, everything
+        that can be told without it has been given before.
     """
     prefix = prefix or store.built(environment_id)
     if prefix is None:
@@ -95,35 +96,43 @@ def blueprint_of(store: Store, environment_id: EnvironmentId, prefix: Path) -> B
 
 def compare(store: Store, blueprint: Blueprint, prefix: Path) -> Iterator[Damage]:
     """As `damaged_files`, for an environment whose blueprint is at hand."""
+    missing: ChunkMissing | None = None
     for run in blueprint.runs:
-        for file, expected in _expected(store, run, str(prefix)):
+        content: bytes | None = b""
+        if any(file.relocation for file in run.files):
+            try:
+                content = b"".join(store.read_chunk(chunk.digest) for chunk in run.chunks)
+            except ChunkMissing as error:
+                content, missing = None, missing or error
+        for file, expected in _expected(run, content, str(prefix)):
             problem = _compare_file(prefix / file.path, file, expected)
             if problem:
                 yield Damage(file.path, problem)
     yield from _compare_names(prefix, blueprint)
     yield from _added(prefix, blueprint)
+    if missing is not None:
+        raise missing
 
 
-def _expected(store: Store, run: Run, prefix: str) -> Iterator[tuple[File, Digest]]:
-    """Each file of a run with the digest that it should have at *prefix*."""
-    content = b""
-    if any(file.relocation for file in run.files):
-        content = b"".join(store.read_chunk(chunk.digest) for chunk in run.chunks)
+def _expected(run: Run, content: bytes | None, prefix: str) -> Iterator[tuple[File, Digest | None]]:
+    """Each file of a run with the digest that it should have at *prefix*; None where that takes unknown *content*."""
     position = 0
     for file in run.files:
         if file.relocation is None:
             yield file, file.digest
+        elif content is None:
+            yield file, None
         else:
             yield file, digest_of(relocate(content[position : position + file.size_bytes], file.relocation, prefix))
         position += file.size_bytes
 
 
-def _compare_file(path: Path, file: File, expected: Digest) -> str:
+def _compare_file(path: Path, file: File, expected: Digest | None) -> str:
     try:
         found = path.lstat()
         if not stat.S_ISREG(found.st_mode):
             return "is no regular file"
-        actual = digest_of_file(path)
+        actual = None if expected is None else digest_of_file(path)
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     if actual != expected:

@@ -159,7 +159,7 @@ def _verified(store: Store, environment_id: Any, repair: bool) -> dict[str, Any]
     from worker_bootstrap import verify as verification
     from worker_bootstrap.errors import EnvshipError
     from worker_bootstrap.lock import Lock
-    from worker_bootstrap.repair import repair as mend
+    from worker_bootstrap.repair import mend
 
     problems: list[str] = []
     mended: list[str] = []
@@ -173,8 +173,11 @@ def _verified(store: Store, environment_id: Any, repair: bool) -> dict[str, Any]
         problems += verification.damaged_chunks(store, manifest, absent)
         if prefix is not None and repair and prefix == layout.prefix(environment_id):
             with Lock(layout.lock(environment_id)):
-                mended += map(str, mend(store, environment_id, remove_added=True))
-                if not ready_mark.is_valid(layout.ready(environment_id)):
+                outcome = mend(store, environment_id, remove_added=True)
+                mended += map(str, outcome.mended)
+                problems += map(str, outcome.left)
+                problems += [] if outcome.missing is None else [str(outcome.missing)]
+                if outcome.is_whole and not ready_mark.is_valid(layout.ready(environment_id)):
                     ready_mark.write(layout.ready(environment_id), layout.tmp, durable=False)
         elif prefix is not None:
             problems += map(str, verification.damaged_files(store, environment_id, prefix))
