@@ -4,15 +4,17 @@ import os
 import shutil
 import stat
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.environments import environment_of, package_of, tiny_environment
+from tests.environments import PLACEHOLDER, environment_of, package_of, tiny_environment
+from worker_bootstrap import ready_mark, soundness
 from worker_bootstrap.digest import EnvironmentId, digest_of
 from worker_bootstrap.errors import ChunkMissing
-from worker_bootstrap.manifest import HardLink
+from worker_bootstrap.manifest import HardLink, Manifest
 from worker_bootstrap.materialise import materialise
 from worker_bootstrap.repair import mend, repair
 from worker_bootstrap.soundness import sound_prefix
@@ -140,7 +142,7 @@ def test_what_was_added_goes_only_when_asked(store: Store, environment_id: Envir
     (prefix / "added-too/x").touch()
     assert repair(store, environment_id) == []
     assert (prefix / "lib/added").exists()
-    mended = repair(store, environment_id, remove_added=True)
+    mended = mend(store, environment_id, remove_added=True).mended
     assert sorted(damage.path for damage in mended) == ["added-too/x", "lib/added"]
     assert list(damaged_files(store, environment_id)) == []
 
@@ -165,3 +167,27 @@ def test_a_link_shared_with_another_environment_is_mended_in_each(store: Store) 
         assert (prefix / "shared").read_bytes() == b"edited"
         materialise(store, environment_id)
         assert (prefix / "shared").read_bytes() == b"shared" * 10
+
+
+@pytest.mark.parametrize("how", ["a restart of the machine", "verify --repair"])
+def test_byte_code_that_was_made_where_it_lies_is_made_again(
+    store: Store, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut may have left any part of it, and no listing says what it should be."""
+    library = f"lib/python{sys.version_info.major}.{sys.version_info.minor}"
+    text = f"HERE = '{PLACEHOLDER}'\n" + "".join(f"x{n} = {n!r} * 3\n" for n in range(500))
+    python = f'#!/bin/sh\nexec {sys.executable} "$@"\n'.encode()
+    package = package_of(store, {"bin/python*": python, f"{library}/mine.py": (text.encode(), "text")})
+    manifest = Manifest("linux-64", ".".join(map(str, sys.version_info[:3])), [package])
+    store.write_manifest(manifest)
+    prefix = materialise(store, manifest.id)
+    (code,) = (prefix / library / "__pycache__").iterdir()
+    data = code.read_bytes()
+    code.write_bytes(data[:100] + bytes(len(data) - 100))
+    if how == "verify --repair":
+        mend(store, manifest.id)
+    else:
+        monkeypatch.setattr(ready_mark, "boot_id", lambda: "another boot")
+        materialise(store, manifest.id)
+    assert code.read_bytes() == data
+    assert next(soundness.damage(store.layout, manifest.id), None) is None

@@ -112,7 +112,7 @@ def materialise(
         prefix = soundness.sound_prefix(store, environment_id)
         if prefix is None:
             with Lock(store.layout.lock(environment_id)):
-                prefix = soundness.sound_prefix(store, environment_id) or _restored(store, environment_id)
+                prefix = soundness.sound_prefix(store, environment_id) or _restored(store, environment_id, work)
                 if prefix is None:
                     prefix = _build(store, environment_id, link_mode, work)
         mark = store.layout.ready(environment_id)
@@ -123,7 +123,7 @@ def materialise(
     return prefix
 
 
-def _restored(store: Store, environment_id: EnvironmentId) -> Path | None:
+def _restored(store: Store, environment_id: EnvironmentId, work: Work) -> Path | None:
     """The prefix that somebody damaged, or that was built before the machine started: compared, mended, marked again.
 
     Mended rather than built again, because processes may run from it. None if it cannot be mended and none does.
@@ -133,7 +133,7 @@ def _restored(store: Store, environment_id: EnvironmentId) -> Path | None:
     if prefix is None:
         return None
     try:
-        repair(store, environment_id)
+        repair(store, environment_id, may_run=work.may_run)
     except (ChunkMissing, StoreFull):
         raise
     except EnvshipError as error:

@@ -6,12 +6,14 @@ All other byte code is content of the environment. Without this, the first impor
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 from worker_bootstrap.manifest import Entry, File
 
@@ -60,6 +62,23 @@ def compiler_of(scratch: str, python: str, *, may_run: bool) -> str | None:
     if may_run:
         return f"{scratch}/bin/python"
     return sys.executable if python.split(".")[:2] == list(map(str, sys.version_info[:2])) else None
+
+
+def compile_again(prefix: Path, entries: Iterable[Entry], python: str, *, may_run: bool) -> None:
+    """Make the byte code of the modules among *entries* that are relocated anew: no listing says what it should be."""
+    modules = modules_without_code(entries, python)
+    for path in _made_of(prefix, modules):
+        path.unlink()
+    compile_modules(str(prefix), str(prefix), modules, compiler_of(str(prefix), python, may_run=may_run))
+    for path in _made_of(prefix, modules):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())  # the mark may be durable: it says that all is on disk
+
+
+def _made_of(prefix: Path, modules: Iterable[str]) -> Iterator[Path]:
+    for module in modules:
+        folder, name = os.path.split(prefix / module)
+        yield from list(Path(folder, "__pycache__").glob(glob.escape(name[: -len(".py")]) + ".*.pyc"))
 
 
 def compile_modules(scratch: str, prefix: str, modules: Sequence[str], interpreter: str | None) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from worker_bootstrap import soundness
+from worker_bootstrap import relocated_code, soundness
 from worker_bootstrap.blueprint import Blueprint, Run
 from worker_bootstrap.digest import EnvironmentId
 from worker_bootstrap.donor import seal
@@ -49,7 +49,7 @@ class Outcome(NamedTuple):
         return not self.left and self.missing is None
 
 
-def repair(store: Store, environment_id: EnvironmentId, *, remove_added: bool = False) -> list[Damage]:
+def repair(store: Store, environment_id: EnvironmentId, *, may_run: bool = True) -> list[Damage]:
     """As `mend`, but what cannot be mended is an error; return what was wrong.
 
     Raises
@@ -61,7 +61,7 @@ def repair(store: Store, environment_id: EnvironmentId, *, remove_added: bool = 
     EnvironmentMissing, ManifestInvalid, StoreFull
         As `mend`.
     """
-    outcome = mend(store, environment_id, remove_added=remove_added)
+    outcome = mend(store, environment_id, may_run=may_run)
     if outcome.missing is not None:
         raise outcome.missing
     if outcome.left:
@@ -69,13 +69,15 @@ def repair(store: Store, environment_id: EnvironmentId, *, remove_added: bool = 
     return outcome.mended
 
 
-def mend(store: Store, environment_id: EnvironmentId, *, remove_added: bool = False) -> Outcome:
+def mend(store: Store, environment_id: EnvironmentId, *, remove_added: bool = False, may_run: bool = True) -> Outcome:
     """Compare a prefix in the writable store with its manifest, file by file, and mend what can be mended.
 
     Parameters
     ----------
     remove_added
         Remove files that the environment does not have, as well. Without it they stay, and are not returned.
+    may_run
+        Whether the environment's interpreter may be started, to compile modules that name the prefix.
 
     Raises
     ------
@@ -110,6 +112,8 @@ def mend(store: Store, environment_id: EnvironmentId, *, remove_added: bool = Fa
             count, first = len(outcome.mended), outcome.mended[0]
             logger.warning("environment %s: %d files were mended, such as %s", environment_id[:16], count, first)
         if outcome.is_whole:
+            files = (file for run in blueprint.runs for file in run.files)
+            relocated_code.compile_again(prefix, files, store.read_manifest(environment_id).python, may_run=may_run)
             _restore_times(blueprint, prefix)
             soundness.seal(layout, environment_id, blueprint, str(prefix))
     except OSError as error:

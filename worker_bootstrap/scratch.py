@@ -10,7 +10,6 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Iterator
 
 from worker_bootstrap.layout import Layout
 
@@ -20,17 +19,19 @@ EVICTED = "evicted-"
 """Begins the names of what is on its way out: whoever comes across it may remove it."""
 
 
-def abandoned(layout: Layout, *beginnings: str) -> Iterator[os.DirEntry[str]]:
+def abandoned(layout: Layout, *beginnings: str) -> list[os.DirEntry[str]]:
     """What is stale in ``tmp``, and what has a name with one of *beginnings*.
 
     By the time of the last change of the entry itself: what is finished has been given another time of modification.
     """
     before = time.time() - STALE_S
+    found = []
     with os.scandir(layout.tmp) as entries:
         for entry in entries:
             with contextlib.suppress(OSError):
                 if entry.name.startswith(beginnings) or entry.stat(follow_symlinks=False).st_ctime < before:
-                    yield entry
+                    found.append(entry)
+    return found
 
 
 def sweep(layout: Layout, *beginnings: str) -> None:

@@ -173,7 +173,7 @@ def _verified(store: Store, environment_id: Any, repair: bool) -> dict[str, Any]
         problems += verification.damaged_chunks(store, manifest, absent)
         if prefix is not None and repair and prefix == layout.prefix(environment_id):
             with Lock(layout.lock(environment_id)):
-                outcome = mend(store, environment_id, remove_added=True)
+                outcome = mend(store, environment_id, remove_added=True, may_run=os.geteuid() != 0)
                 mended += map(str, outcome.mended)
                 problems += map(str, outcome.left)
                 problems += [] if outcome.missing is None else [str(outcome.missing)]
