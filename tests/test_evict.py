@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.environments import environment_of, package_of, tiny_environment
+from tests.overtaken import Overtaken
 from worker_bootstrap import evict, scratch, verify
 from worker_bootstrap.chunk_service import read_chunks
 from worker_bootstrap.digest import Digest, EnvironmentId
@@ -339,22 +340,6 @@ def test_a_prefix_without_mark_stays_while_somebody_builds_or_runs_there(store: 
 
 
 # -- races: whoever comes too late finds nothing there, as if it had never been
-
-
-class Overtaken(Store):
-    """A store in which everything is evicted at one moment of somebody's work: when *moment* is called."""
-
-    def __init__(self, root: Path, moment: str) -> None:
-        super().__init__(root)
-        self.freed: list[evict.Freed] = []
-        right = getattr(self, moment)
-
-        def overtaken(*arguments: object) -> object:
-            if not self.freed:
-                self.freed.append(collect(Store(root), 0, grace_s=0))
-            return right(*arguments)
-
-        setattr(self, moment, overtaken)
 
 
 def test_a_chunk_that_is_evicted_before_it_is_read_is_missing(store: Store) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -20,8 +21,9 @@ from click.testing import CliRunner
 
 from envship.bundle import read_bundle
 from envship.cli import main
-from worker_bootstrap import evict, ready_mark
+from worker_bootstrap import evict, ready_mark, verify
 from worker_bootstrap.digest import EnvironmentId
+from worker_bootstrap.layout import Layout
 from worker_bootstrap.location import open_store
 from worker_bootstrap.lock import Lease
 from worker_bootstrap.manifest import Manifest
@@ -33,6 +35,7 @@ from worker_bootstrap.verify import damaged_files
 
 from .environments import PLACEHOLDER, package_of, tiny_environment
 from .filesystems import needs_mount, remount, tmpfs
+from .overtaken import Overtaken
 
 NOBODY = 65534
 CODE = Path(evict.__file__).parents[1]
@@ -138,6 +141,7 @@ import os, subprocess, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from worker_bootstrap.errors import StoreUntrusted
+from worker_bootstrap.layout import Layout
 from worker_bootstrap.location import open_store
 from worker_bootstrap.lock import Lease
 from worker_bootstrap.materialise import materialise
@@ -294,6 +298,81 @@ def test_a_repair_does_what_it_can_without_a_missing_chunk(tmp_path: Path) -> No
     (found,) = envship("verify", "--store", tmp_path / "store", "--repair", code=1)["environments"]
     assert found["mended"] == ["b has other content", "z has other content"]
     assert found["problems"] == ["a has other content", f"chunk {lost} is not in {tmp_path / 'store'}"]
+
+
+@pytest.mark.parametrize("more", [[], ["--repair"]], ids=["", "repair"])
+@pytest.mark.parametrize("moment", ["read_manifest", "built", "missing", "read_chunk", "digest_of_file", "draw"])
+def test_what_is_evicted_while_verify_looks_at_it_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, more: list[str]
+) -> None:
+    environment_id = tiny_environment(Store(tmp_path / "store"))
+    materialise(Store(tmp_path / "store"), environment_id)
+    if hasattr(verify, moment):
+        store = Overtaken(tmp_path / "store", "adding")
+        right = getattr(verify, moment)
+        monkeypatch.setattr(verify, moment, lambda *arguments: (store.adding(), right(*arguments))[1])
+    else:
+        store = Overtaken(tmp_path / "store", moment)
+    monkeypatch.setattr("worker_bootstrap.location.open_store", lambda _: store)
+    told = envship("verify", *more)
+    (freed,) = store.freed
+    (found,) = told["environments"]
+    assert found["sound"]
+    assert told["problems"] == []
+    # Whoever mends an environment keeps it from being evicted.
+    is_evicted = not more or moment not in ("digest_of_file", "draw")
+    assert freed.evicted == ((environment_id,) if is_evicted else ())
+    # Before anything was looked at, it is seen as one that is not built, of which no chunk is here.
+    assert found["evicted"] == (is_evicted and moment != "built")
+
+
+def test_what_was_evicted_and_built_again_while_verify_looked_at_it_is_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "store")
+    environment_id = tiny_environment(store)
+    materialise(store, environment_id)
+    right = verify.digest_of_file
+    freed: list[evict.Freed] = []
+
+    def overtaken(path: Path) -> object:
+        if not freed:
+            freed.append(evict.collect(store, 0, grace_s=0))
+            with pytest.raises(FileNotFoundError):
+                right(path)
+            materialise(store, tiny_environment(store))
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+        return right(path)
+
+    monkeypatch.setattr(verify, "digest_of_file", overtaken)
+    (found,) = envship("verify", "--store", tmp_path / "store")["environments"]
+    assert freed[0].evicted == (environment_id,)
+    assert (found["sound"], found["evicted"], found["prefix"]) == (True, False, str(store.built(environment_id)))
+
+
+def test_chunks_of_no_environment_that_are_evicted_while_verify_looks_are_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "store")
+    store.write_chunk(b"left over")
+    right = verify.chunk_files
+
+    def overtaken(layout: Layout) -> Iterator[object]:
+        yield from right(layout)
+        assert evict.collect(store, 0, grace_s=0).chunks == 1
+
+    monkeypatch.setattr(verify, "chunk_files", overtaken)
+    assert envship("verify", "--store", tmp_path / "store")["problems"] == []
+
+
+def test_a_manifest_that_is_damaged_is_damage(tmp_path: Path) -> None:
+    """And not an environment that has been evicted, although it is dropped."""
+    store = Store(tmp_path / "store")
+    environment_id = tiny_environment(store)
+    store.layout.manifest(environment_id).write_bytes(b"{}")
+    (found,) = envship("verify", "--store", tmp_path / "store", code=1)["environments"]
+    assert (found["sound"], found["evicted"]) == (False, False)
+    assert environment_id in found["problems"][0]
 
 
 def test_a_chunk_that_never_was_here_is_no_damage(bundle: Path, tmp_path: Path) -> None:

@@ -13,13 +13,15 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from worker_bootstrap import codec
 from worker_bootstrap.blueprint import Blueprint, Run, draw, read_listings
 from worker_bootstrap.digest import Digest, EnvironmentId, digest_of, digest_of_file
+from worker_bootstrap.durable import content_of
 from worker_bootstrap.errors import ChunkMissing, EnvironmentMissing
-from worker_bootstrap.manifest import File, Manifest
+from worker_bootstrap.manifest import CHUNK_LIMIT_BYTES, MANIFEST_LIMIT_BYTES, File, Manifest
 from worker_bootstrap.relocate import relocate
 from worker_bootstrap.stock import chunk_files, needed_chunks
-from worker_bootstrap.store import Store
+from worker_bootstrap.store import PAYLOAD_LIMIT_BYTES, Store
 
 BYTE_CODE_FOLDER = "__pycache__"
 """The one folder that an interpreter adds to by itself."""
@@ -34,6 +36,42 @@ class Damage(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.path} {self.problem}"
+
+
+def traces(store: Store, environment_id: EnvironmentId) -> tuple[object, ...]:
+    """What is another thing afterwards if an environment is evicted, or built anew: its marks and manifests, as files.
+
+    What was found missing in between may be no damage.
+    """
+    paths = [
+        path for layout in store.layouts for path in (layout.ready(environment_id), layout.manifest(environment_id))
+    ]
+    found: list[object] = []
+    for path in paths:
+        try:
+            status = os.stat(path)
+        except OSError:
+            found.append(None)
+        else:
+            found.append((status.st_ino, status.st_mtime_ns))
+    return tuple(found)
+
+
+def manifest_of(store: Store, environment_id: EnvironmentId) -> Manifest | None:
+    """The manifest of an environment that was here a moment ago; None if it has been evicted.
+
+    Raises
+    ------
+    EnvironmentMissing, ManifestInvalid
+        If it is damaged, as `Store.read_manifest`.
+    """
+    is_damaged = any(_is_damaged(layout.manifest(environment_id), environment_id) for layout in store.layouts)
+    try:
+        return store.read_manifest(environment_id)
+    except EnvironmentMissing:
+        if is_damaged:  # and dropped, so that it looks evicted from now on
+            raise
+        return None
 
 
 def damaged_chunks(store: Store, manifest: Manifest, skip: Collection[Digest] = ()) -> Iterator[str]:
@@ -59,14 +97,36 @@ def other_chunks(store: Store) -> tuple[int, list[str]]:
     Damaged copies are dropped.
     """
     needed = needed_chunks(store)
-    digests = {digest for digest, _ in chunk_files(store.layout)} - needed
+    copies: dict[Digest, list[Path]] = {}
+    for digest, entry in chunk_files(store.layout):
+        if digest not in needed:
+            copies.setdefault(digest, []).append(Path(entry.path))
     problems = []
-    for digest in sorted(digests):
-        try:
-            store.read_chunk(digest)
-        except ChunkMissing:
-            problems.append(f"chunk {digest} of no environment is damaged")
-    return len(digests), problems
+    for digest in sorted(copies):
+        # What has gone since it was listed is no damage, and reading in the usual way removes what is damaged.
+        if any(_is_damaged_chunk(path, digest) for path in copies[digest]):
+            try:
+                store.read_chunk(digest)
+            except ChunkMissing:
+                problems.append(f"chunk {digest} of no environment is damaged")
+    return len(copies), problems
+
+
+def _is_damaged(path: Path, environment_id: EnvironmentId) -> bool:
+    data = content_of(path, MANIFEST_LIMIT_BYTES)
+    return os.path.lexists(path) if data is None else str(digest_of(data)) != environment_id
+
+
+def _is_damaged_chunk(path: Path, digest: Digest) -> bool:
+    """Whether a chunk's file is there, and cannot be read as one here."""
+    payload = content_of(path, PAYLOAD_LIMIT_BYTES)
+    if payload is None:
+        return os.path.lexists(path)
+    name = next((name for name, suffix in codec.SUFFIXES.items() if suffix == path.suffix), "")
+    try:
+        return digest_of(codec.decode(payload, name, CHUNK_LIMIT_BYTES)) != digest
+    except codec.CodecError:
+        return True
 
 
 def damaged_files(store: Store, environment_id: EnvironmentId, prefix: Path | None = None) -> Iterator[Damage]:
@@ -145,16 +205,30 @@ def _compare_file(path: Path, file: File, expected: Digest | None) -> str:
 def _compare_names(prefix: Path, blueprint: Blueprint) -> Iterator[Damage]:
     for link in blueprint.links:
         path = prefix / link.path
-        if not path.is_symlink() or os.readlink(path) != link.target:
+        if not _leads_to(path, link.target):
             yield Damage(link.path, f"is not the link to {link.target} any more")
     for hard_link in blueprint.hard_links:
         path, target = prefix / hard_link.path, prefix / hard_link.target
-        if not path.exists() or not target.exists() or not path.samefile(target):
+        if not _is_same(path, target):
             yield Damage(hard_link.path, f"is not the same file as {hard_link.target} any more")
     for directory in blueprint.directories:
         path = prefix / directory
         if path.is_symlink() or not path.is_dir():
             yield Damage(directory, "is no folder" if os.path.lexists(path) else "is missing")
+
+
+def _leads_to(path: Path, target: str) -> bool:
+    try:
+        return os.readlink(path) == target
+    except OSError:
+        return False
+
+
+def _is_same(path: Path, target: Path) -> bool:
+    try:
+        return path.samefile(target)
+    except OSError:
+        return False
 
 
 def _added(prefix: Path, blueprint: Blueprint) -> Iterator[Damage]:

@@ -15,7 +15,9 @@ from envship.cli.quantities import Duration, Size
 
 if TYPE_CHECKING:
     from envship.environment import Environment
+    from worker_bootstrap.digest import EnvironmentId
     from worker_bootstrap.evict import Plan
+    from worker_bootstrap.manifest import Manifest
     from worker_bootstrap.store import Store
 
 _folder = click.Path(path_type=Path, file_okay=False)
@@ -155,45 +157,70 @@ def _environment(source: str, store: Store) -> Environment:
 
 
 def _verified(store: Store, environment_id: Any, repair: bool) -> dict[str, Any]:
-    from worker_bootstrap import ready_mark
+    """What is wrong with an environment; looked at again as long as somebody evicts, or builds, it meanwhile."""
     from worker_bootstrap import verify as verification
     from worker_bootstrap.errors import EnvshipError
+
+    told = {"id": environment_id, "prefix": None, "absent_chunks": 0, "problems": [], "mended": [], "sound": True}
+    mended: list[str] = []
+    while True:
+        before = verification.traces(store, environment_id)
+        try:
+            manifest = verification.manifest_of(store, environment_id)
+        except EnvshipError as error:
+            return {**told, "problems": [str(error)], "sound": False, "evicted": False}
+        if manifest is None:
+            return {**told, "evicted": True}
+        # One that was built before the machine was last started has not been looked at since.
+        prefix = store.built(environment_id) or store.standing(environment_id)
+        absent, problems = _looked_at(store, manifest, prefix, mended if repair else None)
+        if not problems or verification.traces(store, environment_id) == before:
+            told.update(prefix=None if prefix is None else str(prefix), absent_chunks=absent)
+            return {**told, "problems": problems, "mended": mended, "sound": not problems, "evicted": False}
+
+
+def _looked_at(
+    store: Store, manifest: Manifest, prefix: Path | None, mended: list[str] | None
+) -> tuple[int, list[str]]:
+    """How many chunks are not here, and what is wrong; with *mended*, what is not any more is added to that."""
+    from worker_bootstrap import verify as verification
+    from worker_bootstrap.errors import EnvshipError
+
+    problems: list[str] = []
+    absent = set(store.missing(manifest.chunks))
+    try:
+        problems += verification.damaged_chunks(store, manifest, absent)
+        if prefix is not None and mended is not None and prefix == store.layout.prefix(manifest.id):
+            _mend(store, manifest.id, mended, problems)
+        elif prefix is not None:
+            problems += map(str, verification.damaged_files(store, manifest.id, prefix))
+    except EnvshipError as error:
+        problems.append(str(error))
+    return len(absent), problems
+
+
+def _mend(store: Store, environment_id: EnvironmentId, mended: list[str], problems: list[str]) -> None:
+    from worker_bootstrap import ready_mark
     from worker_bootstrap.lock import Lock
     from worker_bootstrap.repair import mend
 
-    problems: list[str] = []
-    mended: list[str] = []
     layout = store.layout
-    # One that was built before the machine was last started has not been looked at since.
-    prefix = store.built(environment_id) or store.standing(environment_id)
-    absent: set[Any] = set()
-    try:
-        manifest = store.read_manifest(environment_id)
-        absent.update(store.missing(manifest.chunks))
-        problems += verification.damaged_chunks(store, manifest, absent)
-        if prefix is not None and repair and prefix == layout.prefix(environment_id):
-            with Lock(layout.lock(environment_id)):
-                outcome = mend(store, environment_id, remove_added=True, may_run=os.geteuid() != 0)
-                mended += map(str, outcome.mended)
-                problems += map(str, outcome.left)
-                problems += [] if outcome.missing is None else [str(outcome.missing)]
-                if outcome.is_whole and not ready_mark.is_valid(layout.ready(environment_id)):
-                    ready_mark.write(layout.ready(environment_id), layout.tmp, durable=False)
-        elif prefix is not None:
-            problems += map(str, verification.damaged_files(store, environment_id, prefix))
-    except EnvshipError as error:
-        problems.append(str(error))
-    return {
-        "id": environment_id,
-        "prefix": None if prefix is None else str(prefix),
-        "absent_chunks": len(absent),
-        "problems": problems,
-        "mended": mended,
-        "sound": not problems,
-    }
+    with Lock(layout.lock(environment_id)):
+        if store.standing(environment_id) is None:
+            problems.append(f"{layout.prefix(environment_id)} has gone")
+            return
+        outcome = mend(store, environment_id, remove_added=True, may_run=os.geteuid() != 0)
+        mended += map(str, outcome.mended)
+        problems += map(str, outcome.left)
+        problems += [] if outcome.missing is None else [str(outcome.missing)]
+        if outcome.is_whole and not ready_mark.is_valid(layout.ready(environment_id)):
+            ready_mark.write(layout.ready(environment_id), layout.tmp, durable=False)
 
 
 def _print_verified(result: dict[str, Any]) -> None:
+    if result["evicted"]:
+        click.echo(f"evicted  {result['id']}  while it was looked at")
+        return
     where = f"built in {result['prefix']}" if result["prefix"] else "not built"
     click.echo(f"{'sound' if result['sound'] else 'DAMAGED'}  {result['id']}  {where}")
     if result["absent_chunks"]:
