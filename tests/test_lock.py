@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from worker_bootstrap.errors import StoreBusy
+from worker_bootstrap.errors import StoreBusy, StoreError
 from worker_bootstrap.lock import Lease, Lock, passed_on
+
+from .filesystems import needs_mount, remount, tmpfs
 
 HOLD_LOCK = "import sys; from pathlib import Path; from worker_bootstrap.lock import Lock; "
 HOLD_LOCK += "Lock(Path(sys.argv[1])).acquire(); print('held', flush=True); sys.stdin.read()"
@@ -123,6 +125,22 @@ def test_a_failed_attempt_leaves_no_descriptor_open(tmp_path: Path) -> None:
             with pytest.raises(StoreBusy):
                 Lock(tmp_path / "x.lock", timeout_s=0).acquire()
         assert len(os.listdir("/dev/fd")) == before
+
+
+@needs_mount
+def test_where_nothing_can_be_written_a_lock_can_be_shared_and_not_be_ones_own(tmp_path: Path) -> None:
+    with tmpfs(tmp_path / "mounted", "size=1m") as mounted:
+        path = mounted / "locks/x.lock"
+        with Lock(path):
+            pass
+        remount(mounted, "ro")
+        for _ in range(2):
+            with pytest.raises(StoreError, match=f"the store {mounted} cannot be written to .*Read-only"):
+                Lock(path).acquire()
+        with Lock(path, shared=True), Lock(path, shared=True):
+            pass
+        with pytest.raises(StoreError, match="ENVSHIP_STORE"):
+            Lock(mounted / "locks/new.lock", shared=True).acquire()
 
 
 # -- leases

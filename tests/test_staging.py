@@ -23,6 +23,7 @@ from envship.bundle import read_bundle
 from envship.cli import main
 from worker_bootstrap import evict, ready_mark, verify
 from worker_bootstrap.digest import EnvironmentId
+from worker_bootstrap.errors import StoreError
 from worker_bootstrap.layout import Layout
 from worker_bootstrap.location import open_store
 from worker_bootstrap.lock import Lease
@@ -134,6 +135,30 @@ def test_a_store_on_a_read_only_mount_is_used_in_place(bundle: Path, tmp_path: P
         # And another one is built beside it, as if nothing were there.
         other = tiny_environment(store, {"lib/own": b"own"})
         assert materialise(store, other).is_relative_to(tmp_path / "own")
+
+
+@needs_mount
+def test_a_store_on_a_read_only_mount_says_that_it_cannot_be_written_to(bundle: Path, tmp_path: Path) -> None:
+    with tmpfs(tmp_path / "mounted", "size=64m,mode=755") as mounted:
+        told = envship("stage", bundle, "--store", mounted / "store")
+        other = mounted / "other"
+        other_id = read_bundle(bundle, Store(other)).id
+        damaged = sorted((mounted / "store/chunks").glob("*/*"))[0]
+        damaged.write_bytes(b"x")
+        remount(mounted, "ro")
+        for arguments in (["gc", "--limit", "0", "--grace", "0s"], ["gc"]):
+            result = CliRunner().invoke(main, [*arguments, "--store", str(mounted / "store")])
+            assert isinstance(result.exception, SystemExit) and result.exit_code == 1, result.exception
+            assert f"the store {mounted / 'store'} cannot be written to" in result.output
+            assert "ENVSHIP_STORE" in result.output
+        with pytest.raises(StoreError, match=f"the store {mounted / 'store'} cannot be written to"):
+            evict.collect(Store(mounted / "store"), 0, grace_s=0)
+        with pytest.raises(StoreError, match=f"the store {other} cannot be written to"):
+            materialise(Store(other), other_id)
+        for more in ([], ["--repair"]):
+            (found,) = envship("verify", *more, "--store", mounted / "store", code=1)["environments"]
+            assert damaged.name.partition(".")[0] in " ".join(found["problems"])
+        assert found["prefix"] == told["prefix"] and damaged.exists()
 
 
 AS_USER = """

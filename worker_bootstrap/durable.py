@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import logging
@@ -10,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Callable
 
-from worker_bootstrap.errors import StoreFull
+from worker_bootstrap.errors import StoreError, StoreFull
 
 logger = logging.getLogger("envship.store")
 
@@ -57,6 +58,17 @@ def full_error(error: OSError, path: Path) -> StoreFull | None:
     # A quota or the inodes may be used up while blocks are free: then the number of free bytes would mislead.
     free_bytes = room.f_bavail * room.f_frsize
     return StoreFull(str(path), 0, free_bytes if error.errno == errno.ENOSPC and room.f_favail else None)
+
+
+def unusable_error(error: OSError, root: Path) -> StoreError:
+    """What to say where *error* came up in writing to the store at *root*."""
+    with contextlib.suppress(OSError):  # it may not even be there
+        if (full := full_error(error, root)) is not None:
+            return full
+    return StoreError(
+        f"the store {root} cannot be written to ({error.filename or 'a file'}: {error.strerror or error}). Mend that, "
+        "or name another folder (ENVSHIP_STORE)."
+    )
 
 
 def sync_file_system(path: Path) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
+from worker_bootstrap.durable import unusable_error
 from worker_bootstrap.errors import StoreBusy, StoreError
 from worker_bootstrap.mounts import locks_are_local
 
@@ -29,6 +30,8 @@ POLL_INTERVAL_S = 0.05
 LEASE_TIMEOUT_S = 10.0
 """Only eviction holds a lease file exclusively, and only until the prefix has been renamed."""
 TRY_TIMEOUT_S = 10.0
+REFUSALS = (errno.EACCES, errno.EROFS)
+"""Answers for who may not write to a file, or not there."""
 
 
 class Lock:
@@ -46,7 +49,8 @@ class Lock:
     Notes
     -----
     Excludes other objects in the same process as well, in any thread. Not reentrant. Children started by `subprocess`
-    do not inherit it; children made by a bare ``fork`` do, and keep it until they end.
+    do not inherit it; children made by a bare ``fork`` do, and keep it until they end. Where the file can only be read,
+    a lock can be shared, and not be one's own: its holder wants to write.
     """
 
     def __init__(self, path: Path, timeout_s: float | None = None, *, shared: bool = False) -> None:
@@ -63,16 +67,22 @@ class Lock:
         StoreBusy
             If somebody else held it for all of ``timeout_s``.
         StoreError
-            If the file system has no locks.
+            If the file system has no locks, or the store cannot be written to.
         """
         assert self._handle is None, "not reentrant"
-        handle = _open(self.path)
+        try:
+            handle = _open(self.path, may_only_read=self.shared)
+        except OSError as error:
+            if error.errno not in REFUSALS:
+                raise
+            raise unusable_error(error, self.path.parent.parent) from error
         try:
             kind = fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX
             if not _lock(handle, kind, self.timeout_s, self.path):
                 raise StoreBusy(str(self.path), self.timeout_s, _holder(handle))
             # Only for the message of those who wait in vain: the lock itself is the kernel's.
-            os.ftruncate(handle, 0)
+            if _is_writable(handle):
+                os.ftruncate(handle, 0)
             if not self.shared:
                 os.pwrite(handle, str(os.getpid()).encode(), 0)
         except BaseException:
@@ -129,7 +139,7 @@ class Lease:
         if self._handle is not None:
             return
         handle = _open(self.path)
-        is_ours = fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+        is_ours = _is_writable(handle)
         try:
             if not _lock(handle, fcntl.LOCK_SH, LEASE_TIMEOUT_S, self.path):
                 raise StoreBusy(str(self.path), LEASE_TIMEOUT_S, "an eviction")
@@ -231,7 +241,8 @@ def passed_on() -> Iterator[list[int]]:
             os.set_inheritable(lease, False)
 
 
-def _open(path: Path) -> int:
+def _open(path: Path, *, may_only_read: bool = True) -> int:
+    """A descriptor of the lock file *path*, made if it is not there; for reading, if it cannot be written to."""
     common = os.O_CLOEXEC | os.O_NOFOLLOW
     flags = common | os.O_RDWR | os.O_CREAT
     try:
@@ -240,7 +251,7 @@ def _open(path: Path) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         return os.open(path, flags, 0o644)
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EROFS):
+        if error.errno not in REFUSALS or not may_only_read:
             raise
         refused = error
     try:
@@ -251,6 +262,10 @@ def _open(path: Path) -> int:
         os.close(handle)
         raise StoreError(f"{path} is no file that could be locked")
     return handle
+
+
+def _is_writable(handle: int) -> bool:
+    return fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
 
 
 def _lock(handle: int, kind: int, timeout_s: float | None, path: Path) -> bool:

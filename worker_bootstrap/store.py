@@ -19,7 +19,7 @@ from pathlib import Path
 
 from worker_bootstrap import codec, ready_mark
 from worker_bootstrap.digest import Digest, EnvironmentId, digest_of, is_digest
-from worker_bootstrap.durable import content_of, full_error, publish, sync_folder
+from worker_bootstrap.durable import content_of, full_error, publish, sync_folder, unusable_error
 from worker_bootstrap.errors import ChunkInvalid, ChunkMissing, EnvironmentMissing, StoreError
 from worker_bootstrap.layout import STORE_VERSION, Layout
 from worker_bootstrap.lock import Lock, check_locks
@@ -64,7 +64,7 @@ class Store:
         try:
             self.host_id = _prepare(self.layout)
         except OSError as error:
-            raise _unusable(error, self.layout.root) from error
+            raise unusable_error(error, self.layout.root) from error
 
     def has_chunk(self, digest: Digest) -> bool:
         """Whether some store holds a chunk of that name (unread, so perhaps damaged)."""
@@ -308,26 +308,20 @@ class Store:
         return data
 
     def _drop(self, path: Path) -> None:
-        logger.warning("%s is damaged%s", path, ": dropped" if self.layout.root in path.parents else "")
+        dropped = ""
         if self.layout.root in path.parents:
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+                dropped = ": dropped"
+            except OSError as error:  # whoever may write to the store will drop it
+                dropped = f", and cannot be dropped: {error.strerror}"
+        logger.warning("%s is damaged%s", path, dropped)
 
     def _publish(self, path: Path, data: bytes | memoryview, *, sync: bool) -> None:
         try:
             publish(path, data, self.layout.tmp, sync=sync)
         except OSError as error:
-            raise _unusable(error, self.layout.root) from error
-
-
-def _unusable(error: OSError, root: Path) -> StoreError:
-    """What to say where a store cannot be written to."""
-    with contextlib.suppress(OSError):  # it may not even be there
-        if (full := full_error(error, root)) is not None:
-            return full
-    return StoreError(
-        f"the store {root} cannot be written to ({error.filename or 'a file'}: {error.strerror or error}). Mend that, "
-        "or name another folder (ENVSHIP_STORE)."
-    )
+            raise unusable_error(error, self.layout.root) from error
 
 
 def _status(path: Path) -> os.stat_result | None:
