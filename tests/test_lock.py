@@ -1,18 +1,23 @@
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from worker_bootstrap import lock as lock_module
 from worker_bootstrap.errors import StoreBusy, StoreError
 from worker_bootstrap.lock import Lease, Lock, passed_on
+from worker_bootstrap.store import Store
 
 from .filesystems import needs_mount, remount, tmpfs
 
@@ -20,6 +25,8 @@ HOLD_LOCK = "import sys; from pathlib import Path; from worker_bootstrap.lock im
 HOLD_LOCK += "Lock(Path(sys.argv[1])).acquire(); print('held', flush=True); sys.stdin.read()"
 HOLD_LEASE = "import sys, os; from pathlib import Path; from worker_bootstrap.lock import Lease; "
 HOLD_LEASE += "Lease(Path(sys.argv[1])).hold(); "
+NOBODY = 65534
+as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can act as two users")
 WAIT = "print('held', flush=True); sys.stdin.read()"
 
 
@@ -42,6 +49,32 @@ class Holder:
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
         self.process.communicate()
+
+
+@pytest.fixture
+def everybodys() -> Iterator[Path]:
+    """A folder that every user can get to, unlike pytest's own."""
+    with tempfile.TemporaryDirectory(prefix="envship-lock-") as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+
+
+def as_nobody(work: Callable[[], None]) -> None:
+    """Do *work* in a fork of this process that is another user."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+            work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -143,6 +176,45 @@ def test_where_nothing_can_be_written_a_lock_can_be_shared_and_not_be_ones_own(t
             Lock(mounted / "locks/new.lock", shared=True).acquire()
 
 
+def test_who_waits_for_long_says_once_what_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(lock_module, "SILENT_S", 0.0)
+    path = tmp_path / "x.lock"
+    with Holder(HOLD_LOCK, path) as holder, pytest.raises(StoreBusy):
+        Lock(path, timeout_s=0.2).acquire()
+    assert caplog.messages == [f"waiting for {path}, which process {holder.process.pid} has locked"]
+
+
+@as_root
+@pytest.mark.parametrize("umask", [0o000, 0o022])
+def test_nobody_else_can_hold_a_lock(everybodys: Path, umask: int) -> None:
+    """Who may open a file for reading may lock it. Those that were made readable are no more, once they are used."""
+    readable = everybodys / "store/locks/old.lock"
+    before = os.umask(umask)
+    try:
+        store = Store(everybodys / "store")
+        readable.touch()
+        readable.chmod(0o644)
+        with Lock(readable), store.adding():
+            pass
+    finally:
+        os.umask(before)
+    everybodys.joinpath("store").chmod(0o755)
+
+    def try_it() -> None:
+        assert len(list(store.layout.locks.iterdir())) == 4
+        for path in store.layout.locks.iterdir():
+            with pytest.raises(PermissionError):
+                os.open(path, os.O_RDONLY)
+            for shared in (True, False):
+                with pytest.raises(StoreError, match="cannot be written to"):
+                    Lock(path, timeout_s=0, shared=shared).acquire()
+        assert Store(everybodys / "store").host_id == store.host_id, "it can still be read"
+
+    as_nobody(try_it)
+
+
 # -- leases
 
 
@@ -154,6 +226,29 @@ def test_several_hold_one_lease(tmp_path: Path) -> None:
             one.kill()
             assert not Lease(path).is_free()
         assert Lease(path).is_free()
+
+
+@as_root
+def test_a_lease_that_another_user_keeps_to_himself_is_done_without(
+    everybodys: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only in a store of somebody else: in one of ours it is being evicted."""
+    monkeypatch.setattr(lock_module, "LEASE_TIMEOUT_S", 0.1)
+    path = everybodys / "lease"
+    assert Lease(path).is_free()
+
+    def try_it() -> None:
+        lease, handle = Lease(path), os.open(path, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        lease.hold()
+        assert caplog.messages and caplog.messages[0].startswith(f"no lease on {path}")
+        os.close(handle)
+        lease.hold()
+        assert not Lease(path).is_free()
+
+    as_nobody(try_it)
+    with Lease(path).claimed(), pytest.raises(StoreBusy):
+        Lease(path).hold()
 
 
 PASS_ON = "from worker_bootstrap.lock import passed_on\nwith passed_on() as leases: "

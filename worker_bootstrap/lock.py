@@ -4,6 +4,9 @@ Plain ``flock`` and nothing else. ``filelock`` was considered: it has no shared 
 a lease is, and exclusive locks alone do not pay for a dependency on machines that may lack it. Lock files are never
 removed: removing one while somebody waits for it makes two holders. Whether the locks of a file system exclude anybody
 is tried (`check_locks`), not believed.
+
+Whoever may read a file may lock it. So files of locks are their owner's alone: nobody else has to wait for a build, and
+could keep others waiting. Those of leases are for everybody who runs from the environment.
 """
 
 from __future__ import annotations
@@ -30,6 +33,10 @@ POLL_INTERVAL_S = 0.05
 LEASE_TIMEOUT_S = 10.0
 """Only eviction holds a lease file exclusively, and only until the prefix has been renamed."""
 TRY_TIMEOUT_S = 10.0
+SILENT_S = 3.0
+"""Whoever waits for longer says what for."""
+LOCK_MODE = 0o600
+LEASE_MODE = 0o644
 REFUSALS = (errno.EACCES, errno.EROFS)
 """Answers for who may not write to a file, or not there."""
 
@@ -71,7 +78,7 @@ class Lock:
         """
         assert self._handle is None, "not reentrant"
         try:
-            handle = _open(self.path, may_only_read=self.shared)
+            handle = _open(self.path, LOCK_MODE, may_only_read=self.shared)
         except OSError as error:
             if error.errno not in REFUSALS:
                 raise
@@ -128,7 +135,9 @@ class Lease:
         Raises
         ------
         StoreBusy
-            If the environment is being evicted.
+            If the environment is being evicted. In a store of somebody else, where any user may hold it like that for
+            as long as he likes, there is no lease then, and a word in the log: whether to evict is the owner's
+            decision, and he can see who runs.
         OSError
             If it lies in a store of somebody else who made no file for it.
 
@@ -138,16 +147,22 @@ class Lease:
         """
         if self._handle is not None:
             return
-        handle = _open(self.path)
+        handle = _open(self.path, LEASE_MODE)
         is_ours = _is_writable(handle)
         try:
             if not _lock(handle, fcntl.LOCK_SH, LEASE_TIMEOUT_S, self.path):
                 raise StoreBusy(str(self.path), LEASE_TIMEOUT_S, "an eviction")
         except StoreError as error:
             os.close(handle)
-            if is_ours or isinstance(error, StoreBusy):
+            if is_ours:
                 raise
-            logger.info("no lease on %s: %s", self.path, error)  # a read-only mount without locks: nobody evicts there
+            # On a read-only mount without locks, too: nobody evicts there.
+            logger.log(
+                logging.WARNING if isinstance(error, StoreBusy) else logging.INFO,
+                "no lease on %s: %s",
+                self.path,
+                error,
+            )
             return
         try:
             with contextlib.suppress(OSError):  # in a store of somebody else
@@ -173,7 +188,7 @@ class Lease:
     @contextlib.contextmanager
     def claimed(self) -> Iterator[bool]:
         """Whether nobody holds the lease; if so, nobody can for as long as the block lasts."""
-        handle = _open(self.path)
+        handle = _open(self.path, LEASE_MODE)
         try:
             yield _lock(handle, fcntl.LOCK_EX, 0, self.path)
         finally:
@@ -193,7 +208,7 @@ def holders(path: Path) -> list[int]:
 
 
 def check_locks(folder: Path) -> None:
-    """Try whether locks in *folder* exclude anybody.
+    """Try whether locks in *folder* exclude anybody. In that of somebody else there are none to be had.
 
     Raises
     ------
@@ -207,7 +222,12 @@ def check_locks(folder: Path) -> None:
             "store on a local disk (ENVSHIP_STORE), or mount it with locks."
         )
     path = folder / "try.lock"
-    one, two = _open(path), _open(path)
+    try:
+        one, two = _open(path, LOCK_MODE), _open(path, LOCK_MODE)
+    except PermissionError:
+        if os.path.lexists(path):  # and its owner's
+            return
+        raise
     try:
         # Shared against exclusive: of two who try this at the same time, neither takes the other for a broken lock.
         if _lock(one, fcntl.LOCK_SH, TRY_TIMEOUT_S, path) and _lock(two, fcntl.LOCK_EX, 0, path):
@@ -241,15 +261,27 @@ def passed_on() -> Iterator[list[int]]:
             os.set_inheritable(lease, False)
 
 
-def _open(path: Path, *, may_only_read: bool = True) -> int:
-    """A descriptor of the lock file *path*, made if it is not there; for reading, if it cannot be written to."""
+def _open(path: Path, mode: int, *, may_only_read: bool = True) -> int:
+    """A descriptor of the lock file *path*, made if it is not there; for reading, if it cannot be written to.
+
+    One of ours has *mode* afterwards, whatever the umask, and whoever made it.
+    """
+    handle = _open_any(path, mode, may_only_read)
+    found = os.fstat(handle)
+    if found.st_uid == os.geteuid() and stat.S_IMODE(found.st_mode) != mode:
+        with contextlib.suppress(OSError):  # on a read-only mount
+            os.fchmod(handle, mode)
+    return handle
+
+
+def _open_any(path: Path, mode: int, may_only_read: bool) -> int:
     common = os.O_CLOEXEC | os.O_NOFOLLOW
     flags = common | os.O_RDWR | os.O_CREAT
     try:
-        return os.open(path, flags, 0o644)
+        return os.open(path, flags, mode)
     except FileNotFoundError:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return os.open(path, flags, 0o644)
+        return os.open(path, flags, mode)
     except OSError as error:
         if error.errno not in REFUSALS or not may_only_read:
             raise
@@ -269,14 +301,22 @@ def _is_writable(handle: int) -> bool:
 
 
 def _lock(handle: int, kind: int, timeout_s: float | None, path: Path) -> bool:
-    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    began = time.monotonic()
+    is_told = False
     while True:
         try:
             fcntl.flock(handle, kind | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
-            if deadline is not None and time.monotonic() >= deadline:
+            waited_s = time.monotonic() - began
+            if timeout_s is not None and waited_s >= timeout_s:
                 return False
+            if waited_s >= SILENT_S and not is_told:
+                is_told = True
+                pids = ", ".join(map(str, holders(path)))
+                logger.warning(
+                    "waiting for %s, which %s has locked", path, f"process {pids}" if pids else "another one"
+                )
         except OSError as error:
             if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise StoreError(
