@@ -187,7 +187,7 @@ def test_who_waits_for_long_says_once_what_for(
 
 
 @as_root
-@pytest.mark.parametrize("umask", [0o000, 0o022])
+@pytest.mark.parametrize("umask", [0o000, 0o077])
 def test_nobody_else_can_hold_a_lock(everybodys: Path, umask: int) -> None:
     """Who may open a file for reading may lock it. Those that were made readable are no more, once they are used."""
     readable = everybodys / "store/locks/old.lock"

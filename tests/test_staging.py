@@ -79,13 +79,15 @@ def test_a_bundle_is_staged_whole_and_for_good(bundle: Path, opt: Path, monkeypa
     assert envship("stage", bundle, "--store", opt / "envship") == told
 
 
-def test_whatever_the_umask_everybody_can_read_and_nobody_else_can_write(bundle: Path, opt: Path) -> None:
-    before = os.umask(0o077)
+@pytest.mark.parametrize("umask", [0o000, 0o077])
+def test_whatever_the_umask_everybody_can_read_and_nobody_else_can_write(bundle: Path, opt: Path, umask: int) -> None:
+    """The folders above that had to be made as well."""
+    before = os.umask(umask)
     try:
-        envship("stage", bundle, "--store", opt / "envship")
+        envship("stage", bundle, "--store", opt / "srv/apps/envship")
     finally:
         os.umask(before)
-    for path in (opt / "envship", *(opt / "envship").rglob("*")):
+    for path in (opt / "srv").rglob("*"):
         mode = stat.S_IMODE(path.lstat().st_mode)
         if path.is_symlink() or path.parent.name == "tmp":
             continue

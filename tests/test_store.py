@@ -315,5 +315,21 @@ def test_a_store_of_another_version_is_refused(store: Store) -> None:
         Store(store.layout.root)
 
 
+@pytest.mark.parametrize("umask", [0o000, 0o077])
+def test_folders_have_their_modes_whatever_the_umask(tmp_path: Path, umask: int) -> None:
+    """Those that were there before keep theirs."""
+    (tmp_path / "kept").mkdir(0o711)
+    before = os.umask(umask)
+    try:
+        store = Store(tmp_path / "kept/made/store")
+        store.write_chunk(b"content")
+    finally:
+        os.umask(before)
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "kept").rglob("*") if path.is_dir()}
+    assert modes.pop(store.layout.root) == 0o700
+    assert set(modes.values()) == {0o755} and len(modes) == len(store.layout.folders) + 2
+    assert stat.S_IMODE((tmp_path / "kept").stat().st_mode) == 0o711
+
+
 def test_free_bytes(store: Store) -> None:
     assert 0 < store.free_bytes() <= shutil.disk_usage(store.layout.root).total

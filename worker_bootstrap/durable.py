@@ -32,13 +32,32 @@ def publish(path: Path, data: bytes | memoryview, tmp: Path, *, sync: bool) -> N
             if sync:
                 file.flush()
                 os.fsync(file.fileno())
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
     if sync:
         sync_folder(path.parent)
+
+
+def make_folder(path: Path, mode: int = 0o755) -> None:
+    """Make the folder *path*, if it is not there, with *mode*, and what is missing above it with 755.
+
+    The umask has no say: what it takes away keeps other users from a store that is for them, and what it leaves would
+    let them write to it. What is there already stays as it is.
+    """
+    try:
+        os.mkdir(path, mode)
+    except FileNotFoundError:
+        make_folder(path.parent)
+        make_folder(path, mode)
+        return
+    except OSError:  # also of a read-only mount, whether or not the folder is there
+        if not path.is_dir():
+            raise
+        return
+    os.chmod(path, mode)
 
 
 def sync_folder(path: Path) -> None:

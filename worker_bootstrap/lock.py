@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-from worker_bootstrap.durable import unusable_error
+from worker_bootstrap.durable import make_folder, unusable_error
 from worker_bootstrap.errors import StoreBusy, StoreError
 from worker_bootstrap.mounts import locks_are_local
 
@@ -280,7 +280,7 @@ def _open_any(path: Path, mode: int, may_only_read: bool) -> int:
     try:
         return os.open(path, flags, mode)
     except FileNotFoundError:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         return os.open(path, flags, mode)
     except OSError as error:
         if error.errno not in REFUSALS or not may_only_read:

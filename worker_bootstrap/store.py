@@ -19,7 +19,7 @@ from pathlib import Path
 
 from worker_bootstrap import codec, ready_mark
 from worker_bootstrap.digest import Digest, EnvironmentId, digest_of, is_digest
-from worker_bootstrap.durable import content_of, full_error, publish, sync_folder, unusable_error
+from worker_bootstrap.durable import content_of, full_error, make_folder, publish, sync_folder, unusable_error
 from worker_bootstrap.errors import ChunkInvalid, ChunkMissing, EnvironmentMissing, StoreError
 from worker_bootstrap.layout import STORE_VERSION, Layout
 from worker_bootstrap.lock import Lock, check_locks
@@ -334,11 +334,9 @@ def _status(path: Path) -> os.stat_result | None:
 
 def _prepare(layout: Layout) -> str:
     """Make what is not there; return the host's id."""
-    if not layout.root.exists():
-        layout.root.parent.mkdir(parents=True, exist_ok=True)
-        layout.root.mkdir(mode=0o700, exist_ok=True)
+    make_folder(layout.root, 0o700)
     for folder in layout.folders:
-        folder.mkdir(mode=0o755, exist_ok=True)
+        make_folder(folder)
     host_id = _host_id(layout)
     if host_id is None:
         # Two processes that come first at once must not each believe in an id of their own.
