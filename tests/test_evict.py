@@ -1,22 +1,24 @@
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from tests.environments import environment_of, package_of, tiny_environment
+from tests.filesystems import needs_mount, tmpfs
 from tests.overtaken import Overtaken
 from worker_bootstrap import evict, scratch, verify
 from worker_bootstrap.chunk_service import read_chunks
 from worker_bootstrap.digest import Digest, EnvironmentId
-from worker_bootstrap.errors import ChunkMissing, EnvironmentMissing
+from worker_bootstrap.errors import ChunkMissing, EnvironmentMissing, StoreFull
 from worker_bootstrap.evict import GRACE_S, Kept, collect, plan
 from worker_bootstrap.lock import Lease, Lock
 from worker_bootstrap.materialise import materialise
@@ -484,3 +486,56 @@ def test_what_nobody_touched_for_a_day_goes_from_tmp_and_counts_as_freed(
     collect(store, None)
     assert list(store.layout.tmp.iterdir()) == []
     assert survey(store).leftovers_bytes == 0
+
+
+# -- no room
+
+
+@pytest.fixture
+def crowded(tmp_path: Path) -> Iterator[Store]:
+    """A store on a file system with few inodes."""
+    with tmpfs(tmp_path / "mount", "size=50m,nr_inodes=200") as path:
+        yield Store(path / "store")
+
+
+def take_all_inodes(folder: Path) -> None:
+    folder.mkdir()
+    with pytest.raises(OSError, match="No space left"):
+        for number in itertools.count():
+            (folder / str(number)).touch()
+
+
+@needs_mount
+def test_without_an_inode_for_a_lease_environments_go_as_ever(crowded: Store) -> None:
+    """Also one that was never built, so that nobody made its lock: that is made when another one has gone."""
+    packed = tiny_environment(crowded, {"packed": b"packed"})
+    age(crowded)
+    old, new = two(crowded)
+    take_all_inodes(crowded.layout.root.parent / "taken")
+    assert sorted(collect(crowded, 0, grace_s=0).evicted) == sorted([packed, old, new])
+    assert_gone(crowded, old)
+    assert list(crowded.layout.chunks.glob("*/*")) == []
+
+
+@needs_mount
+def test_without_an_inode_one_that_a_process_runs_from_stays(crowded: Store) -> None:
+    old, new = two(crowded)
+    lease = Lease(crowded.layout.lease(old))
+    lease.hold()
+    try:
+        age(crowded)
+        take_all_inodes(crowded.layout.root.parent / "taken")
+        freed = collect(crowded, 0, grace_s=0)
+    finally:
+        lease.release()
+    assert freed.evicted == (new,)
+    assert intact(crowded, old)
+
+
+@needs_mount
+def test_where_no_inode_can_be_freed_the_store_is_full(crowded: Store) -> None:
+    environment_id = tiny_environment(crowded)
+    take_all_inodes(crowded.layout.root.parent / "taken")
+    with pytest.raises(StoreFull):
+        collect(crowded, 0, grace_s=0)
+    assert list(verify.damaged_chunks(crowded, crowded.read_manifest(environment_id))) == []

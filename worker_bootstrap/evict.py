@@ -14,13 +14,15 @@ import shutil
 import time
 import uuid
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from worker_bootstrap import ready_mark, scratch
 from worker_bootstrap.digest import Digest, EnvironmentId
+from worker_bootstrap.durable import full_error
 from worker_bootstrap.errors import StoreBusy
+from worker_bootstrap.layout import Layout
 from worker_bootstrap.lock import Lease, Lock, holders
 from worker_bootstrap.stock import (
     Holding,
@@ -39,6 +41,8 @@ logger = logging.getLogger("envship.evict")
 
 GRACE_S = 900.0
 """What was used, or written, so recently belongs to a swap that may be under way (`timeouts.prepare` is 600 s)."""
+ROUNDS = 2
+"""What there was no room to lock may be locked once something else has gone."""
 
 
 class Kept(NamedTuple):
@@ -147,25 +151,38 @@ def collect(
 def carry_out(store: Store, planned: Plan, *, grace_s: float = GRACE_S) -> Freed:
     """Remove what was planned, as far as nobody has come to need it meanwhile.
 
+    Raises
+    ------
+    StoreFull
+        If nothing can be freed, for there is no inode left for a lock's file.
+
     Notes
     -----
     An environment goes by losing its ready mark, then its prefix (renamed first), then its manifest: whoever is killed
     in the middle leaves one that is built, or one that is not. Its chunks go last.
     """
     settle_times(store, planned.made_at)
-    evicted: list[EnvironmentId] = []
-    kept = list(planned.kept)
-    for environment_id in planned.evicted:
-        reason = _evict(store, environment_id, planned.made_at)
-        if reason:
-            kept.append(Kept(environment_id, reason))
-        else:
-            evicted.append(environment_id)
-    _sweep_leftovers(store)
-    chunks = _remove_unneeded_chunks(store, grace_s)
-    if evicted or chunks:
-        logger.info("%s: evicted %d environments and %d chunks", store.layout.root, len(evicted), chunks)
-    return Freed(tuple(evicted), tuple(kept), chunks)
+    gone = _Gone([], list(planned.kept))
+    waiting: Sequence[EnvironmentId] = planned.evicted
+    chunks = 0
+    try:
+        for _ in range(ROUNDS):
+            full, waiting = _evict_each(store, waiting, planned.made_at, gone)
+            _sweep_leftovers(store)
+            chunks += _remove_unneeded_chunks(store, grace_s)
+            if full is None:
+                break
+            if not gone.evicted and not chunks:
+                raise full
+    except OSError as error:
+        refused = full_error(error, store.layout.root)
+        if refused is None:
+            raise
+        raise refused from error
+    kept = [*gone.kept, *(Kept(environment_id, "there is no room for its lock") for environment_id in waiting)]
+    if gone.evicted or chunks:
+        logger.info("%s: evicted %d environments and %d chunks", store.layout.root, len(gone.evicted), chunks)
+    return Freed(tuple(gone.evicted), tuple(kept), chunks)
 
 
 class _Account:
@@ -211,6 +228,35 @@ def _reason_to_keep(holding: Holding, now: float, keep: Collection[EnvironmentId
     return ""
 
 
+class _Gone(NamedTuple):
+    """What has been evicted so far, and what could not be."""
+
+    evicted: list[EnvironmentId]
+    kept: list[Kept]
+
+
+def _evict_each(
+    store: Store, environments: Sequence[EnvironmentId], planned_at: float, gone: _Gone
+) -> tuple[OSError | None, list[EnvironmentId]]:
+    """Evict what can be; what there was no room for, and what the file system said to that."""
+    full: OSError | None = None
+    waiting: list[EnvironmentId] = []
+    for environment_id in environments:
+        try:
+            reason = _evict(store, environment_id, planned_at)
+        except OSError as error:
+            if full_error(error, store.layout.root) is None:
+                raise
+            full = error
+            waiting.append(environment_id)
+            continue
+        if reason:
+            gone.kept.append(Kept(environment_id, reason))
+        else:
+            gone.evicted.append(environment_id)
+    return full, waiting
+
+
 def _evict(store: Store, environment_id: EnvironmentId, planned_at: float) -> str:
     """Remove an environment; returns why it could not be."""
     layout = store.layout
@@ -238,6 +284,7 @@ class _InUse(Exception):
 def _take(store: Store, environment_id: EnvironmentId, lease: Lease) -> Path | None:
     """Take an environment out of the store, for as long as nobody can begin to run from it; where its prefix went."""
     layout = store.layout
+    _make_lease_file(layout, environment_id)
     with lease.claimed() as free:
         if not free:
             raise _InUse
@@ -246,6 +293,22 @@ def _take(store: Store, environment_id: EnvironmentId, lease: Lease) -> Path | N
         gone = _set_aside(store, layout.prefix(environment_id))
         layout.manifest(environment_id).unlink(missing_ok=True)
         return gone
+
+
+def _make_lease_file(layout: Layout, environment_id: EnvironmentId) -> None:
+    """Make what a lease is held on, if nobody has, also where no inode is left: the inventory's is the next to go.
+
+    Should the environment stay after all, every file is compared before its next use, as without any inventory.
+    """
+    lease = layout.lease(environment_id)
+    try:
+        lease.touch(0o644, exist_ok=False)
+    except FileExistsError:
+        return
+    except OSError as error:
+        if full_error(error, layout.root) is None:
+            raise
+        layout.inventory(environment_id).unlink(missing_ok=True)
 
 
 def _set_aside(store: Store, prefix: Path) -> Path | None:
