@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import stat
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -161,6 +164,128 @@ def test_it_is_published_once(store: Store) -> None:
     assert publish(store.layout) == folder
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.py")} == before
     assert list(store.layout.tmp.iterdir()) == []
+
+
+def imported_from(folder: Path) -> str:
+    """The store's class, as an interpreter finds it that imports from *folder*."""
+    script = f"import sys; sys.path.insert(0, {str(folder)!r}); import worker_bootstrap.store as s; print(s.Store)"
+    return subprocess.run([sys.executable, "-I", "-S", "-c", script], capture_output=True, text=True).stdout.strip()
+
+
+def empty_all(folder: Path) -> None:
+    for path in folder.rglob("*.py"):
+        path.write_bytes(b"")
+
+
+def edit_one(folder: Path) -> None:
+    path = folder / "worker_bootstrap/store.py"
+    path.write_text(path.read_text(encoding="utf-8").replace("class Store:", "class Another:"), encoding="utf-8")
+
+
+def remove_one(folder: Path) -> None:
+    (folder / "worker_bootstrap/store.py").unlink()
+
+
+def put_a_package_before_a_module(folder: Path) -> None:
+    (folder / "worker_bootstrap/store").mkdir()
+    (folder / "worker_bootstrap/store/__init__.py").write_text("Store = 'another'")
+
+
+def put_a_module_before_pythons(folder: Path) -> None:
+    (folder / "uuid.py").write_text("raise SystemExit")
+
+
+def put_a_folder_in_a_files_place(folder: Path) -> None:
+    (folder / "worker_bootstrap/store.py").unlink()
+    (folder / "worker_bootstrap/store.py").mkdir()
+
+
+def put_a_link_in_its_place(folder: Path) -> None:
+    folder.rename(folder.with_name("elsewhere"))
+    folder.symlink_to("elsewhere")
+
+
+def let_everybody_write(folder: Path) -> None:
+    (folder / "worker_bootstrap/store.py").chmod(0o666)
+
+
+def let_everybody_add(folder: Path) -> None:
+    (folder / "worker_bootstrap/__pycache__").chmod(0o777)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(empty_all, edit_one, remove_one, put_a_package_before_a_module, put_a_module_before_pythons),
+        *(put_a_folder_in_a_files_place, put_a_link_in_its_place, let_everybody_write, let_everybody_add),
+    ],
+)
+def test_what_is_not_as_it_was_published_is_published_anew(store: Store, damage: Callable[[Path], None]) -> None:
+    """As a power cut leaves it, or somebody who could write there."""
+    folder = publish(store.layout)
+    assert imported_from(folder) == "<class 'worker_bootstrap.store.Store'>"
+    damage(folder)
+    assert publish(store.layout) == folder
+    assert imported_from(folder) == "<class 'worker_bootstrap.store.Store'>"
+    for path in (folder, *folder.rglob("*")):
+        assert not path.is_symlink() and path.stat().st_mode & 0o022 == 0, path
+    before = folder.stat().st_ctime_ns
+    assert publish(store.layout) == folder
+    assert folder.stat().st_ctime_ns == before, "it is sound now"
+
+
+def test_what_runs_from_there_goes_on_while_it_is_published_anew(store: Store) -> None:
+    """Files are replaced, not the folder, and none is missing for a moment."""
+    folder = publish(store.layout)
+    script = "import sys; sys.path.insert(0, sys.argv[1]); import worker_bootstrap.digest; print(flush=True); input()"
+    script += "; import worker_bootstrap.store as s; print(s.Store)"
+    command = [sys.executable, "-I", "-S", "-c", script, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder) as process:
+        assert process.stdout is not None and process.stdout.readline() == "\n"
+        empty_all(folder)
+        inode = folder.stat().st_ino
+        publish(store.layout)
+        assert folder.stat().st_ino == inode
+        assert process.communicate("\n")[0].strip() == "<class 'worker_bootstrap.store.Store'>"
+
+
+def test_byte_code_and_what_was_compiled_are_no_damage(store: Store) -> None:
+    folder = publish(store.layout)
+    assert imported_from(folder)
+    (folder / "compiled-0123abcd").write_bytes(b"kept")
+    assert list((folder / "worker_bootstrap/__pycache__").iterdir())
+    assert publish(store.layout) == folder
+    assert (folder / "compiled-0123abcd").exists()
+    assert list((folder / "worker_bootstrap/__pycache__").iterdir())
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o077])
+def test_it_has_its_modes_whatever_the_umask(store: Store, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        folder = publish(store.layout)
+        assert imported_from(folder)
+    finally:
+        os.umask(before)
+    for path in (folder.parent, folder, *folder.rglob("*")):
+        if path.parent.name != "__pycache__":
+            assert stat.S_IMODE(path.stat().st_mode) == (0o755 if path.is_dir() else 0o644), path
+        assert path.stat().st_mode & 0o022 == 0, path
+
+
+def test_it_is_on_disk_before_it_is_there(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    folder = store.layout.carried(package_digest())
+
+    def fsync(handle: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        assert path == folder.parent or not folder.exists(), path
+        synced.append(path.name)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    publish(store.layout)
+    names = {Path(name).name for name in package_sources()}
+    assert names | {"worker_bootstrap"} <= set(synced) and synced[-1] == "carried"
 
 
 def test_many_may_publish_at_once(store: Store) -> None:

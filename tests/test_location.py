@@ -98,6 +98,18 @@ def test_a_store_that_everybody_can_write_to(tmp_path: Path, mode: int) -> None:
         open_store(store)
 
 
+@pytest.mark.parametrize("name", ["carried", "index", "locks"])
+def test_a_folder_in_it_that_everybody_can_write_to(tmp_path: Path, name: str) -> None:
+    """What lies in ``carried`` is run, like the environments."""
+    store = tmp_path / "store"
+    open_store(store)
+    (store / name).mkdir(exist_ok=True)
+    open_store(store)
+    (store / name).chmod(0o777)
+    with pytest.raises(StoreUntrusted, match=f"everybody can write to .*/{name}"):
+        open_store(store)
+
+
 def test_a_folder_above_that_everybody_can_write_to(tmp_path: Path) -> None:
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o777)

@@ -62,6 +62,7 @@ def _write(path: str, seen: dict[str, dict[Any, Any]]) -> None:
     try:
         data = marshal.dumps(seen)
         with open(aside, "wb") as file:
+            os.fchmod(file.fileno(), 0o644)  # it is run, so nobody else may write to it whatever the umask is
             file.write(zlib.crc32(data).to_bytes(CRC_BYTES, "big") + data)
         os.replace(aside, path)
     except (OSError, ValueError):

@@ -83,6 +83,11 @@ class Layout(NamedTuple):
         return (self.chunks, self.manifests, *built, self.leases, self.locks, self.tmp)
 
     @property
+    def later_folders(self) -> tuple[Path, ...]:
+        """Folders that are made when there is something to put in."""
+        return (self.root / "carried", self.root / "index")
+
+    @property
     def collect_lock(self) -> Path:
         """Shared by whoever adds chunks before their manifest; exclusive for whoever removes chunks without one."""
         return self.locks / "collect.lock"

@@ -122,7 +122,8 @@ def trusted(path: Path) -> Path:
         else:
             _check_folder(path, step, found, is_store=not waiting)
             here = step
-    for folder in Layout(Path(here)).folders:
+    layout = Layout(Path(here))
+    for folder in (*layout.folders, *layout.later_folders):
         with contextlib.suppress(FileNotFoundError):
             _check_folder(path, str(folder), os.lstat(folder), is_store=True)
     return Path(here)
@@ -131,7 +132,7 @@ def trusted(path: Path) -> Path:
 def _check_is_store(root: Path) -> None:
     """Refuse a folder that was there before us and is no store: nothing of ours belongs between somebody's files."""
     layout = Layout(root)
-    ours = {path.name for path in (*layout.folders, layout.version, layout.host_id)}
+    ours = {path.name for path in (*layout.folders, *layout.later_folders, layout.version, layout.host_id)}
     with contextlib.suppress(FileNotFoundError):
         foreign = sorted(set(os.listdir(root)) - ours)
         if foreign and not layout.version.exists():
