@@ -343,10 +343,10 @@ def test_our_code_is_compiled_once_and_for_all(code: str) -> None:
 
 def test_regular_expressions_are_kept_beside_our_code(code: str) -> None:
     started(code)
-    (kept,) = Path(code).glob("patterns-*")
+    (kept,) = Path(code).glob("compiled-*")
     written = kept.stat().st_mtime_ns
     started(code)
-    assert [path.stat().st_mtime_ns for path in Path(code).glob("patterns-*")] == [written]
+    assert [path.stat().st_mtime_ns for path in Path(code).glob("compiled-*")] == [written]
 
 
 def test_byte_code_that_is_cut_short_is_not_kept(code: str) -> None:
