@@ -166,6 +166,26 @@ def test_a_store_on_a_read_only_mount_says_that_it_cannot_be_written_to(bundle: 
         assert found["prefix"] == told["prefix"] and damaged.exists()
 
 
+@needs_mount
+def test_a_store_from_which_nothing_can_be_executed_is_not_used_in_place(bundle: Path, tmp_path: Path) -> None:
+    """Its chunks are, and the environment is built in the user's own."""
+    with tmpfs(tmp_path / "mounted", "size=64m,mode=755") as mounted:
+        told = envship("stage", bundle, "--store", mounted / "store")
+        environment_id = EnvironmentId(told["id"])
+        remount(mounted, "ro,noexec")
+        store = open_store(tmp_path / "own", read_only=[mounted / "store"])
+        assert sound_prefix(store, environment_id) is None
+        assert store.lease(environment_id).is_relative_to(tmp_path / "own")
+        prefix = materialise(store, environment_id)
+        assert prefix.is_relative_to(tmp_path / "own")
+        assert subprocess.run([prefix / "bin/tool"], capture_output=True, check=True).stdout == b"it runs\n"
+        remount(mounted, "exec")
+        assert (
+            str(sound_prefix(open_store(tmp_path / "other", read_only=[mounted / "store"]), environment_id))
+            == (told["prefix"])
+        )
+
+
 AS_USER = """
 import os, subprocess, sys
 from pathlib import Path

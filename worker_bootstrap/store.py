@@ -245,10 +245,14 @@ class Store:
     def built_in(self, environment_id: EnvironmentId) -> Layout | None:
         """The store in which an environment is built and marked ready.
 
-        Our own comes first here: if it was built there as well, one of the others was missing or damaged then.
+        Our own comes first here: if it was built there as well, one of the others was missing or damaged then. One that
+        is mounted noexec is left out, for it can be built in our own.
         """
         for layout in (self.layout, *self.layouts[:-1]):
-            if ready_mark.is_valid(layout.ready(environment_id)) and os.path.isdir(layout.prefix(environment_id)):
+            is_built = ready_mark.is_valid(layout.ready(environment_id)) and os.path.isdir(
+                layout.prefix(environment_id)
+            )
+            if is_built and (layout is self.layout or _can_run(layout)):
                 return layout
         return None
 
@@ -364,6 +368,15 @@ def _is_readable(layout: Layout) -> bool:
         return True
     logger.warning("the store %s is left alone: it is of another version", layout.root)
     return False
+
+
+def _can_run(layout: Layout) -> bool:
+    """Whether programs can be executed from where the environments of a store lie."""
+    with contextlib.suppress(OSError):
+        if os.statvfs(layout.envs).f_flag & os.ST_NOEXEC:
+            logger.info("nothing runs from the store %s: its file system is mounted noexec", layout.root)
+            return False
+    return True
 
 
 def _host_id(layout: Layout) -> str | None:
