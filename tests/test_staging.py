@@ -21,7 +21,7 @@ from click.testing import CliRunner
 
 from envship.bundle import read_bundle
 from envship.cli import main
-from worker_bootstrap import evict, ready_mark, verify
+from worker_bootstrap import evict, ready_mark, staging, verify
 from worker_bootstrap.digest import EnvironmentId
 from worker_bootstrap.errors import StoreError
 from worker_bootstrap.layout import Layout
@@ -96,6 +96,28 @@ def test_whatever_the_umask_everybody_can_read_and_nobody_else_can_write(bundle:
             continue
         assert mode & 0o022 == 0, path
         assert mode & (0o555 if path.is_dir() else 0o444) == (0o555 if path.is_dir() else 0o444), path
+
+
+def test_what_is_evicted_while_a_store_is_opened_is_passed_over(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "store")
+    kept, gone = read_bundle(bundle, store).id, tiny_environment(store, {"gone": b"gone"})
+    for environment_id in (kept, gone):
+        materialise(store, environment_id)
+        assert Lease(store.layout.lease(environment_id)).is_free()
+    look, evicted = os.lstat, []
+
+    def evict_first(path: Any) -> os.stat_result:
+        if not evicted and str(path).startswith(str(store.layout.manifests)):
+            evicted.append(gone)
+            evicted.append(evict.collect(store, 0, keep=[kept], grace_s=0).evicted == (gone,))
+        return look(path)
+
+    monkeypatch.setattr(staging.os, "lstat", evict_first)
+    staging.open_to_everybody(store, kept)
+    assert evicted == [gone, True]
+    assert stat.S_IMODE(store.layout.root.stat().st_mode) == 0o755
 
 
 def test_stage_needs_one_place(bundle: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ only the folder of a store is its owner's alone, until it is opened here.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 
@@ -36,6 +37,7 @@ def open_to_everybody(store: Store, environment_id: EnvironmentId) -> None:
 
 
 def _add_mode(path: str, mode: int) -> None:
-    found = stat.S_IMODE(os.lstat(path).st_mode)
-    if found & mode != mode:
-        os.chmod(path, found | mode)
+    with contextlib.suppress(FileNotFoundError):  # evicted meanwhile
+        found = stat.S_IMODE(os.lstat(path).st_mode)
+        if found & mode != mode:
+            os.chmod(path, found | mode)
