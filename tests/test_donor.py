@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.environments import PLACEHOLDER, Content, environment_of, package_of
-from worker_bootstrap import ready_mark, verify
+from worker_bootstrap import donor, ready_mark, verify
 from worker_bootstrap.digest import EnvironmentId
 from worker_bootstrap.errors import SettingInvalid
 from worker_bootstrap.layout import WRITTEN_AT_NS
@@ -112,6 +114,43 @@ def test_a_symbolic_link_put_in_a_files_place_is_not_taken(store: Store, tmp_pat
     os.utime(one / "bin/tool", ns=(WRITTEN_AT_NS, WRITTEN_AT_NS), follow_symlinks=False)
     other = materialise(store, second, link_mode="hardlink")
     assert not (other / "bin/tool").is_symlink()
+    assert list(verify.damaged_files(store, second)) == []
+
+
+@pytest.mark.parametrize("damage", ["a file", "a link to itself", "a link to nothing"])
+@pytest.mark.parametrize("link_mode", ["auto", "reflink", "hardlink"])
+def test_a_folder_that_is_none_any_more_gives_nothing(store: Store, damage: str, link_mode: str) -> None:
+    first, second = two(store)
+    one = materialise(store, first)
+    (one / "a").rename(store.layout.tmp / "away")
+    if damage == "a file":
+        (one / "a").write_bytes(b"a file")
+    else:
+        (one / "a").symlink_to("a" if damage == "a link to itself" else "nothing")
+    other = materialise(store, second, link_mode=link_mode)
+    assert list(verify.damaged_files(store, second)) == []
+    if link_mode == "hardlink":
+        assert shared(one, other) == {"lib/common", "bin/tool", "lib/edited"}
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EUCLEAN])
+@pytest.mark.parametrize("call", ["lstat", "link"])
+def test_a_disk_that_gives_a_file_away_no_more_is_done_without(
+    store: Store, code: int, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = two(store)
+    one = materialise(store, first)
+    answer = getattr(os, call)
+
+    def refuse(path: str, *arguments: Any, **named: Any) -> Any:
+        if str(path) == f"{one}/lib/common":
+            raise OSError(code, os.strerror(code), str(path))
+        return answer(path, *arguments, **named)
+
+    monkeypatch.setattr(donor.os, call, refuse)
+    other = materialise(store, second, link_mode="hardlink")
+    monkeypatch.undo()
+    assert shared(one, other) == {"bin/tool", "lib/edited", "a/kept"}
     assert list(verify.damaged_files(store, second)) == []
 
 

@@ -27,6 +27,9 @@ LINK_MODES = ("auto", "reflink", "hardlink", "copy")
 DONOR_LIMIT = 4
 """Environments looked at, the last built first: reading a manifest takes some 10 ms."""
 
+NO_SUCH_WAY = frozenset((errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.EXDEV, errno.EPERM))
+"""Answers of a file system that does not share files like that, or of a kernel that does not allow it."""
+
 _FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int), the same on all architectures that Python has wheels for
 
 
@@ -47,7 +50,8 @@ class Donors:
 
     Notes
     -----
-    Safe to use from several threads. A donor that is evicted meanwhile is one that has nothing to give.
+    Safe to use from several threads. A donor that is evicted meanwhile, or damaged in whatever way, is one that has
+    nothing to give.
     """
 
     def __init__(self, sources: Mapping[str, Path], link_mode: str) -> None:
@@ -75,10 +79,9 @@ class Donors:
                 way(source, destination, file)
                 return True
             except OSError as error:
-                if error.errno in (errno.ENOENT, errno.EMLINK):
+                if error.errno not in NO_SUCH_WAY:
+                    # Of this file, evicted or damaged, or of where it is to lie: whoever writes it there finds out.
                     return False
-                if error.errno not in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.EXDEV, errno.EPERM):
-                    raise
                 with contextlib.suppress(ValueError):  # another thread found out at the same time
                     self._ways.remove(way)
         return False
