@@ -6,6 +6,7 @@ commands are read, and what they call is run.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -86,32 +87,58 @@ def assert_runs(store: Path, own: Path) -> Path:
 
 def test_slurm_prolog(bundle: Path, opt: Path, tmp_path: Path) -> None:
     """Jobs that begin at the same time wait for one another; a job does not fail for a bundle that is not there."""
-    places = {
-        "/net/apps/analysis.envship": bundle,
-        "/opt/envship": opt / "envship",
-        "/run/envship-stage.lock": tmp_path / "stage.lock",
-    }
-    script = tmp_path / "envship.sh"
-    script.write_text(at(places, recipe("Slurm prolog", "bash")))
-    script.chmod(0o755)
-    variables = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
-    jobs = [subprocess.Popen([script], env=variables, stderr=subprocess.PIPE) for _ in range(2)]
+    places = slurm_places(opt, tmp_path)
+    prolog = script_of(recipe("Slurm prolog", "bash"), {**places, "/net/apps/analysis.envship": bundle}, tmp_path)
+    jobs = [subprocess.Popen([prolog], env={}, stderr=subprocess.PIPE, cwd="/") for _ in range(2)]
     assert [job.communicate()[1] for job in jobs] == [b""] * 2
     assert [job.returncode for job in jobs] == [0] * 2
     prefix = assert_runs(opt / "envship", tmp_path / "own")
     bundle.unlink()
-    done = run([str(script)])
-    assert done.returncode == 0 and "analysis.envship" in done.stderr
+    done = subprocess.run([prolog], env={}, capture_output=True, text=True, check=True, cwd="/")
+    assert "analysis.envship" in done.stderr
+    assert prefix.exists()
 
-    (epilog,) = re.findall(r"`(envship gc --store /opt/envship --unused 30d)`", PAGE.read_text(encoding="utf-8"))
-    epilog = at({"/opt/envship": opt / "envship"}, epilog)
-    assert run(["sh", "-c", epilog]).returncode == 0
+
+def test_slurm_epilog(bundle: Path, opt: Path, tmp_path: Path) -> None:
+    """What was used lately stays, and all of it while a job is being prepared."""
+    places = slurm_places(opt, tmp_path)
+    epilog = script_of(recipe("Slurm epilog", "bash"), places, tmp_path)
+    assert run(["envship", "stage", str(bundle), "--store", str(opt / "envship")]).returncode == 0
+    prefix = assert_runs(opt / "envship", tmp_path / "own")
+    assert_silent(epilog)
     assert prefix.exists()
     for folder in ("manifests", "ready", "leases", "chunks"):
         for path in (opt / "envship" / folder).rglob("*"):
             os.utime(path, (time.time() - 31 * 86400,) * 2)
-    assert run(["sh", "-c", epilog]).returncode == 0
+    with open(places["/run/envship-stage.lock"], "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waiting = subprocess.Popen([epilog], env={}, cwd="/")
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(1)
+        assert prefix.exists()
+    assert waiting.wait(60) == 0
     assert not prefix.exists()
+
+
+def slurm_places(opt: Path, tmp_path: Path) -> dict[str, Path]:
+    return {
+        "/usr/local/bin": BIN,
+        "/opt/envship": opt / "envship",
+        "/run/envship-stage.lock": tmp_path / "stage.lock",
+    }
+
+
+def script_of(text: str, places: Mapping[str, Path], folder: Path) -> Path:
+    script = folder / "envship.sh"
+    script.write_text(at(places, text))
+    script.chmod(0o755)
+    return script
+
+
+def assert_silent(script: Path) -> None:
+    """As Slurm runs it: with no environment at all."""
+    done = subprocess.run([script], env={}, capture_output=True, text=True, check=False, cwd="/")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_container_image(bundle: Path, opt: Path, tmp_path: Path) -> None:
