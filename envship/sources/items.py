@@ -233,7 +233,7 @@ def with_byte_code(items: Iterable[Item], library: str, cache_tag: str) -> Itera
         if not isinstance(treatment, (Own, Recorded)) or getattr(treatment, "relocation", None) is not None:
             continue
         path = _cached(item.path, cache_tag)
-        if len(os.fsencode(os.path.basename(path))) > NAME_LIMIT_BYTES:
+        if len(os.path.basename(path).encode("utf-8", "surrogateescape")) > NAME_LIMIT_BYTES:
             continue
         yield CodeItem(
             path=path,
