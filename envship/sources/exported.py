@@ -8,7 +8,6 @@ left out. See also `envship.sources.venv`, for the environments that it is expor
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,13 +17,11 @@ from envship.sources.base import base_draft, base_roots
 from envship.sources.distributions import is_byte_code, read_distributions
 from envship.sources.draft import Draft, FileItem, Item, Plan
 from envship.sources.installed import distribution_draft, path_file_drafts
-from envship.sources.interpreter import Interpreter, ask
+from envship.sources.interpreter import ask, check_is_whole
 from envship.sources.items import Collector, with_byte_code
-from envship.sources.path_files import is_inside
 from envship.sources.projects import without_leavings
 from envship.sources.tree import Found, Root, Trees
 from envship.sources.unpacked import Unpacked, read_exported
-from worker_bootstrap.errors import NotAnEnvironment
 
 _LEFT_OUT = re.compile(r"conda-meta/(?:history|state)|(?:.*/)?(?:CACHEDIR\.TAG|\.DS_Store|[^/]*\.log|[^/]*~)")
 """What the export added, caches and logs."""
@@ -42,7 +39,7 @@ def plan_exported(prefix: Path, trees: Trees, options: PackOptions, is_archive: 
     """
     executable = prefix / "bin" / "python"
     interpreter = ask(str(executable), str(prefix), libraries=True)
-    _check_is_whole(prefix, interpreter)
+    check_is_whole(str(prefix), interpreter)
     library = f"lib/python{interpreter.short_version}"
     for root in base_roots(interpreter):
         trees.walk(root)
@@ -68,13 +65,6 @@ def plan_exported(prefix: Path, trees: Trees, options: PackOptions, is_archive: 
         ],
         problems=collector.settle(str(prefix), []),
     )
-
-
-def _check_is_whole(prefix: Path, interpreter: Interpreter) -> None:
-    parts = (interpreter.stdlib, interpreter.platstdlib, interpreter.executable, *interpreter.site)
-    outside = [part for part in parts if not is_inside(os.path.realpath(part), [os.path.realpath(prefix)])]
-    if outside:
-        raise NotAnEnvironment(str(prefix), f"its interpreter needs {outside[0]}, which is not in it")
 
 
 def _with_placeholders(draft: Draft, before: Unpacked) -> Draft:

@@ -11,6 +11,7 @@ import re
 import subprocess
 from typing import NamedTuple
 
+from envship.sources.path_files import is_inside
 from worker_bootstrap.errors import NotAnEnvironment
 from worker_bootstrap.interpreter import platform_name
 
@@ -120,6 +121,20 @@ def ask(executable: str, prefix: str, *, libraries: bool = False) -> Interpreter
             prefix, f"its interpreter, CPython {answer.version}, is free-threaded: not supported yet"
         )
     return answer
+
+
+def check_is_whole(prefix: str, interpreter: Interpreter) -> None:
+    """Refuse a prefix whose interpreter has its library, or packages, elsewhere: an archive does not bring them along.
+
+    Raises
+    ------
+    NotAnEnvironment
+        If so.
+    """
+    parts = (interpreter.stdlib, interpreter.platstdlib, interpreter.executable, *interpreter.site)
+    outside = [part for part in parts if not is_inside(os.path.realpath(part), [os.path.realpath(prefix)])]
+    if outside:
+        raise NotAnEnvironment(prefix, f"its interpreter needs {outside[0]}, which is not in it")
 
 
 def clean_environ() -> dict[str, str]:

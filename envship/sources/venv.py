@@ -17,9 +17,8 @@ from envship.sources.base import base_draft, base_roots
 from envship.sources.distributions import Distribution, is_byte_code, read_distributions
 from envship.sources.draft import Draft, Item, Plan
 from envship.sources.installed import distribution_draft, missing_files, path_file_drafts
-from envship.sources.interpreter import Interpreter, ask
+from envship.sources.interpreter import Interpreter, ask, check_is_whole
 from envship.sources.items import Collector, with_byte_code
-from envship.sources.path_files import is_inside
 from envship.sources.projects import without_leavings
 from envship.sources.tree import Found, Root, Trees
 from worker_bootstrap.errors import NotAnEnvironment
@@ -54,7 +53,7 @@ def plan_venv(prefix: Path, trees: Trees, options: PackOptions, is_archive: bool
         raise NotAnEnvironment(str(prefix), "the interpreter that it was made with is gone")
     interpreter = ask(str(executable), str(prefix), libraries=True)
     if is_archive:
-        _check_is_whole(prefix, interpreter)
+        check_is_whole(str(prefix), interpreter)
     library = f"lib/python{interpreter.short_version}"
     for root in base_roots(interpreter):
         trees.walk(root)
@@ -83,14 +82,6 @@ def plan_venv(prefix: Path, trees: Trees, options: PackOptions, is_archive: bool
         ],
         problems=ignored,
     )
-
-
-def _check_is_whole(prefix: Path, interpreter: Interpreter) -> None:
-    """Refuse an archive whose interpreter has its library, or packages, elsewhere: on the machine that unpacks it."""
-    parts = (interpreter.stdlib, interpreter.platstdlib, interpreter.executable, *interpreter.site)
-    outside = [part for part in parts if not is_inside(os.path.realpath(part), [os.path.realpath(prefix)])]
-    if outside:
-        raise NotAnEnvironment(str(prefix), f"its interpreter needs {outside[0]}, which is not in it")
 
 
 def _installed(
