@@ -108,6 +108,8 @@ def test_an_exported_venv_is_the_same_packed_again_and_runs(store: Store, tmp_pa
     assert pack(archive, store=store).id == environment.id
     prefix = unpack(archive, tmp_path / "some" / "where")
     assert pack(prefix, store=store).id == environment.id
+    (tmp_path / "link").symlink_to(prefix)
+    assert pack(tmp_path / "link", store=store).id == environment.id
     says(f"PATH={prefix}/bin:$PATH; conda-unpack")
     (prefix / "share" / "app.log").write_text("left out")
     assert pack(prefix, store=store).id == environment.id

@@ -37,6 +37,9 @@ def plan_exported(prefix: Path, trees: Trees, options: PackOptions, is_archive: 
     SourceProblems
         If something in it cannot be packed. Files that packages miss were missing, or left out, before the export.
     """
+    if prefix.is_symlink():
+        trees.walk(Root(str(prefix)))  # where it leads is part of what was seen
+        prefix = prefix.resolve()
     executable = prefix / "bin" / "python"
     interpreter = ask(str(executable), str(prefix), libraries=True)
     check_is_whole(str(prefix), interpreter)
