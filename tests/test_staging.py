@@ -120,6 +120,25 @@ def test_what_is_evicted_while_a_store_is_opened_is_passed_over(
     assert stat.S_IMODE(store.layout.root.stat().st_mode) == 0o755
 
 
+def test_a_store_that_was_opened_is_open_on_disk(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path / "store")
+    environment_id = read_bundle(bundle, store).id
+    materialise(store, environment_id)
+
+    def modes() -> list[int]:
+        paths = (store.layout.root, *sorted(store.layout.root.iterdir()))
+        return [stat.S_IMODE(path.lstat().st_mode) for path in paths]
+
+    synced: list[list[int]] = []
+    monkeypatch.setattr(staging, "sync_file_system", lambda path: synced.append(modes()))
+    closed = modes()
+    staging.open_to_everybody(store, environment_id)
+    assert synced == [modes()]
+    assert closed != modes()
+    staging.open_to_everybody(store, environment_id)
+    assert len(synced) == 1  # nothing was to be done
+
+
 def test_stage_needs_one_place(bundle: Path, tmp_path: Path) -> None:
     for more in ([], ["--store", str(tmp_path / "s"), "--scheduler", "tcp://127.0.0.1:1"]):
         result = CliRunner().invoke(main, ["stage", str(bundle), *more])

@@ -77,6 +77,7 @@ def _compile(source: str) -> None:
         py_compile.compile(source, aside, doraise=True)
         with open(aside, "rb") as file:
             marshal.loads(file.read()[HEADER_BYTES:])
+            os.fsync(file.fileno())  # after a power cut nobody compares it with anything
         os.replace(aside, compiled)
     except BaseException:
         with contextlib.suppress(OSError):
