@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import pkgutil
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 import worker_bootstrap
+from envship.cli.machines import bare_environ
 
 from .interpreters import OLDEST_MINOR, makes_venvs, other_minors
 
@@ -142,3 +144,36 @@ def test_every_module_imports_where_only_distributed_is(python: str, base_venv: 
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "zlib raw\n"
+
+
+# -- on every Python that the client's side is for
+
+IMPORT_EVERYTHING = """
+import importlib, pkgutil
+import envship, worker_bootstrap
+for package in (envship, worker_bootstrap):
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+"""
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("minor", [10, 11, 12, 13])
+def test_the_client_side_installs_imports_and_packs(minor: int, tmp_path: Path) -> None:
+    python = sys.executable if minor == sys.version_info.minor else other_minors().get(minor)
+    if python is None or not makes_venvs(python):
+        pytest.skip(f"there is no Python 3.{minor} here that makes venvs")
+    venv = tmp_path / "venv"
+    subprocess.run([python, "-m", "venv", venv], check=True)
+    subprocess.run([venv / "bin/python", "-m", "pip", "install", "-q", PACKAGE.parent], check=True, capture_output=True)
+    subprocess.run(
+        [venv / "bin/python", "-W", "error::SyntaxWarning", "-c", IMPORT_EVERYTHING], check=True, cwd=tmp_path
+    )
+    environ = {**bare_environ(), "ENVSHIP_STORE": str(tmp_path / "store")}
+    packed = subprocess.run(
+        [venv / "bin/envship", "pack", venv, "--json"], env=environ, capture_output=True, text=True, check=False
+    )
+    assert packed.returncode == 0, packed.stderr
+    assert json.loads(packed.stdout)["versions"]["python"].startswith(f"3.{minor}.")
