@@ -9,15 +9,25 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from envship.cli.machines import write_wheel
+from envship.sources.tree import is_settled
 from worker_bootstrap.manifest import Relocation
 from worker_bootstrap.relocate import PLACEHOLDER, relocate, restore
 
+from .cluster import eventually
+
+BESIDE = Path(__file__).parents[2] / "shared" / "conda" / "channel"
+CHANNEL = os.environ.get("ENVSHIP_TEST_CHANNEL") or (str(BESIDE) if BESIDE.is_dir() else "")
+"""A real conda channel, a URL or a folder of packages: the one that is named, or lies beside the checkout; else ""."""
+NEEDS_CHANNEL = pytest.mark.skipif(not CHANNEL, reason="ENVSHIP_TEST_CHANNEL names no conda channel")
 ONLYHERE = '''"""Only in the packed environment."""
 
 
@@ -42,6 +52,16 @@ def install(prefix: Path, *arguments: str, python: str = "python") -> None:
     """
     pip = [sys.executable, "-m", "pip", "--python", str(prefix / "bin" / python), "--disable-pip-version-check"]
     subprocess.run([*pip, "install", "-q", "--no-index", "--no-deps", *arguments], check=True)
+
+
+def settle(prefix: Path) -> None:
+    """Wait until everything in *prefix* is old enough for its time stamps to be believed."""
+
+    def looks_settled() -> bool:
+        now_ns = time.time_ns()
+        return all(is_settled(path.lstat(), now_ns) for path in prefix.rglob("*"))
+
+    eventually(looks_settled, f"{prefix} is old enough")
 
 
 def onlyhere_wheel(folder: Path, version: str = "1.0", source: str = ONLYHERE) -> Path:

@@ -11,12 +11,25 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Union
+
+import pytest
+
+REPLAY_MARKS = [
+    pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace"),
+    pytest.mark.skipif(
+        shutil.which("strace") is not None
+        and subprocess.run(["strace", "-qq", "true"], capture_output=True, check=False).returncode != 0,
+        reason="tracing is not allowed here",
+    ),
+]
+"""For every module that records runs."""
 
 SYNCS = ("fsync", "fdatasync", "syncfs", "sync")
 CALLS = (

@@ -1,13 +1,11 @@
-"""Environments from a real conda channel, where there is one: ``ENVSHIP_TEST_CHANNEL``, a URL or a folder of packages.
+"""Environments from a real conda channel, where `prefixes.CHANNEL` is one.
 
-Without it, a folder ``shared/conda/channel`` beside the checkout is one. It has to hold ``python``, ``numpy`` and
-``distributed``. Everything that these tests look at is also looked at with the packages that `conda_packages` makes;
-here it is with compiled ones that others built.
+It has to hold ``python``, ``numpy`` and ``distributed``. Everything that these tests look at is also looked at with the
+packages that `conda_packages` makes; here it is with compiled ones that others built.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -24,10 +22,8 @@ from worker_bootstrap.verify import damaged_files
 
 from .byte_code import compiled
 from .contents import all_entries
-from .prefixes import clone_of, conda_environments, said
+from .prefixes import CHANNEL, NEEDS_CHANNEL, clone_of, conda_environments, said
 
-BESIDE = Path(__file__).parents[2] / "shared" / "conda" / "channel"
-CHANNEL = os.environ.get("ENVSHIP_TEST_CHANNEL") or (str(BESIDE) if BESIDE.is_dir() else "")
 AUTHORITY = Path(__file__).parent / "tls" / "cert.pem"
 SPECS = ("python 3.11.*", "numpy", "distributed", "importlib-metadata")
 IMPORTS = """
@@ -42,7 +38,7 @@ print(numpy.arange(4).sum())
 
 pytestmark = [
     pytest.mark.timeout(600),
-    pytest.mark.skipif(not CHANNEL, reason="ENVSHIP_TEST_CHANNEL names no conda channel"),
+    NEEDS_CHANNEL,
 ]
 
 

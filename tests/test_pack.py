@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import dask
@@ -22,7 +21,7 @@ from worker_bootstrap.store import Store
 
 from .contents import contents, package
 from .environments import tiny_environment
-from .prefixes import onlyhere_wheel, small_venv
+from .prefixes import onlyhere_wheel, settle, small_venv
 
 SITE = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
 
@@ -31,7 +30,7 @@ SITE = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packag
 def mine(tmp_path: Path) -> Path:
     """A venv to change, old enough for its time stamps to be believed."""
     prefix = small_venv(tmp_path / "env", [onlyhere_wheel(tmp_path)])
-    time.sleep(0.1)
+    settle(prefix)
     return prefix
 
 
@@ -68,7 +67,7 @@ def test_of_an_unchanged_environment_no_file_is_opened(
 ) -> None:
     """Below the prefix, that is, and but for conda-meta; nor is another process started, which could."""
     prefix = {"venv": mine, "conda": conda_pair[0]}[kind]
-    time.sleep(0.1)
+    settle(prefix)
     first = pack(prefix, store=shared_store)
 
     def seen() -> tuple[str, list[tuple[str, str]]]:

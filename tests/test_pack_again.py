@@ -18,7 +18,7 @@ from worker_bootstrap.store import Store
 from worker_bootstrap.verify import damaged_chunks
 
 from .contents import all_entries, contents, package
-from .prefixes import copy_of, install, onlyhere_wheel, rename_module
+from .prefixes import copy_of, install, onlyhere_wheel, rename_module, settle
 
 SITE = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
 SHARED = f"{SITE}/libmini/__init__.py"
@@ -48,7 +48,7 @@ def packed_twice(prefix: Path, store: Store, options: PackOptions = NO_OPTIONS) 
 
 def packed_once(prefix: Path, store: Store, options: PackOptions = NO_OPTIONS) -> None:
     """Pack when everything is old enough for its time stamps to be believed."""
-    time.sleep(0.1)
+    settle(prefix)
     pack(prefix, store=store, options=options)
 
 

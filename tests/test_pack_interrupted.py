@@ -30,7 +30,7 @@ from worker_bootstrap.store import Store
 from worker_bootstrap.verify import damaged_chunks
 
 from .contents import contents, package
-from .prefixes import onlyhere_wheel, small_venv
+from .prefixes import onlyhere_wheel, settle, small_venv
 
 SITE = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
 TIMEOUT_S = 100
@@ -125,7 +125,7 @@ def test_a_pack_that_knows_everything_reads_the_chunks_that_a_power_cut_may_have
     mine: Path, store: Store, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     """The index and the manifest came to the disk, and of the chunks a part: nobody has to ask twice."""
-    time.sleep(0.1)  # until time stamps are old enough to be believed
+    settle(mine)
     first = pack(mine, store=store)
     for path in sorted(chunks(store))[::2]:
         os.truncate(path, path.stat().st_size - 1)

@@ -35,16 +35,9 @@ from worker_bootstrap.verify import damaged_chunks, damaged_files
 
 from .environments import EVERY_KIND, environment_of, package_of
 from .filesystems import in_memory
-from .replay import KEEPS, NOTHING, SYNCS, Call, Disk, Opened, record, without
+from .replay import KEEPS, NOTHING, REPLAY_MARKS, SYNCS, Call, Disk, Opened, record, without
 
-pytestmark = [
-    pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace"),
-    pytest.mark.skipif(
-        shutil.which("strace") is not None
-        and subprocess.run(["strace", "-qq", "true"], capture_output=True, check=False).returncode != 0,
-        reason="tracing is not allowed here",
-    ),
-]
+pytestmark = REPLAY_MARKS
 
 CODE = str(Path(ready_mark.__file__).parents[1])
 HEAD = f"""

@@ -14,8 +14,9 @@ import pytest
 from worker_bootstrap import quick_import
 
 from .filesystems import in_memory
-from .replay import KEEPS, SYNCS, Call, Disk, record, without
-from .test_power_cut import pytestmark  # noqa: F401
+from .replay import KEEPS, REPLAY_MARKS, SYNCS, Call, Disk, record, without
+
+pytestmark = REPLAY_MARKS
 
 SOURCES = Path(quick_import.__file__).parent
 PROGRAM = f"""

@@ -15,14 +15,13 @@ from worker_bootstrap.errors import IncompatibleEnvironment
 from worker_bootstrap.store import Store
 
 from .cluster import SWAP_MARKS, Cluster
-from .prefixes import conda_environments
-from .test_conda_channel import CHANNEL
+from .prefixes import CHANNEL, NEEDS_CHANNEL, conda_environments
 
 pytestmark = [
     *SWAP_MARKS,
     pytest.mark.heavy,
     pytest.mark.timeout(600),
-    pytest.mark.skipif(not CHANNEL, reason="ENVSHIP_TEST_CHANNEL names no conda channel"),
+    NEEDS_CHANNEL,
 ]
 
 MINORS = ("3.11", "3.13")
