@@ -1,9 +1,9 @@
 """Makes byte code that depends on nothing but source and interpreter. Run by the environment's own interpreter.
 
 A JSON object on a line of standard input, and the text of the module after it, ask for one module: its file may have
-changed by now. The answer on standard output is four bytes of length (big-endian), a byte (``C`` compiled, ``R``
-reused), and the file; length 0 where there is none. Standard library only, Python 3.9 and later. See
-`envship.bytecode`, which starts it.
+changed by now. With ``cached``, for what lies on disk already; without, for what the compiler makes. The answer on
+standard output is four bytes of length (big-endian), and the file; length 0 where there is none. Standard library only,
+Python 3.9 and later. See `envship.bytecode`, which starts it.
 
 What varies from one compilation to the next, and why it does not here: the header is the hash of the source (PEP 552);
 the file name in code objects is the one asked for; marshal writes an object once, and refers to it afterwards, if more
@@ -14,6 +14,7 @@ on what else the process has done. Here no two constants are one, and all names 
 from __future__ import annotations
 
 import _imp
+import gc
 import hashlib
 import importlib.util
 import json
@@ -34,32 +35,35 @@ STABLE_SETS = sys.version_info >= (3, 11)
 
 
 def main() -> None:
+    gc.disable()  # code objects are no cycles
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     greeting = json.dumps({"magic": importlib.util.MAGIC_NUMBER.hex(), "tag": sys.implementation.cache_tag})
     answers.write(greeting.encode() + b"\n")
     answers.flush()
     for line in requests:
         request = json.loads(line)
-        kind, data = answer(request, requests.read(request["size_bytes"]))
-        answers.write(len(data).to_bytes(4, "big") + (kind + data if data else b""))
+        data = answer(request, requests.read(request["size_bytes"]))
+        answers.write(len(data).to_bytes(4, "big") + data)
         answers.flush()
 
 
-def answer(request: Request, source: bytes) -> tuple[bytes, bytes]:
-    """The kind of result, and the bytes of the file (none if the source cannot be compiled)."""
+def answer(request: Request, source: bytes) -> bytes:
+    """The bytes of the file; none if the source cannot be compiled, or what lies on disk cannot be reused."""
     # Interned, as some versions of the compiler do by themselves with names of files.
     name = sys.intern(request["name"])
-    code = reusable(request, source)
-    kind = b"R"
-    if code is None:
-        kind = b"C"
-        try:
-            code = compile(source, name, "exec", dont_inherit=True, optimize=0)
-        except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError):
-            return kind, b""
-        # Written and read once, as code that was found on disk has been, so that both have the same shape.
-        code = marshal.loads(marshal.dumps(code))
-    return kind, header(source) + canonical(code, name)
+    code = reusable(request, source) if "cached" in request else compiled(source, name)
+    return b"" if code is None else header(source) + canonical(code, name)
+
+
+def compiled(source: bytes, name: str) -> types.CodeType | None:
+    """The code object of *source*, or None."""
+    try:
+        code = compile(source, name, "exec", dont_inherit=True, optimize=0)
+    except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError):
+        return None
+    # Written and read once, as code that was found on disk has been, so that both have the same shape.
+    read: types.CodeType = marshal.loads(marshal.dumps(code))
+    return read
 
 
 def header(source: bytes) -> bytes:

@@ -11,8 +11,10 @@ import hashlib
 import json
 import os
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from envship.sources.draft import CodeItem
 from envship.sources.interpreter import clean_environ
@@ -69,24 +71,15 @@ class Compiler:
         NotAnEnvironment
             If the interpreter died.
         """
-        path = self._kept_path(item, source)
-        with contextlib.suppress(OSError):
-            return _checked(path.read_bytes())
-        request = {
-            "size_bytes": len(source),
+        request = {"size_bytes": len(source), "name": item.module_path}
+        on_disk = {
             # As bytes: the interpreter may take names of files for another encoding than this one does.
             "cached": os.fsencode(item.cached).decode("latin-1"),
-            "name": item.module_path,
             "mtime": item.node.st_mtime_ns // 1_000_000_000,
             "source_digest": item.source_digest,
             "cached_digest": item.cached_digest,
         }
-        kind, data = self._ask(json.dumps(request).encode() + b"\n" + source)
-        if kind == b"C" and data:
-            # Losing it to a full disk costs time only.
-            with contextlib.suppress(OSError):
-                publish(path, hashlib.sha256(data).digest() + data, self.tmp, sync=False)
-        return data or None
+        return self._ask({**request, **on_disk}, source) or self._compiled(item, source, request) or None
 
     def close(self) -> None:
         """End the process. Idempotent."""
@@ -105,18 +98,29 @@ class Compiler:
     ) -> None:
         self.close()
 
+    def _compiled(self, item: CodeItem, source: bytes, request: Mapping[str, Any]) -> bytes:
+        """What the compiler makes, or made of the same source before."""
+        path = self._kept_path(item, source)
+        with contextlib.suppress(OSError):
+            return _checked(path.read_bytes())
+        data = self._ask(request, source)
+        if data:
+            # Losing it to a full disk costs time only.
+            with contextlib.suppress(OSError):
+                publish(path, hashlib.sha256(data).digest() + data, self.tmp, sync=False)
+        return data
+
     def _kept_path(self, item: CodeItem, source: bytes) -> Path:
         module_path = item.module_path.encode("utf-8", "surrogateescape")
         name = digest_of(b"\0".join((_FORM, self.magic.encode(), module_path, source)))
         return self.kept / name[:2] / name
 
-    def _ask(self, request: bytes) -> tuple[bytes, bytes]:
+    def _ask(self, request: Mapping[str, Any], source: bytes) -> bytes:
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
-            self._process.stdin.write(request)
+            self._process.stdin.write(json.dumps(request).encode() + b"\n" + source)
             self._process.stdin.flush()
-            size_bytes = int.from_bytes(self._read(4), "big")
-            return (self._read(1), self._read(size_bytes)) if size_bytes else (b"C", b"")
+            return self._read(int.from_bytes(self._read(4), "big"))
         except (BrokenPipeError, EOFError) as error:
             raise NotAnEnvironment(self.interpreter, "its interpreter died while it compiled") from error
 

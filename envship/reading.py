@@ -14,6 +14,9 @@ from envship.chunking import LIMIT_BYTES
 from envship.large_files import LargeContent, large_content
 from envship.sources.draft import CodeItem, FileItem, Plan
 
+_HELD_BYTES = 4 << 20
+"""So much text of modules is held until it is asked for a second time: in a folder, its byte code stands together."""
+
 
 class Reader:
     """Reads the items of one plan. Safe to use from several threads; a context manager.
@@ -26,16 +29,20 @@ class Reader:
         One line for every file that may not work elsewhere.
     changed
         Absolute paths of files that turned out to have changed since the walk.
+    held_bytes
+        Text of modules that has been read and will be asked for again.
     """
 
     def __init__(self, plan: Plan, kept: Path, tmp: Path) -> None:
         self.problems: list[str] = []
         self.doubts: list[str] = []
         self.changed: list[str] = []
+        self.held_bytes = 0
         self._plan = plan
         self._kept = kept
         self._tmp = tmp
         self._compilers: dict[int, Compiler] = {}
+        self._held: dict[str, bytes] = {}
         self._lock = threading.Lock()
 
     def __enter__(self) -> Reader:
@@ -49,7 +56,7 @@ class Reader:
 
     def content(self, item: FileItem) -> Content | None:
         """The canonical content of a file; None, and a problem, if it cannot be read."""
-        data = self._read(item)
+        data = self._text(item) if item.path.endswith(".py") else self._read(item)
         if data is None:
             return None
         content = item.treatment(data)
@@ -59,7 +66,7 @@ class Reader:
 
     def byte_code(self, item: CodeItem) -> bytes | None:
         """The byte code of a module; None if it has none, or names the prefix."""
-        source = self._read(item)
+        source = self._text(item)
         if source is None or names_prefix(source, self._plan.prefixes):
             return None
         return self._compiler().make(item, source)
@@ -87,6 +94,23 @@ class Reader:
             self.changed.append(item.origin)
         else:
             self.problems.append(f"{item.path} cannot be read: {error.strerror}")
+
+    def _text(self, item: FileItem | CodeItem) -> bytes | None:
+        """The text of a module, which is wanted twice, as a file and for its byte code, and read once."""
+        with self._lock:
+            text = self._held.pop(item.origin, None)
+            if text is not None:
+                self.held_bytes -= len(text)
+                return text
+        text = self._read(item)
+        if text is not None:
+            with self._lock:
+                if self.held_bytes + len(text) > _HELD_BYTES:
+                    self._held.clear()
+                    self.held_bytes = 0
+                self.held_bytes += len(text) - len(self._held.get(item.origin, b""))
+                self._held[item.origin] = text
+        return text
 
     def _read(self, item: FileItem | CodeItem) -> bytes | None:
         try:

@@ -15,9 +15,10 @@ import pytest
 
 from envship import _bytecode_worker
 from envship.bytecode import Compiler
+from envship.canonical import Verbatim
 from envship.code_ahead import CodeAhead
 from envship.reading import Reader
-from envship.sources.draft import CodeItem, Plan
+from envship.sources.draft import CodeItem, FileItem, Plan
 from worker_bootstrap.errors import NotAnEnvironment
 
 SOURCE = '''"""A docstring with a word."""
@@ -182,3 +183,34 @@ def test_byte_code_that_is_asked_for_ahead_is_that_of_each_module_in_turn(tmp_pa
             assert next(code.each(items)) is None
         assert list(CodeAhead(reader).each(items)) == expected
     assert reader.problems == []
+
+
+@pytest.mark.parametrize("code_first", [True, False])
+def test_the_text_of_a_module_is_read_once(code_first: bool, module: Path, tmp_path: Path) -> None:
+    """Its file and its byte code are of one moment, then; of a third use, they would not be."""
+    plan = Plan(str(tmp_path), (str(tmp_path),), sys.executable, "", "", {}, (), ())
+    code, file = item(module), FileItem("module.py", str(module), module.stat(), Verbatim())
+    with Reader(plan, tmp_path / "kept", tmp_path) as reader:
+        first, second = (reader.byte_code, code), (reader.content, file)
+        if not code_first:
+            first, second = second, first
+        assert first[0](first[1]) is not None  # type: ignore[operator]
+        module.unlink()
+        assert second[0](second[1]) is not None  # type: ignore[operator]
+        assert reader.changed == []
+        assert first[0](first[1]) is None  # type: ignore[operator]
+        assert reader.changed == [str(module)]
+
+
+def test_only_so_much_text_of_modules_is_held(tmp_path: Path) -> None:
+    """However large the folder: what is not held any more is read again."""
+    paths = [tmp_path / f"module{number}.py" for number in range(12)]
+    for path in paths:
+        path.write_text(f"# {'x' * (1 << 20)}\nname = {path.name!r}\n")
+    plan = Plan(str(tmp_path), (str(tmp_path),), sys.executable, "", "", {}, (), ())
+    with Reader(plan, tmp_path / "kept", tmp_path) as reader:
+        assert all(reader.byte_code(item(path)) for path in paths)
+        assert 0 < reader.held_bytes <= 4 << 20
+        for path in paths:
+            content = reader.content(FileItem(path.name, str(path), path.stat(), Verbatim()))
+            assert content is not None and content.data == path.read_bytes()
