@@ -94,8 +94,12 @@ class Layout(NamedTuple):
 
     def chunk(self, digest: Digest, suffix: str) -> Path:
         """Path of a chunk stored with the codec whose file suffix is *suffix* (``.zst``, ``.zlib``, ``.raw``)."""
+        return Path(self.chunk_name(digest, suffix))
+
+    def chunk_name(self, digest: Digest, suffix: str) -> str:
+        """The same as text, for who asks for thousands."""
         name = _checked(digest)
-        return self.root / f"chunks/{name[:2]}/{name}{suffix}"
+        return f"{self.root}/chunks/{name[:2]}/{name}{suffix}"
 
     def manifest(self, environment_id: EnvironmentId) -> Path:
         return self.manifests / (_checked(environment_id) + ".json")

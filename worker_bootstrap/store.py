@@ -262,23 +262,24 @@ class Store:
         return room.f_bavail * room.f_frsize
 
     def _candidates(self, digest: Digest) -> Iterator[tuple[Path, str]]:
-        return ((path, name) for path, name, _ in self._files(digest))
+        files = self._files(digest)
+        return ((layout.chunk(digest, codec.SUFFIXES[name]), name) for layout, name, _ in files)
 
-    def _files(self, digest: Digest) -> Iterator[tuple[Path, str, os.stat_result]]:
-        """Every copy of a chunk that this process can decode: where it lies, its codec, its status."""
+    def _files(self, digest: Digest) -> Iterator[tuple[Layout, str, os.stat_result]]:
+        """Every copy of a chunk that this process can decode: which store has it, its codec, its status."""
         known = codec.available()
         for layout in self.layouts:
             for name in known:
-                path = layout.chunk(digest, codec.SUFFIXES[name])
+                path = layout.chunk_name(digest, codec.SUFFIXES[name])
                 found = _status(path)
                 if found is None:
                     continue
                 if found.st_size == 0 and digest != EMPTY and stat.S_ISREG(found.st_mode):
-                    self._drop(path)  # as a crash of the machine leaves files whose bytes it lost
+                    self._drop(Path(path))  # as a crash of the machine leaves files whose bytes it lost
                 else:
-                    yield path, name, found
+                    yield layout, name, found
 
-    def _find(self, digest: Digest) -> tuple[Path, str, os.stat_result] | None:
+    def _find(self, digest: Digest) -> tuple[Layout, str, os.stat_result] | None:
         return next(self._files(digest), None)
 
     def _is_kept(self, digest: Digest) -> bool:
@@ -289,15 +290,15 @@ class Store:
         file = self._find(digest)
         if file is None:
             return False
-        path, _, found = file
-        if found.st_ctime > ready_mark.booted_at() or self.layout.root not in path.parents:
+        layout, name, found = file
+        if found.st_ctime > ready_mark.booted_at() or layout is not self.layout:
             return True
         try:
             self.read_chunk(digest)
         except ChunkMissing:
             return False
         with contextlib.suppress(OSError):  # dropped for another copy, or evicted just now
-            os.utime(path)
+            os.utime(layout.chunk(digest, codec.SUFFIXES[name]))
         return True
 
     def _read(self, path: Path) -> bytes | None:
@@ -328,7 +329,7 @@ class Store:
             raise unusable_error(error, self.layout.root) from error
 
 
-def _status(path: Path) -> os.stat_result | None:
+def _status(path: str) -> os.stat_result | None:
     """None if there is no such file, or an ailing network mount answers whatever else."""
     try:
         return os.stat(path)

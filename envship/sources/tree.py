@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import marshal
 import operator
 import os
 import stat
@@ -55,6 +56,7 @@ class SlimStatus(NamedTuple):
 
 Status = Union[os.stat_result, SlimStatus]
 _fields_of = operator.attrgetter(*SlimStatus._fields)
+_marking = operator.attrgetter("st_size", "st_mtime_ns", "st_ctime_ns", "st_ino", "st_mode")
 
 
 class Found(NamedTuple):
@@ -89,8 +91,11 @@ class Walk:
 
     @functools.cached_property
     def fingerprint(self) -> bytes:
-        """A digest of all marks."""
-        return hashlib.sha256("".join(self.marks.values()).encode("utf-8", "surrogateescape")).digest()
+        """A digest of what all marks tell; they would take longer to make."""
+        state = hashlib.sha256("\0".join(self.nodes).encode("utf-8", "surrogateescape") + b"\0\0")
+        # In the form without references between objects, which depends on nothing but the numbers.
+        state.update(marshal.dumps(list(map(_marking, self.nodes.values())), 2))
+        return state.digest()
 
 
 class Trees:
@@ -196,7 +201,7 @@ def portable(path: str) -> str:
 
 
 def mark(path: str, node: Status) -> str:
-    """What changes if the file at *path* is replaced or written to."""
+    """What changes if the file at *path* is replaced or written to: the numbers that `_marking` takes."""
     return f"{path}\0{node.st_size} {node.st_mtime_ns} {node.st_ctime_ns} {node.st_ino} {node.st_mode}\0"
 
 
@@ -241,16 +246,17 @@ def _walk(root: Root, slim: bool = False) -> Walk:
                 for entry in entries:
                     is_empty = False
                     name = entry.name
-                    if name in names or relative + name in paths:
+                    path = relative + name
+                    if name in names or path in paths:
                         continue
                     if entry.is_dir(follow_symlinks=False):
-                        waiting.append((relative + name + "/", entry.path))
+                        waiting.append((path + "/", entry.path))
                         continue
                     if root.suffixes and not name.endswith(root.suffixes):
                         continue
                     try:
                         status = entry.stat(follow_symlinks=False)
-                        found[relative + name] = SlimStatus._make(_fields_of(status)) if slim else status
+                        found[path] = SlimStatus._make(_fields_of(status)) if slim else status
                     except FileNotFoundError:
                         # Gone by now: as if it had gone a moment earlier.
                         continue
@@ -263,4 +269,4 @@ def _walk(root: Root, slim: bool = False) -> Walk:
                 # Nothing in it is asked for by name: what cannot be read there is not missed.
                 continue
             unreadable.append(f"{folder} cannot be read: {error.strerror}")
-    return Walk(dict(sorted(found.items())), changed_ns, unreadable)
+    return Walk({path: found[path] for path in sorted(found)}, changed_ns, unreadable)
