@@ -19,8 +19,8 @@ import pytest
 
 from tests.environments import EVERY_KIND, PLACEHOLDER, environment_of, package_of, tiny_environment
 from tests.filesystems import needs_mount, tmpfs
+from worker_bootstrap import blueprint, ready_mark, relocated_code, scratch, verify
 from worker_bootstrap import materialise as module
-from worker_bootstrap import ready_mark, scratch, verify
 from worker_bootstrap.digest import EnvironmentId
 from worker_bootstrap.errors import (
     ChunkMissing,
@@ -490,3 +490,20 @@ def test_a_packed_environment_runs_from_its_new_prefix(
     script = subprocess.run([prefix / "bin/dask", "--version"], capture_output=True, text=True, check=True)
     assert distributed.__version__ in script.stdout
     assert list(verify.damaged_files(store, packed.id)) == []
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_every_folder_has_its_time_also_where_byte_code_was_made_last(
+    processes: int, packed: Environment, client_store: Store, tmp_path: Path
+) -> None:
+    """Or each quick look would look more closely at those."""
+    store = Store(tmp_path / "host", [client_store.layout.root])
+    prefix = materialise(store, packed.id, processes=processes)
+    listings = blueprint.read_listings(packed.manifest, store.read_chunk)
+    entries = (entry for listing in listings for entry in listing.entries)
+    modules = relocated_code.modules_without_code(entries, packed.manifest.python)
+    made = [prefix / module for module in modules]
+    assert made
+    assert all(list((path.parent / "__pycache__").glob(f"{path.stem}.*.pyc")) for path in made)
+    folders = [prefix, *(path for path in prefix.rglob("*") if path.is_dir() and not path.is_symlink())]
+    assert [path for path in folders if path.stat().st_mtime_ns != WRITTEN_AT_NS] == []

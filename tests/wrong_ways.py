@@ -36,7 +36,7 @@ def mark_before_building() -> None:
         prefix.mkdir()
         ready_mark.write(layout.ready(environment_id), layout.tmp, durable=False)
         donors = Donors(donor.find(store, manifest, listings, donor.built(store, manifest)), link_mode)
-        Writer(store, blueprint, donors, str(prefix), str(prefix), work).write()
+        Writer(store, blueprint, donors, str(prefix), str(prefix), work).write(lambda: None)
         soundness.seal(layout, environment_id, blueprint, str(prefix))
         return prefix
 

@@ -163,15 +163,20 @@ def _build(store: Store, environment_id: EnvironmentId, link_mode: str, work: Wo
             "its file system is mounted noexec, so nothing runs from there; put the store elsewhere (ENVSHIP_STORE)"
         )
         raise MaterialiseError(environment_id, str(layout.envs), reason)
+    entries = (entry for listing in listings for entry in listing.entries)
+    modules = relocated_code.modules_without_code(entries, manifest.python)
     scratch = tempfile.mkdtemp(prefix=_scratch_name(environment_id), dir=layout.tmp)
-    try:
-        Writer(store, blueprint, donors, scratch, str(prefix), work).write()
-        entries = (entry for listing in listings for entry in listing.entries)
-        modules = relocated_code.modules_without_code(entries, manifest.python)
+
+    def meanwhile() -> None:
         compiler = relocated_code.compiler_of(scratch, manifest.python, may_run=work.may_run)
         relocated_code.compile_modules(scratch, str(prefix), modules, compiler)
+        soundness.keep_inventory(layout, environment_id, blueprint)
+
+    try:
+        Writer(store, blueprint, donors, scratch, str(prefix), work).write(meanwhile)
+        soundness.set_times(scratch, relocated_code.folders_of(scratch, modules))
         os.chmod(scratch, 0o755)
-        soundness.seal(layout, environment_id, blueprint, scratch)
+        soundness.set_times(scratch, [""])
         os.rename(scratch, prefix)
         ready_mark.write(layout.ready(environment_id), layout.tmp, durable=False)
     except BaseException as error:

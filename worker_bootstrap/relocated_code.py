@@ -54,6 +54,14 @@ def modules_without_code(entries: Iterable[Entry], python: str) -> list[str]:
     ]
 
 
+def folders_of(root: str, modules: Iterable[str]) -> Iterator[str]:
+    """The folders of *root* that compiling *modules* changes."""
+    for folder in {os.path.dirname(module) for module in modules}:
+        yield folder
+        if os.path.isdir(f"{root}/{folder}/__pycache__"):
+            yield f"{folder}/__pycache__"
+
+
 def compiler_of(scratch: str, python: str, *, may_run: bool) -> str | None:
     """What compiles for an environment at *scratch* whose interpreter has the version *python*: that, if it *may_run*.
 

@@ -85,9 +85,18 @@ def _encoded(names: Sequence[str]) -> tuple[bytes, ...]:
 
 def seal(layout: Layout, environment_id: EnvironmentId, blueprint: Blueprint, root: str) -> None:
     """Give all folders below *root* their time, and keep the inventory. Before the ready mark is written."""
-    for path in blueprint.directories:
+    set_times(root, (*blueprint.directories, ""))
+    keep_inventory(layout, environment_id, blueprint)
+
+
+def set_times(root: str, folders: Iterable[str]) -> None:
+    """Give *folders* of *root* (``""`` for itself) the time that says that nothing was added or removed since."""
+    for path in folders:
         os.utime(f"{root}/{path}", ns=(WRITTEN_AT_NS, WRITTEN_AT_NS))
-    os.utime(root, ns=(WRITTEN_AT_NS, WRITTEN_AT_NS))
+
+
+def keep_inventory(layout: Layout, environment_id: EnvironmentId, blueprint: Blueprint) -> None:
+    """Keep the names of everything that building *blueprint* makes."""
     publish(layout.inventory(environment_id), Inventory.of(blueprint).to_bytes(), layout.tmp, sync=False)
 
 

@@ -21,6 +21,7 @@ from worker_bootstrap.donor import Donors, seal
 from worker_bootstrap.errors import ManifestInvalid
 from worker_bootstrap.manifest import Chunk, File, Link
 from worker_bootstrap.relocate import relocate
+from worker_bootstrap.soundness import set_times
 from worker_bootstrap.store import Store
 
 _Share = TypeVar("_Share")
@@ -78,8 +79,13 @@ class Writer:
         self._processes = work.processes if blueprint.file_count + len(blueprint.links) > ALONE_FILES else 1
         self._done_bytes, self._total_bytes = 0, blueprint.size_bytes
 
-    def write(self) -> None:
+    def write(self, meanwhile: Callable[[], None]) -> None:
         """Write everything; once.
+
+        Parameters
+        ----------
+        meanwhile
+            Called when everything is there, while folders are given their times. What it adds is not timed.
 
         Raises
         ------
@@ -98,6 +104,7 @@ class Writer:
         levels = [pile.add(self._make_directories, _parts(level)) for level in _levels(self.blueprint.directories)]
         numbers = dict(zip(map(id, runs), pile.add(self._write_run, runs)))
         links = pile.add(self._write_links, _parts(self.blueprint.links))
+        times = pile.add(self._set_times, _parts(self.blueprint.directories))
         with Crew(pile.do, self._advance, self._processes) as crew:
             for level in levels:
                 _give(crew, level)
@@ -105,6 +112,9 @@ class Writer:
             for hard_link in self.blueprint.hard_links:
                 os.link(self._at(hard_link.target), self._at(hard_link.path), follow_symlinks=False)
             _give(crew, links)
+            for number in times:
+                crew.give(number)
+            meanwhile()
             crew.finish()
 
     def _make_directories(self, paths: Sequence[str]) -> int:
@@ -116,6 +126,10 @@ class Writer:
     def _write_links(self, links: Sequence[Link]) -> int:
         for link in links:
             os.symlink(link.target, self._at(link.path))
+        return 0
+
+    def _set_times(self, paths: Sequence[str]) -> int:
+        set_times(self.scratch, paths)
         return 0
 
     def _write_run(self, run: Run) -> int:
