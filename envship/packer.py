@@ -192,14 +192,14 @@ class Packer:
         root = next((root for root in index.roots if root.path == str(prefix)), None)
         if root is None or self._options.ignore_missing:
             return []
-        nodes, marks = trees.walk(root), trees.marks(root)
+        nodes = trees.walk(root)
         if SCRIPT in nodes:
             return []
         found = [
             each
             for each in index.known.whole
             if each.package.name != "python"
-            and fingerprint_of(each.paths, marks) == each.fingerprint
+            and fingerprint_of(each.paths, nodes) == each.fingerprint
             and not self._store.lost(_digests(each.package))
         ]
         hidden = {path for each in found for path in each.paths}
@@ -261,7 +261,7 @@ def _whole_of(prefix: Path, trees: Trees, packed: Sequence[tuple[Draft, Packed]]
     root = next((root for root in trees.roots if root.path == str(prefix)), None)
     if root is None:
         return
-    marks = trees.marks(root)
+    nodes = trees.everything(root)
     for draft, found in packed:
         if any(isinstance(item, FileItem) and item.origin != f"{root.path}/{item.path}" for item in draft.items):
             # What a link out of the prefix points to changes without a trace in the prefix.
@@ -270,7 +270,7 @@ def _whole_of(prefix: Path, trees: Trees, packed: Sequence[tuple[Draft, Packed]]
             # Whether such a module has byte code depends on path files of others.
             continue
         paths = tuple(item.path for item in draft.items if not isinstance(item, (CodeItem, MadeItem)))
-        fingerprint = fingerprint_of(paths, marks) if draft.is_whole else None
+        fingerprint = fingerprint_of(paths, nodes) if draft.is_whole else None
         if fingerprint is not None:
             yield Whole(_package(draft, found), paths, fingerprint)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +20,7 @@ from envship._version import __version__
 from envship.options import PackOptions
 from envship.package_writer import Packed
 from envship.sources.draft import CodeItem, Draft, FileItem, MadeItem, Plan
-from envship.sources.tree import Root, Trees, is_settled, mark
+from envship.sources.tree import Root, Status, Trees, fingerprint, is_settled, mark
 from worker_bootstrap.digest import Digest, EnvironmentId, is_digest
 from worker_bootstrap.manifest import Chunk, Package
 from worker_bootstrap.store import Store, publish
@@ -130,13 +130,12 @@ def context(plan: Plan) -> str:
     return repr((plan.python, plan.platform, plan.prefixes, plan.interpreter))
 
 
-def fingerprint_of(paths: Iterable[str], marks: Mapping[str, str]) -> str | None:
-    """A digest of the *marks* of *paths*; None if one of them has none."""
+def fingerprint_of(paths: Collection[str], nodes: Mapping[str, Status]) -> str | None:
+    """The fingerprint of those of *nodes* that lie at *paths*; None if one is missing."""
     try:
-        text = "".join([marks[path] for path in paths])
+        return fingerprint(paths, [nodes[path] for path in paths]).hex()
     except KeyError:
         return None
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def signature(draft: Draft, plan: Plan, started_ns: int) -> str | None:

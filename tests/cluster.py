@@ -196,6 +196,9 @@ class Cluster:
         self.address = ""
         self._environ = dict(environ or {})
         self._mark = uuid.uuid4().hex
+        if stores is None and self.stores.exists():
+            # Of the cluster before this one: tests of a module may be shared out in several turns.
+            shutil.rmtree(self.stores)
         for path in (self.folder, self.tmp, self.stores):
             path.mkdir(parents=True, exist_ok=True)
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 pytestmark = SWAP_MARKS
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def client(base_venv: Path, lab: Path, onlyhere: ModuleType) -> Iterator[Client]:
     """A client of a cluster on two hosts that hold nothing yet."""
     with Cluster(base_venv, lab / "progress") as cluster:
@@ -68,7 +68,6 @@ def test_without_a_terminal_it_is_lines(
     client: Client, packed: Environment, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("envship.client.open_display", lambda enabled: Display(LinesFace(), quiet_s=0.0))
-    client.reset_environment()
     client.use_environment(packed, scheduler=False)
     said = capsys.readouterr().err
     assert re.search(r"^envship: (prepare|move): .* of 2 hosts ready", said, re.MULTILINE)

@@ -14,7 +14,7 @@ import os
 import stat
 import sys
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Union
 
@@ -84,18 +84,15 @@ class Walk:
     changed_ns: dict[str, int] = field(default_factory=dict)
     unreadable: list[str] = field(default_factory=list)
 
-    @functools.cached_property
+    @property
     def marks(self) -> Mapping[str, str]:
         """The `mark` of every path."""
         return {path: mark(path, node) for path, node in self.nodes.items()}
 
     @functools.cached_property
     def fingerprint(self) -> bytes:
-        """A digest of what all marks tell; they would take longer to make."""
-        state = hashlib.sha256("\0".join(self.nodes).encode("utf-8", "surrogateescape") + b"\0\0")
-        # In the form without references between objects, which depends on nothing but the numbers.
-        state.update(marshal.dumps(list(map(_marking, self.nodes.values())), 2))
-        return state.digest()
+        """The `fingerprint` of everything."""
+        return fingerprint(self.nodes, self.nodes.values())
 
 
 class Trees:
@@ -129,9 +126,9 @@ class Trees:
         nodes = self._walk(root).nodes
         return self._visible.get(root, nodes)
 
-    def marks(self, root: Root) -> Mapping[str, str]:
-        """Relative path to `mark` of whatever `walk` finds, hidden or not."""
-        return self._walk(root).marks
+    def everything(self, root: Root) -> Mapping[str, Status]:
+        """As `walk`, hidden or not."""
+        return self._walk(root).nodes
 
     def found(self, root: Root, place: str = "") -> dict[str, Found]:
         """The walk of the folder *root* as paths in an environment where the folder lies at *place*."""
@@ -203,6 +200,14 @@ def portable(path: str) -> str:
 def mark(path: str, node: Status) -> str:
     """What changes if the file at *path* is replaced or written to: the numbers that `_marking` takes."""
     return f"{path}\0{node.st_size} {node.st_mtime_ns} {node.st_ctime_ns} {node.st_ino} {node.st_mode}\0"
+
+
+def fingerprint(paths: Iterable[str], nodes: Iterable[Status]) -> bytes:
+    """A digest of what the `mark` of each of *paths*, with its node, tells: in half the time that these would take."""
+    state = hashlib.sha256("\0".join(paths).encode("utf-8", "surrogateescape") + b"\0\0")
+    # In the form without references between objects, which depends on nothing but the numbers.
+    state.update(marshal.dumps(list(map(_marking, nodes)), 2))
+    return state.digest()
 
 
 def is_settled(node: Status, started_ns: int) -> bool:
