@@ -103,7 +103,7 @@ class Reader:
                 self.held_bytes -= len(text)
                 return text
         text = self._read(item)
-        if text is not None:
+        if text is not None and len(text) <= _HELD_BYTES:
             with self._lock:
                 if self.held_bytes + len(text) > _HELD_BYTES:
                     self._held.clear()

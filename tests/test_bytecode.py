@@ -211,6 +211,11 @@ def test_only_so_much_text_of_modules_is_held(tmp_path: Path) -> None:
     with Reader(plan, tmp_path / "kept", tmp_path) as reader:
         assert all(reader.byte_code(item(path)) for path in paths)
         assert 0 < reader.held_bytes <= 4 << 20
-        for path in paths:
+        before = reader.held_bytes
+        larger = tmp_path / "larger.py"
+        larger.write_text(f"# {'x' * (5 << 20)}\n")
+        assert reader.byte_code(item(larger))
+        assert reader.held_bytes == before
+        for path in (*paths, larger):
             content = reader.content(FileItem(path.name, str(path), path.stat(), Verbatim()))
             assert content is not None and content.data == path.read_bytes()
