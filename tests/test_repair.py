@@ -169,25 +169,62 @@ def test_a_link_shared_with_another_environment_is_mended_in_each(store: Store) 
         assert (prefix / "shared").read_bytes() == b"shared" * 10
 
 
-@pytest.mark.parametrize("how", ["a restart of the machine", "verify --repair"])
-def test_byte_code_that_was_made_where_it_lies_is_made_again(
-    store: Store, how: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A power cut may have left any part of it, and no listing says what it should be."""
-    library = f"lib/python{sys.version_info.major}.{sys.version_info.minor}"
+LIBRARY = f"lib/python{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def environment_that_compiles(store: Store, *modules: str) -> EnvironmentId:
+    """An environment of this interpreter whose *modules* name the prefix, so that their byte code is made there."""
     text = f"HERE = '{PLACEHOLDER}'\n" + "".join(f"x{n} = {n!r} * 3\n" for n in range(500))
     python = f'#!/bin/sh\nexec {sys.executable} "$@"\n'.encode()
-    package = package_of(store, {"bin/python*": python, f"{library}/mine.py": (text.encode(), "text")})
-    manifest = Manifest("linux-64", ".".join(map(str, sys.version_info[:3])), [package])
-    store.write_manifest(manifest)
-    prefix = materialise(store, manifest.id)
-    (code,) = (prefix / library / "__pycache__").iterdir()
+    files = {f"{LIBRARY}/{name}.py": (text.encode(), "text") for name in modules}
+    package = package_of(store, {"bin/python*": python, **files})
+    return store.write_manifest(Manifest("linux-64", ".".join(map(str, sys.version_info[:3])), [package]))
+
+
+@pytest.mark.parametrize("how", ["a restart of the machine", "verify --repair"])
+@pytest.mark.parametrize("knows", [True, False])
+def test_byte_code_that_was_made_where_it_lies_is_made_again(
+    store: Store, how: str, knows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut may have left any part of it, and of the inventory, and no listing says what it should be."""
+    environment_id = environment_that_compiles(store, "mine")
+    prefix = materialise(store, environment_id)
+    (code,) = (prefix / LIBRARY / "__pycache__").iterdir()
     data = code.read_bytes()
     code.write_bytes(data[:100] + bytes(len(data) - 100))
+    if not knows:
+        store.layout.inventory(environment_id).write_bytes(b"")
     if how == "verify --repair":
-        mend(store, manifest.id)
+        mend(store, environment_id)
     else:
         monkeypatch.setattr(ready_mark, "boot_id", lambda: "another boot")
-        materialise(store, manifest.id)
+        materialise(store, environment_id)
     assert code.read_bytes() == data
-    assert next(soundness.damage(store.layout, manifest.id), None) is None
+    assert next(soundness.damage(store.layout, environment_id), None) is None
+    assert list(damaged_files(store, environment_id)) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda code: code.write_bytes(code.read_bytes()[:-1] + b"?"), "has other content"),
+        (lambda code: code.unlink(), "cannot be read: No such file or directory"),
+        (lambda code: (code.unlink(), code.symlink_to("/dev/null")), "is no regular file"),
+    ],
+)
+def test_byte_code_that_was_made_where_it_lies_is_compared_with_what_was_made(
+    store: Store, change: Callable[[Path], object], problem: str
+) -> None:
+    environment_id = environment_that_compiles(store, "one", "two")
+    prefix = materialise(store, environment_id)
+    one, _ = sorted((prefix / LIBRARY / "__pycache__").iterdir())
+    before, made_ns = one.read_bytes(), one.stat().st_mtime_ns
+    assert list(damaged_files(store, environment_id)) == []
+    assert repair(store, environment_id) == []
+    assert one.stat().st_mtime_ns == made_ns, "what is as it was made is left alone"
+    change(one)
+    (damage,) = damaged_files(store, environment_id)
+    assert (prefix / damage.path, damage.problem) == (one, problem)
+    assert mend(store, environment_id).mended == [damage]
+    assert one.read_bytes() == before and not one.is_symlink()
+    assert list(damaged_files(store, environment_id)) == []

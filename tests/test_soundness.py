@@ -81,7 +81,19 @@ def test_an_edit_in_place_is_found_in_the_end_where_not_every_file_is_looked_at(
     assert "13" in list(damage(store.layout, environment_id, looks=0))
 
 
-@pytest.mark.parametrize("content", [b"", b"x", b"envship-inventory 1 1 0 0\n", b"envship-inventory 2 0 0 0\n"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"x",
+        b"envship-inventory 1 0 0 0\n",
+        b"envship-inventory 2 1 0 0\n\0",
+        b"envship-inventory 2 2 0 0 0\n\0",
+        b"envship-inventory 2 1 1 0 0\n\0a",
+        b"envship-inventory 2 1 0 2 0\n\0a\0",
+        b"envship-inventory 2 1 0 -1 1\n\0",
+    ],
+)
 def test_a_damaged_inventory_is_damage(store: Store, environment_id: EnvironmentId, content: bytes) -> None:
     store.layout.inventory(environment_id).write_bytes(content)
     assert list(damage(store.layout, environment_id)) == [str(store.layout.inventory(environment_id))]
@@ -91,8 +103,8 @@ def test_a_damaged_inventory_is_damage(store: Store, environment_id: Environment
 
 def test_an_inventory_comes_back_from_its_bytes() -> None:
     for inventory in (
-        Inventory((b"",), (), {}),
-        Inventory((b"", b"a"), (b"a/caf\xe9", b"new\nline"), {b"l": b"a/x", b"m": b"."}),
+        Inventory(b"\0", b"", b"", b""),
+        Inventory(b"\0a\0", b"a/caf\xe9\0new\nline\0", b"l\0a/x\0m\0.\0", b"a.pyc\x0012\0"),
     ):
         assert Inventory.from_bytes(inventory.to_bytes()) == inventory
 

@@ -37,7 +37,7 @@ def mark_before_building() -> None:
         ready_mark.write(layout.ready(environment_id), layout.tmp, durable=False)
         donors = Donors(donor.find(store, manifest, listings, donor.built(store, manifest)), link_mode)
         Writer(store, blueprint, donors, str(prefix), str(prefix), work).write(lambda: None)
-        soundness.seal(layout, environment_id, blueprint, str(prefix))
+        soundness.seal(layout, environment_id, blueprint, {}, str(prefix))
         return prefix
 
     materialise._build = build

@@ -169,8 +169,8 @@ def _build(store: Store, environment_id: EnvironmentId, link_mode: str, work: Wo
 
     def meanwhile() -> None:
         compiler = relocated_code.compiler_of(scratch, manifest.python, may_run=work.may_run)
-        relocated_code.compile_modules(scratch, str(prefix), modules, compiler)
-        soundness.keep_inventory(layout, environment_id, blueprint)
+        made = relocated_code.compile_modules(scratch, str(prefix), modules, compiler)
+        soundness.keep_inventory(layout, environment_id, blueprint, made)
 
     try:
         Writer(store, blueprint, donors, scratch, str(prefix), work).write(meanwhile)

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from worker_bootstrap.digest import Digest, digest_of_file
 from worker_bootstrap.manifest import Entry, File
 
 logger = logging.getLogger("envship.relocated_code")
@@ -72,15 +73,16 @@ def compiler_of(scratch: str, python: str, *, may_run: bool) -> str | None:
     return sys.executable if python.split(".")[:2] == list(map(str, sys.version_info[:2])) else None
 
 
-def compile_again(prefix: Path, entries: Iterable[Entry], python: str, *, may_run: bool) -> None:
-    """Make the byte code of the modules among *entries* that are relocated anew: no listing says what it should be."""
+def compile_again(prefix: Path, entries: Iterable[Entry], python: str, *, may_run: bool) -> dict[str, Digest]:
+    """Make the byte code of the modules among *entries* that are relocated anew; returns as `compile_modules`."""
     modules = modules_without_code(entries, python)
     for path in _made_of(prefix, modules):
         path.unlink()
-    compile_modules(str(prefix), str(prefix), modules, compiler_of(str(prefix), python, may_run=may_run))
-    for path in _made_of(prefix, modules):
-        with open(path, "rb") as file:
+    made = compile_modules(str(prefix), str(prefix), modules, compiler_of(str(prefix), python, may_run=may_run))
+    for name in made:
+        with open(prefix / name, "rb") as file:
             os.fsync(file.fileno())  # the mark may be durable: it says that all is on disk
+    return made
 
 
 def _made_of(prefix: Path, modules: Iterable[str]) -> Iterator[Path]:
@@ -89,8 +91,10 @@ def _made_of(prefix: Path, modules: Iterable[str]) -> Iterator[Path]:
         yield from list(Path(folder, "__pycache__").glob(glob.escape(name[: -len(".py")]) + ".*.pyc"))
 
 
-def compile_modules(scratch: str, prefix: str, modules: Sequence[str], interpreter: str | None) -> None:
+def compile_modules(scratch: str, prefix: str, modules: Sequence[str], interpreter: str | None) -> dict[str, Digest]:
     """Compile *modules*, written below *scratch*, which will be *prefix*, with *interpreter*.
+
+    Returns the digest of each file of byte code by its path relative to *prefix*: no listing says what it should be.
 
     Notes
     -----
@@ -98,7 +102,7 @@ def compile_modules(scratch: str, prefix: str, modules: Sequence[str], interpret
     whether the environment starts is found out when it is started.
     """
     if not modules or interpreter is None or not os.path.exists(interpreter):
-        return
+        return {}
     try:
         subprocess.run(
             [interpreter, "-I", "-S", "-c", _PROGRAM],
@@ -112,3 +116,5 @@ def compile_modules(scratch: str, prefix: str, modules: Sequence[str], interpret
         )
     except (OSError, subprocess.SubprocessError) as error:
         logger.warning("the byte code of %d modules that name their prefix was not made: %s", len(modules), error)
+    root = Path(scratch)
+    return {str(path.relative_to(root)): digest_of_file(path) for path in _made_of(root, modules)}

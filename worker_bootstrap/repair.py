@@ -25,7 +25,7 @@ from worker_bootstrap.layout import WRITTEN_AT_NS
 from worker_bootstrap.manifest import File
 from worker_bootstrap.relocate import relocate
 from worker_bootstrap.store import Store
-from worker_bootstrap.verify import ADDED, Damage, blueprint_of, compare
+from worker_bootstrap.verify import ADDED, Damage, altered_byte_code, blueprint_of, compare
 
 logger = logging.getLogger("envship.repair")
 
@@ -97,6 +97,8 @@ def mend(store: Store, environment_id: EnvironmentId, *, remove_added: bool = Fa
     layout = store.layout
     prefix = layout.prefix(environment_id)
     blueprint = blueprint_of(store, environment_id, prefix)
+    made = soundness.made_there(layout, environment_id)
+    stale = list(altered_byte_code(prefix, made or {}))
     found, missing = _compared(store, blueprint, prefix, remove_added)
     left = found
     try:
@@ -107,21 +109,26 @@ def mend(store: Store, environment_id: EnvironmentId, *, remove_added: bool = Fa
             left, missing = _compared(store, blueprint, prefix, remove_added)
             missing = missing or lost
         still = {each.path for each in left}
-        outcome = Outcome([each for each in found if each.path not in still], left, missing)
-        if outcome.mended:
-            count, first = len(outcome.mended), outcome.mended[0]
-            logger.warning("environment %s: %d files were mended, such as %s", environment_id[:16], count, first)
-        if outcome.is_whole:
-            files = (file for run in blueprint.runs for file in run.files)
-            relocated_code.compile_again(prefix, files, store.read_manifest(environment_id).python, may_run=may_run)
+        mended = [each for each in found if each.path not in still]
+        if not left and missing is None:
+            mended += stale
+            if stale or not made:
+                files = (file for run in blueprint.runs for file in run.files)
+                python = store.read_manifest(environment_id).python
+                made = relocated_code.compile_again(prefix, files, python, may_run=may_run)
             _restore_times(blueprint, prefix)
-            soundness.seal(layout, environment_id, blueprint, str(prefix))
+            soundness.seal(layout, environment_id, blueprint, made, str(prefix))
+        else:
+            left = [*left, *stale]
+        if mended:
+            first = mended[0]
+            logger.warning("environment %s: %d files were mended, such as %s", environment_id[:16], len(mended), first)
     except OSError as error:
         full = full_error(error, layout.root)
         if full is not None:
             raise full from error
         raise MaterialiseError(environment_id, str(error.filename or ""), str(error.strerror)) from error
-    return outcome
+    return Outcome(mended, left, missing)
 
 
 def _compared(

@@ -11,14 +11,16 @@ all of these, and takes as long as reading everything. Added files are passed ov
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
+import re
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from worker_bootstrap.digest import EnvironmentId
+from worker_bootstrap.digest import Digest, EnvironmentId
 from worker_bootstrap.durable import content_of, publish
 from worker_bootstrap.layout import WRITTEN_AT_NS, Layout
 from worker_bootstrap.mounts import NETWORK_FILE_SYSTEMS, file_system_of
@@ -33,24 +35,29 @@ SAMPLE = 500
 """Files looked at however many folders there are."""
 INVENTORY_LIMIT_BYTES = 1 << 30
 
-_HEADER = b"envship-inventory 1"
+_HEADER = re.compile(rb"envship-inventory 2 (\d+) (\d+) (\d+) (\d+)")
 
 
 class Inventory(NamedTuple):
-    """The names in a prefix, relative to it, as the file system has them. *links* maps each to its target."""
+    """The names in a prefix, relative to it, as the file system has them: each followed by a NUL, which none can hold.
 
-    folders: tuple[bytes, ...]
-    files: tuple[bytes, ...]
-    links: dict[bytes, bytes]
+    After each of *links* comes its target, after each of *made*, what was made there
+    (`worker_bootstrap.relocated_code`), its digest. There may be 100,000: they are split when somebody asks for them.
+    """
+
+    folders: bytes
+    files: bytes
+    links: bytes
+    made: bytes
 
     @classmethod
-    def of(cls, blueprint: Blueprint) -> Inventory:
-        """What building *blueprint* makes."""
+    def of(cls, blueprint: Blueprint, made: Mapping[str, Digest]) -> Inventory:
+        """What building *blueprint* makes, and what else was *made* (path to digest)."""
         files = [file.path for run in blueprint.runs for file in run.files]
         files += [hard_link.path for hard_link in blueprint.hard_links]
-        links = _encoded([link.path for link in blueprint.links])
-        targets = _encoded([link.target for link in blueprint.links])
-        return cls((b"", *_encoded(blueprint.directories)), _encoded(files), dict(zip(links, targets)))
+        links = [text for link in blueprint.links for text in (link.path, link.target)]
+        digests = [text for pair in made.items() for text in pair]
+        return cls(_joined(["", *blueprint.directories]), _joined(files), _joined(links), _joined(digests))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Inventory:
@@ -62,31 +69,38 @@ class Inventory(NamedTuple):
             If it is not whole.
         """
         first, _, rest = data.partition(b"\n")
-        header, folders, files, links = first.rsplit(b" ", 3)
-        counts = int(folders), int(files), int(links)
-        names = tuple(rest.split(b"\0"))
-        if header != _HEADER or len(names) != counts[0] + counts[1] + 2 * counts[2] + 1 or names[-1]:
+        header = _HEADER.fullmatch(first)
+        ends = [*itertools.accumulate(map(int, header.groups()))] if header else [-1] * 4
+        found = cls(*(rest[start:end] for start, end in zip([0, *ends], ends)))
+        is_whole = ends[-1] == len(rest) and all(not part or part[-1] == 0 for part in found)
+        if not is_whole or any(pairs.count(b"\0") % 2 for pairs in (found.links, found.made)):
             raise ValueError("an inventory that is not whole")
-        after_files = counts[0] + counts[1]
-        pairs = names[after_files:-1]
-        return cls(names[: counts[0]], names[counts[0] : after_files], dict(zip(pairs[::2], pairs[1::2])))
+        return found
 
     def to_bytes(self) -> bytes:
-        """A header with the three counts, then every name (and target) followed by a NUL, which none can hold."""
-        counts = b" %d %d %d\n" % (len(self.folders), len(self.files), len(self.links))
-        names = [*self.folders, *self.files, *(part for link in self.links.items() for part in link)]
-        return _HEADER + counts + b"\0".join((*names, b""))
+        """A header with the four sizes, then all of it."""
+        return b"envship-inventory 2 %d %d %d %d\n" % tuple(map(len, self)) + b"".join(self)
 
 
-def _encoded(names: Sequence[str]) -> tuple[bytes, ...]:
-    """*names* as the file system has them: all at once, for there may be 100,000."""
-    return tuple(os.fsencode("\0".join(names)).split(b"\0")) if names else ()
+def _joined(names: Sequence[str]) -> bytes:
+    return os.fsencode("\0".join((*names, ""))) if names else b""
 
 
-def seal(layout: Layout, environment_id: EnvironmentId, blueprint: Blueprint, root: str) -> None:
+def _split(names: bytes) -> list[bytes]:
+    return names.split(b"\0")[:-1]
+
+
+def _pairs(names: bytes) -> Iterator[tuple[bytes, bytes]]:
+    parts = iter(_split(names))
+    return zip(parts, parts)
+
+
+def seal(
+    layout: Layout, environment_id: EnvironmentId, blueprint: Blueprint, made: Mapping[str, Digest], root: str
+) -> None:
     """Give all folders below *root* their time, and keep the inventory. Before the ready mark is written."""
     set_times(root, (*blueprint.directories, ""))
-    keep_inventory(layout, environment_id, blueprint)
+    keep_inventory(layout, environment_id, blueprint, made)
 
 
 def set_times(root: str, folders: Iterable[str]) -> None:
@@ -95,9 +109,25 @@ def set_times(root: str, folders: Iterable[str]) -> None:
         os.utime(f"{root}/{path}", ns=(WRITTEN_AT_NS, WRITTEN_AT_NS))
 
 
-def keep_inventory(layout: Layout, environment_id: EnvironmentId, blueprint: Blueprint) -> None:
-    """Keep the names of everything that building *blueprint* makes."""
-    publish(layout.inventory(environment_id), Inventory.of(blueprint).to_bytes(), layout.tmp, sync=False)
+def keep_inventory(
+    layout: Layout, environment_id: EnvironmentId, blueprint: Blueprint, made: Mapping[str, Digest]
+) -> None:
+    """Keep the names of everything that building *blueprint* makes, and the digests of what else was *made*."""
+    publish(layout.inventory(environment_id), Inventory.of(blueprint, made).to_bytes(), layout.tmp, sync=False)
+
+
+def made_there(layout: Layout, environment_id: EnvironmentId) -> dict[str, Digest] | None:
+    """What was made where an environment was built, and is in no listing: path to digest; None if that is not known."""
+    try:
+        inventory = _inventory(layout, environment_id)
+    except ValueError:
+        return None
+    return {os.fsdecode(path): Digest(digest.decode("ascii", "replace")) for path, digest in _pairs(inventory.made)}
+
+
+def _inventory(layout: Layout, environment_id: EnvironmentId) -> Inventory:
+    """Raises `ValueError` if there is none that is whole."""
+    return Inventory.from_bytes(content_of(layout.inventory(environment_id), INVENTORY_LIMIT_BYTES) or b"")
 
 
 def sound_prefix(store: Store, environment_id: EnvironmentId) -> Path | None:
@@ -120,58 +150,70 @@ def damage(layout: Layout, environment_id: EnvironmentId, looks: int = LOOKS) ->
 
     Without an inventory, or with one that is damaged, the answer is the path of that.
     """
-    prefix = os.fsencode(layout.prefix(environment_id))
+    prefix = layout.prefix(environment_id)
     try:
-        inventory = Inventory.from_bytes(content_of(layout.inventory(environment_id), INVENTORY_LIMIT_BYTES) or b"")
-    except ValueError:
-        yield str(layout.inventory(environment_id))
+        inventory = _inventory(layout, environment_id)
+        # Names are looked up from there, not along the whole path of the store.
+        root = os.open(prefix, os.O_DIRECTORY | os.O_CLOEXEC | getattr(os, "O_PATH", os.O_RDONLY))
+    except (ValueError, OSError) as error:
+        yield str(layout.inventory(environment_id) if isinstance(error, ValueError) else prefix)
         return
-    changed = {folder for folder in inventory.folders if not _is_as_written(prefix + b"/" + folder, stat.S_IFDIR)}
-    if changed:
-        yield from _look_closely(prefix, inventory, changed)
-    for path in _sampled(inventory.files, max(SAMPLE, looks - len(inventory.folders))):
-        if not _is_as_written(prefix + b"/" + path, stat.S_IFREG):
-            yield os.fsdecode(path)
-
-
-def _look_closely(prefix: bytes, inventory: Inventory, changed: set[bytes]) -> Iterator[str]:
-    """What is wrong in folders in which something was added, removed or replaced, or which are gone."""
-    for path in inventory.files:
-        if path.rpartition(b"/")[0] in changed and not _is_as_written(prefix + b"/" + path, stat.S_IFREG):
-            yield os.fsdecode(path)
-    for path, target in inventory.links.items():
-        if path.rpartition(b"/")[0] in changed and not _leads_to(prefix + b"/" + path, target):
-            yield os.fsdecode(path)
-    for path in changed:
-        if not _is_folder(prefix + b"/" + path):
-            yield os.fsdecode(path)
-
-
-def _is_as_written(path: bytes, kind: int) -> bool:
     try:
-        found = os.lstat(path)
+        yield from map(os.fsdecode, _damage(root, inventory, looks))
+    finally:
+        os.close(root)
+
+
+def _damage(root: int, inventory: Inventory, looks: int) -> Iterator[bytes]:
+    folders = _split(inventory.folders)
+    changed = {folder for folder in folders if not _is_as_written(root, folder, stat.S_IFDIR)}
+    if changed:
+        yield from _look_closely(root, inventory, changed)
+    for path in _sampled(inventory.files, max(SAMPLE, looks - len(folders))):
+        if not _is_as_written(root, path, stat.S_IFREG):
+            yield path
+
+
+def _look_closely(root: int, inventory: Inventory, changed: set[bytes]) -> Iterator[bytes]:
+    """What is wrong in folders in which something was added, removed or replaced, or which are gone."""
+    for path in _split(inventory.files):
+        if path.rpartition(b"/")[0] in changed and not _is_as_written(root, path, stat.S_IFREG):
+            yield path
+    for path, target in _pairs(inventory.links):
+        if path.rpartition(b"/")[0] in changed and not _leads_to(root, path, target):
+            yield path
+    for path in changed:
+        if not _is_folder(root, path):
+            yield path
+
+
+def _is_as_written(root: int, path: bytes, kind: int) -> bool:
+    try:
+        found = os.stat(path or b".", dir_fd=root, follow_symlinks=False)
     except OSError:
         return False
     return found.st_mtime_ns == WRITTEN_AT_NS and stat.S_IFMT(found.st_mode) == kind
 
 
-def _is_folder(path: bytes) -> bool:
+def _is_folder(root: int, path: bytes) -> bool:
     try:
-        return stat.S_ISDIR(os.lstat(path).st_mode)  # a link to one is none
+        # A link to one is none.
+        return stat.S_ISDIR(os.stat(path or b".", dir_fd=root, follow_symlinks=False).st_mode)
     except OSError:
         return False
 
 
-def _leads_to(path: bytes, target: bytes) -> bool:
+def _leads_to(root: int, path: bytes, target: bytes) -> bool:
     try:
-        return os.readlink(path) == target
+        return os.readlink(path, dir_fd=root) == target
     except OSError:
         return False
 
 
-def _sampled(files: tuple[bytes, ...], count: int) -> Iterable[bytes]:
-    """Some of *files*: neighbours, since their folder is in the kernel's cache after the first; others each time."""
-    if len(files) <= count:
-        return files
-    start = random.randrange(len(files))
-    return (*files[start : start + count], *files[: max(0, start + count - len(files))])
+def _sampled(names: bytes, count: int) -> list[bytes]:
+    """Some of *names*: neighbours, since their folder is in the kernel's cache after the first; others each time."""
+    if names.count(b"\0") <= count:
+        return _split(names)
+    start = names.find(b"\0", random.randrange(len(names) - 1)) + 1
+    found = names[start:].split(b"\0", count)[:-1]
+    return found + names.split(b"\0", count - len(found))[: count - len(found)]

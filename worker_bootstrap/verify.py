@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from worker_bootstrap import codec
+from worker_bootstrap import codec, soundness
 from worker_bootstrap.blueprint import Blueprint, Run, draw, read_listings
 from worker_bootstrap.digest import Digest, EnvironmentId, digest_of, digest_of_file
 from worker_bootstrap.durable import content_of
@@ -145,7 +145,21 @@ def damaged_files(store: Store, environment_id: EnvironmentId, prefix: Path | No
     prefix = prefix or store.built(environment_id)
     if prefix is None:
         raise EnvironmentMissing(environment_id, f"{store.layout.envs} (it is not built)")
+    for layout in store.layouts:
+        if layout.prefix(environment_id) == prefix:
+            yield from altered_byte_code(prefix, soundness.made_there(layout, environment_id) or {})
     yield from compare(store, blueprint_of(store, environment_id, prefix), prefix)
+
+
+def altered_byte_code(prefix: Path, made: Mapping[str, Digest]) -> Iterator[Damage]:
+    """Byte code that was *made* (path to digest) where the environment was built, and is not there any more as it was.
+
+    That it was made at all, nobody else knows: where no inventory says so, nothing is missing.
+    """
+    for path, digest in made.items():
+        problem = _compare_file(prefix / path, File(path, 0, digest, False, None), digest)
+        if problem:
+            yield Damage(path, problem)
 
 
 def blueprint_of(store: Store, environment_id: EnvironmentId, prefix: Path) -> Blueprint:
