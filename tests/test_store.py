@@ -265,6 +265,18 @@ def test_the_host_id_stays(store: Store) -> None:
     assert len(store.host_id) == 32
 
 
+@pytest.mark.parametrize("part", ["", "tmp", "chunks", "host-id"])
+def test_what_somebody_removed_is_made_again(store: Store, part: str) -> None:
+    host_id = store.host_id
+    path = store.layout.root / part
+    path.unlink() if path.is_file() else shutil.rmtree(path)
+    if part != "host-id":  # nobody needs that to keep a chunk
+        assert store.write_chunk(DATA) == DIGEST
+        assert store.read_chunk(DIGEST) == DATA
+    store.restore()
+    assert Store(store.layout.root).host_id == store.host_id == host_id
+
+
 def test_all_who_come_first_at_once_agree_on_the_host_id(tmp_path: Path) -> None:
     program = "import sys; from pathlib import Path; from worker_bootstrap.store import Store; "
     program += "print(Store(Path(sys.argv[1])).host_id)"

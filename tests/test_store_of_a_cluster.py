@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,3 +121,25 @@ def test_a_damaged_environment_is_mended_when_it_is_used_with_chunks_of_a_peer(
     assert sound_prefix(store, packed.id) == prefix
     assert "edited" not in victim.read_text()
     assert list(damaged_files(store, packed.id)) == []
+
+
+@pytest.mark.parametrize("where", ["in the base environment", "in what is removed"])
+def test_a_store_that_somebody_removed_is_made_again(
+    client: Client, cluster: Cluster, packed: Environment, where: str
+) -> None:
+    """As whoever needs room does, while agents live that have known it for long."""
+    client.use_environment(packed)
+    if where == "in the base environment":
+        client.reset_environment()
+        cluster.wait_for_workers(client, 2)
+    hosts = {host: Store(cluster.store(host)).host_id for host in "ab"}
+    for host in hosts:
+        shutil.rmtree(cluster.store(host))
+    client.reset_environment()
+    cluster.wait_for_workers(client, 2)
+    assert client.use_environment(packed).uploaded_chunks == len(packed.chunks)
+    assert {Path(place.prefix).name for place in places(client).values()} == {packed.id[:16]}
+    for host, host_id in hosts.items():
+        store = Store(cluster.store(host))
+        assert store.host_id == host_id
+        assert list(damaged_files(store, packed.id)) == []

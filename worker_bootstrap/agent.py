@@ -112,6 +112,7 @@ class Agent:
 
     async def identify(self) -> dict[str, Any]:
         """Who this agent is, and what its host has; only numbers, texts and lists."""
+        self.restore()
         room = os.statvfs(self.store.layout.root)
         return {
             "address": self.server.address,
@@ -165,6 +166,7 @@ class Agent:
         environment meanwhile; with *reserve* not either until a process runs from it, or it is discarded.
         """
         self.provision.limit(rate_limit)
+        await asyncio.to_thread(self.restore)
         wanted = EnvironmentId(environment_id)
         if reserve:
             await self.reservations.keep(wanted)
@@ -265,8 +267,15 @@ class Agent:
         await standby.discard()
         return dict(standby.description)
 
+    def restore(self) -> None:
+        """Make again what somebody removed of the store, in which our code lies as well, while this process lived."""
+        self.store.restore()
+        if not os.path.isdir(self.code):
+            carry.publish(self.store.layout)
+
     def start_request(self, interpreter: Interpreter, **more: Any) -> StartRequest:
         """What every interpreter that this agent starts is given; *more* are fields of `StartRequest`."""
+        self.restore()
         return StartRequest(code=self.code, lease=self.lease_of(interpreter), **more)
 
     def lease_of(self, interpreter: Interpreter) -> str | None:

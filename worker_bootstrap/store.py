@@ -61,8 +61,18 @@ class Store:
     def __init__(self, root: Path, read_only: Sequence[Path] = ()) -> None:
         self.layout = Layout(Path(root))
         self.layouts = (*(other for other in map(Layout, map(Path, read_only)) if _is_readable(other)), self.layout)
+        self.host_id = ""
+        self.restore()
+
+    def restore(self) -> None:
+        """Make what is not there: at first everything, later what somebody removed, as those do who need room.
+
+        The id of the host stays. Raises as the constructor.
+        """
+        if self.host_id and all(map(os.path.exists, (*self.layout.folders, self.layout.host_id))):
+            return
         try:
-            self.host_id = _prepare(self.layout)
+            self.host_id = _prepare(self.layout, self.host_id)
         except OSError as error:
             raise unusable_error(error, self.layout.root) from error
 
@@ -324,7 +334,11 @@ class Store:
 
     def _publish(self, path: Path, data: bytes | memoryview, *, sync: bool) -> None:
         try:
-            publish(path, data, self.layout.tmp, sync=sync)
+            try:
+                publish(path, data, self.layout.tmp, sync=sync)
+            except FileNotFoundError:
+                self.restore()
+                publish(path, data, self.layout.tmp, sync=sync)
         except OSError as error:
             raise unusable_error(error, self.layout.root) from error
 
@@ -337,8 +351,8 @@ def _status(path: str) -> os.stat_result | None:
         return None
 
 
-def _prepare(layout: Layout) -> str:
-    """Make what is not there; return the host's id."""
+def _prepare(layout: Layout, known_id: str) -> str:
+    """Make what is not there; return the host's id, which is *known_id*, or a new one, where there is none yet."""
     make_folder(layout.root, 0o700)
     for folder in layout.folders:
         make_folder(folder)
@@ -347,7 +361,7 @@ def _prepare(layout: Layout) -> str:
         # Two processes that come first at once must not each believe in an id of their own.
         with Lock(layout.locks / "host-id.lock"):
             if (host_id := _host_id(layout)) is None:
-                host_id = uuid.uuid4().hex
+                host_id = known_id or uuid.uuid4().hex
                 publish(layout.version, STORE_VERSION.encode(), layout.tmp, sync=True)
                 publish(layout.host_id, host_id.encode(), layout.tmp, sync=True)
                 with contextlib.suppress(PermissionError):  # a folder that we may not read, only pass through
