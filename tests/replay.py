@@ -41,7 +41,7 @@ _LINE = re.compile(r"\d+ +(\w+)\((.*)\) += (-?\d+)(?:<(.*)>)?[^>]*$")
 _UNFINISHED = "<unfinished ...>"
 _RESUMED = re.compile(r"<\.\.\. \w+ resumed>")
 _ARGUMENT = re.compile(
-    r'"((?:\\x[0-9a-f]{2})*)"|(AT_FDCWD|\d+)<((?:\\x[0-9a-f]{2})*)>|([^,"<>{}]+|\{[^}]*\}|\[[^]]*\])'
+    r'"((?:\\x[0-9a-f]{2})*)"| *(AT_FDCWD|\d+)<((?:\\x[0-9a-f]{2})*)>|([^,"<>{}]+|\{[^}]*\}|\[[^]]*\])'
 )
 
 Argument = Union[bytes, str, "Opened"]
@@ -401,7 +401,7 @@ class Disk:
             if isinstance(argument, Opened):
                 folder = argument.path
             elif isinstance(argument, bytes):
-                found.append(os.path.join(folder, os.fsdecode(argument)))
+                found.append(os.path.normpath(os.path.join(folder, os.fsdecode(argument))))
         return found[-1:] if call.name.startswith("symlink") else found
 
 

@@ -21,9 +21,9 @@ def credulous(patch: pytest.MonkeyPatch) -> None:
     """Take the checks of paths, links and hard links out, and let the build use folders that are there."""
     mkdir = os.mkdir
 
-    def make(path: str, *mode: int) -> None:
+    def make(path: str, *mode: int, **handle: int) -> None:
         with suppress(*() if mode else [FileExistsError]):  # who gives a mode (`tempfile`) wants to know
-            mkdir(path, *mode)
+            mkdir(path, *mode, **handle)
 
     patch.setattr(manifest, "check_path", lambda path: path)
     patch.setattr(manifest, "check_link", lambda path, target: target)

@@ -6,6 +6,7 @@ or a chain of links leaves the prefix, shows only when all packages are looked a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from typing import Callable, NamedTuple
 
@@ -23,6 +24,7 @@ from worker_bootstrap.manifest import (
     Listing,
     Manifest,
 )
+from worker_bootstrap.paths import PATH_LIMIT
 
 RELOCATABLE_LIMIT_BYTES = 1 << 30
 """A file that names its prefix is relocated in memory; the largest real ones (LLVM, Qt) have some 150 MB."""
@@ -129,7 +131,7 @@ def draw(manifest: Manifest, listings: Sequence[Listing], prefix: str) -> Bluepr
     PrefixTooLong
         If a binary file has no room for *prefix*.
     MaterialiseError
-        If a file that must be relocated is too large for that.
+        If a file that must be relocated is too large for that, or a path below *prefix* too long for the system.
     """
     entries = [entry for listing in listings for entry in listing.entries]
     directories = _directories(entries)
@@ -143,6 +145,7 @@ def draw(manifest: Manifest, listings: Sequence[Listing], prefix: str) -> Bluepr
             problems.append(f"package {package.name!r}: {error}")
     if problems:
         raise ManifestInvalid("; ".join(problems[:PROBLEM_LIMIT]), f"environment {manifest.id}")
+    _check_lengths(manifest, entries, prefix)
     _check_relocations(manifest, runs, prefix)
     return Blueprint(
         directories=tuple(sorted(directories)),
@@ -240,6 +243,15 @@ def _climbs_after_link(path: str, target: str, links: Container[str]) -> bool:
             here.append(part)
             through_link = through_link or "/".join(here) in links
     return False
+
+
+def _check_lengths(manifest: Manifest, entries: Sequence[Entry], prefix: str) -> None:
+    """Names are looked up from a handle of the prefix, where the system minds only what lies below."""
+    room = PATH_LIMIT - len(os.fsencode(prefix)) - len("/")
+    for entry in entries:
+        # A character takes four bytes at most.
+        if len(entry.path) > room // 4 and len(os.fsencode(entry.path)) > room:
+            raise MaterialiseError(manifest.id, entry.path, f"file name too long: {room} bytes below {prefix} are left")
 
 
 def _check_relocations(manifest: Manifest, runs: Sequence[Run], prefix: str) -> None:

@@ -13,12 +13,13 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from worker_bootstrap import ready_mark
 from worker_bootstrap.digest import Digest
 from worker_bootstrap.errors import EnvshipError, SettingInvalid
+from worker_bootstrap.handles import opened_folder
 from worker_bootstrap.layout import WRITTEN_AT_NS
 from worker_bootstrap.manifest import File, Listing, Manifest, Package
 from worker_bootstrap.store import Store
@@ -66,17 +67,34 @@ class Donors:
         """Whether there is a donor for *file* (which may turn out not to be able to give it)."""
         return bool(self._ways) and file.path in self._sources
 
-    def give(self, file: File, destination: str) -> bool:
-        """Make *file* at *destination*, which must not exist; False if no donor has it untouched."""
-        prefix = self._sources.get(file.path)
-        if prefix is None:
-            return False
-        source = f"{prefix}/{file.path}"
+    def give(self, files: Iterable[File], root: int) -> frozenset[str]:
+        """Make *files* below the folder behind the handle *root*; returns the paths of those that no donor has.
+
+        What a donor has, but somebody touched, counts as not had.
+        """
+        sources = self._sources
+        with contextlib.ExitStack() as stack:
+            handles: dict[Path, int | None] = {}
+
+            def is_given(file: File) -> bool:
+                prefix = sources.get(file.path)
+                if prefix is None:
+                    return False
+                if prefix not in handles:
+                    handles[prefix] = None
+                    with contextlib.suppress(OSError):  # evicted meanwhile
+                        handles[prefix] = stack.enter_context(opened_folder(prefix))
+                donor = handles[prefix]
+                return donor is not None and self._give(file, donor, root)
+
+            return frozenset(file.path for file in files if not is_given(file))
+
+    def _give(self, file: File, donor: int, root: int) -> bool:
         for way in tuple(self._ways):
             try:
-                if not _is_untouched(source, file):
+                if not _is_untouched(donor, file):
                     return False
-                way(source, destination, file)
+                way(donor, root, file)
                 return True
             except OSError as error:
                 if error.errno not in NO_SUCH_WAY:
@@ -143,8 +161,8 @@ def _common(store: Store, package: Package, listing: Listing, other: Manifest) -
     yield from (file for file in listing.files if file.relocation is None and file in theirs)
 
 
-def _is_untouched(source: str, file: File) -> bool:
-    found = os.lstat(source)
+def _is_untouched(donor: int, file: File) -> bool:
+    found = os.stat(file.path, dir_fd=donor, follow_symlinks=False)
     mode = found.st_mode
     return (
         found.st_mtime_ns == WRITTEN_AT_NS
@@ -154,22 +172,22 @@ def _is_untouched(source: str, file: File) -> bool:
     )
 
 
-def _hard_link(source: str, destination: str, file: File) -> None:
-    os.link(source, destination, follow_symlinks=False)
+def _hard_link(donor: int, root: int, file: File) -> None:
+    os.link(file.path, file.path, src_dir_fd=donor, dst_dir_fd=root, follow_symlinks=False)
 
 
-def _reflink(source: str, destination: str, file: File) -> None:
+def _reflink(donor: int, root: int, file: File) -> None:
     flags = os.O_CLOEXEC | os.O_NOFOLLOW
     with contextlib.ExitStack() as stack:
-        origin = os.open(source, os.O_RDONLY | flags)
+        origin = os.open(file.path, os.O_RDONLY | flags, dir_fd=donor)
         stack.callback(os.close, origin)
-        copy = os.open(destination, os.O_WRONLY | os.O_CREAT | os.O_EXCL | flags, 0o600)
+        copy = os.open(file.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | flags, 0o600, dir_fd=root)
         stack.callback(os.close, copy)
         try:
             fcntl.ioctl(copy, _FICLONE, origin)
             seal(copy, file)
         except OSError:
-            os.unlink(destination)
+            os.unlink(file.path, dir_fd=root)
             raise
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from worker_bootstrap.digest import Digest, EnvironmentId
 from worker_bootstrap.durable import content_of, publish
+from worker_bootstrap.handles import opened_folder
 from worker_bootstrap.layout import WRITTEN_AT_NS, Layout
 from worker_bootstrap.mounts import NETWORK_FILE_SYSTEMS, file_system_of
 from worker_bootstrap.store import Store
@@ -105,8 +106,9 @@ def seal(
 
 def set_times(root: str, folders: Iterable[str]) -> None:
     """Give *folders* of *root* (``""`` for itself) the time that says that nothing was added or removed since."""
-    for path in folders:
-        os.utime(f"{root}/{path}", ns=(WRITTEN_AT_NS, WRITTEN_AT_NS))
+    with opened_folder(root) as handle:
+        for path in folders:
+            os.utime(path or ".", ns=(WRITTEN_AT_NS, WRITTEN_AT_NS), dir_fd=handle)
 
 
 def keep_inventory(
@@ -153,15 +155,14 @@ def damage(layout: Layout, environment_id: EnvironmentId, looks: int = LOOKS) ->
     prefix = layout.prefix(environment_id)
     try:
         inventory = _inventory(layout, environment_id)
-        # Names are looked up from there, not along the whole path of the store.
-        root = os.open(prefix, os.O_DIRECTORY | os.O_CLOEXEC | getattr(os, "O_PATH", os.O_RDONLY))
-    except (ValueError, OSError) as error:
-        yield str(layout.inventory(environment_id) if isinstance(error, ValueError) else prefix)
+    except ValueError:
+        yield str(layout.inventory(environment_id))
         return
     try:
-        yield from map(os.fsdecode, _damage(root, inventory, looks))
-    finally:
-        os.close(root)
+        with opened_folder(prefix) as root:
+            yield from map(os.fsdecode, _damage(root, inventory, looks))
+    except OSError:
+        yield str(prefix)
 
 
 def _damage(root: int, inventory: Inventory, looks: int) -> Iterator[bytes]:

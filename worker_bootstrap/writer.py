@@ -7,6 +7,7 @@ count is `worker_bootstrap.materialise`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -19,6 +20,7 @@ from worker_bootstrap.crew import Crew
 from worker_bootstrap.digest import Digest, digest_of
 from worker_bootstrap.donor import Donors, seal
 from worker_bootstrap.errors import ManifestInvalid
+from worker_bootstrap.handles import opened_folder
 from worker_bootstrap.manifest import Chunk, File, Link
 from worker_bootstrap.relocate import relocate
 from worker_bootstrap.soundness import set_times
@@ -109,8 +111,7 @@ class Writer:
             for level in levels:
                 _give(crew, level)
             _give(crew, (numbers[id(run)] for run in self.work.arrivals.as_they_come(runs, self.store.has_chunk)))
-            for hard_link in self.blueprint.hard_links:
-                os.link(self._at(hard_link.target), self._at(hard_link.path), follow_symlinks=False)
+            self._write_hard_links()
             _give(crew, links)
             for number in times:
                 crew.give(number)
@@ -118,14 +119,21 @@ class Writer:
             crew.finish()
 
     def _make_directories(self, paths: Sequence[str]) -> int:
-        for path in paths:
-            os.mkdir(self._at(path))
-            os.chmod(self._at(path), 0o755)
+        with opened_folder(self.scratch) as root:
+            for path in paths:
+                os.mkdir(path, dir_fd=root)
+                os.chmod(path, 0o755, dir_fd=root)
         return 0
 
+    def _write_hard_links(self) -> None:
+        with opened_folder(self.scratch) as root:
+            for link in self.blueprint.hard_links:
+                os.link(link.target, link.path, src_dir_fd=root, dst_dir_fd=root, follow_symlinks=False)
+
     def _write_links(self, links: Sequence[Link]) -> int:
-        for link in links:
-            os.symlink(link.target, self._at(link.path))
+        with opened_folder(self.scratch) as root:
+            for link in links:
+                os.symlink(link.target, link.path, dir_fd=root)
         return 0
 
     def _set_times(self, paths: Sequence[str]) -> int:
@@ -138,58 +146,56 @@ class Writer:
         Every byte is compared with its file's digest. So the chunks that they come from are compared with their own
         only where that fails: to say which of the two is wrong, and to find a sound copy in another store.
         """
-        give, scratch = self.donors.give, self.scratch
-        wanted = frozenset(file.path for file in run.files if not give(file, f"{scratch}/{file.path}"))
-        if not wanted:
-            return run.size_bytes
-        try:
-            self._write_files(run, wanted, self.store.read_unverified)
-        except ManifestInvalid:
-            for path in wanted:
-                if os.path.lexists(self._at(path)):
-                    os.unlink(self._at(path))
-            self._write_files(run, wanted, self.store.read_chunk)
+        with opened_folder(self.scratch) as root:
+            wanted = self.donors.give(run.files, root)
+            if not wanted:
+                return run.size_bytes
+            try:
+                self._write_files(run, wanted, root, self.store.read_unverified)
+            except ManifestInvalid:
+                for path in wanted:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(path, dir_fd=root)
+                self._write_files(run, wanted, root, self.store.read_chunk)
         return run.size_bytes
 
-    def _write_files(self, run: Run, wanted: Collection[str], read: Callable[[Digest], bytes]) -> None:
+    def _write_files(self, run: Run, wanted: Collection[str], root: int, read: Callable[[Digest], bytes]) -> None:
         content = _Content(run.chunks, read)
         for file in run.files:
             if file.path not in wanted:
                 content.skip(file.size_bytes)
                 continue
             if file.relocation is None:
-                actual = self._write_file(file, content.read(file.size_bytes))
+                actual = _write_file(file, content.read(file.size_bytes), root)
             else:
                 data = b"".join(content.read(file.size_bytes))
                 actual = digest_of(data)
                 if actual == file.digest:
-                    self._write_file(file, [memoryview(relocate(data, file.relocation, self.prefix))])
+                    _write_file(file, [memoryview(relocate(data, file.relocation, self.prefix))], root)
             if actual != file.digest:
                 reason = f"the content of {file.path!r} has the digest {actual}, not {file.digest}"
                 raise ManifestInvalid(reason, self.prefix)
-
-    def _write_file(self, file: File, pieces: Iterable[memoryview]) -> Digest:
-        """Write one file; returns the digest of what was written."""
-        state = hashlib.sha256()
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        handle = os.open(self._at(file.path), flags, 0o600)
-        try:
-            for piece in pieces:
-                state.update(piece)
-                while piece:
-                    piece = piece[os.write(handle, piece) :]
-            seal(handle, file)
-        finally:
-            os.close(handle)
-        return Digest(state.hexdigest())
 
     def _advance(self, count: int) -> None:
         if count:
             self._done_bytes += count
             self.work.report(self._done_bytes, self._total_bytes)
 
-    def _at(self, path: str) -> str:
-        return f"{self.scratch}/{path}"
+
+def _write_file(file: File, pieces: Iterable[memoryview], root: int) -> Digest:
+    """Write one file below the folder behind the handle *root*; returns the digest of what was written."""
+    state = hashlib.sha256()
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    handle = os.open(file.path, flags, 0o600, dir_fd=root)
+    try:
+        for piece in pieces:
+            state.update(piece)
+            while piece:
+                piece = piece[os.write(handle, piece) :]
+        seal(handle, file)
+    finally:
+        os.close(handle)
+    return Digest(state.hexdigest())
 
 
 class _Pile:
