@@ -248,10 +248,12 @@ def _climbs_after_link(path: str, target: str, links: Container[str]) -> bool:
 def _check_lengths(manifest: Manifest, entries: Sequence[Entry], prefix: str) -> None:
     """Names are looked up from a handle of the prefix, where the system minds only what lies below."""
     room = PATH_LIMIT - len(os.fsencode(prefix)) - len("/")
-    for entry in entries:
-        # A character takes four bytes at most.
-        if len(entry.path) > room // 4 and len(os.fsencode(entry.path)) > room:
-            raise MaterialiseError(manifest.id, entry.path, f"file name too long: {room} bytes below {prefix} are left")
+    paths = [entry.path for entry in entries]
+    if max(map(len, paths), default=0) <= room // 4:  # a character takes four bytes at most
+        return
+    for path in paths:
+        if len(os.fsencode(path)) > room:
+            raise MaterialiseError(manifest.id, path, f"file name too long: {room} bytes below {prefix} are left")
 
 
 def _check_relocations(manifest: Manifest, runs: Sequence[Run], prefix: str) -> None:
