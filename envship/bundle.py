@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+from envship.errors import SourceNotFound
 from worker_bootstrap import codec
 from worker_bootstrap.bundle_index import (
     CODECS,
@@ -30,7 +31,7 @@ from worker_bootstrap.bundle_index import (
     survey,
 )
 from worker_bootstrap.digest import Digest, digest_of
-from worker_bootstrap.errors import BundleInvalid, ChunkInvalid, ManifestInvalid, SourceNotFound
+from worker_bootstrap.errors import BundleInvalid, ChunkInvalid, ManifestInvalid
 from worker_bootstrap.manifest import CHUNK_LIMIT_BYTES, Manifest
 from worker_bootstrap.store import Store, full_error, sync_folder
 

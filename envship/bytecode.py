@@ -16,10 +16,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from envship.errors import NotAnEnvironment
 from envship.sources.draft import CodeItem
 from envship.sources.interpreter import clean_environ
 from worker_bootstrap.digest import digest_of
-from worker_bootstrap.errors import NotAnEnvironment
 from worker_bootstrap.store import publish
 
 _WORKER = Path(__file__).with_name("_bytecode_worker.py")

@@ -17,9 +17,10 @@ from dask.utils import format_bytes
 
 from envship.bundle import SUFFIX, bundle_at, read_bundle, write_bundle
 from envship.difference import Difference, difference
+from envship.errors import SourceNotFound
 from envship.options import NO_OPTIONS, PackOptions
 from worker_bootstrap.digest import Digest, EnvironmentId, is_digest
-from worker_bootstrap.errors import EnvironmentMissing, EnvshipError, SourceNotFound
+from worker_bootstrap.errors import EnvironmentMissing, EnvshipError
 from worker_bootstrap.location import open_store
 from worker_bootstrap.manifest import Manifest, Package
 from worker_bootstrap.store import Store

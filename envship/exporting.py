@@ -22,9 +22,9 @@ from typing import IO, Any, NamedTuple, Protocol, cast
 import zstandard
 from conda_pack.core import Packer, rewrite_shebang
 
+from envship.errors import ExportError
 from envship.sources.unpacked import SCRIPT
 from worker_bootstrap.durable import full_error
-from worker_bootstrap.errors import ExportError
 from worker_bootstrap.manifest import Directory, Entry, File, HardLink, Link, Listing, Manifest, Package
 from worker_bootstrap.store import Store
 

@@ -16,6 +16,7 @@ from distributed import Client
 
 from envship.bundle import bundle_at, survey_bundle
 from envship.environment import Environment, guess, resolve
+from envship.errors import SourceNotFound
 from envship.options import PackOptions
 from envship.progress import Display, HostProgress
 from envship.reconnect import reconnect, until_listening
@@ -31,7 +32,6 @@ from worker_bootstrap.errors import (
     NotSwappable,
     PrepareFailed,
     SchedulerLost,
-    SourceNotFound,
 )
 from worker_bootstrap.location import open_store
 from worker_bootstrap.manifest import Manifest

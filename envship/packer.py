@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from envship.crew import Written, write_with_processes, write_with_threads
+from envship.errors import NotAnEnvironment, SourceProblems
 from envship.head_start import HeadStart
 from envship.options import PackOptions
 from envship.package_writer import Packed
@@ -32,7 +33,6 @@ from envship.sources.unpacked import SCRIPT
 from envship.sources.version_control import VERSION_CONTROL
 from envship.spool import Spool
 from worker_bootstrap.digest import Digest, EnvironmentId
-from worker_bootstrap.errors import NotAnEnvironment, SourceProblems
 from worker_bootstrap.manifest import Manifest, Package
 from worker_bootstrap.store import Store
 

@@ -18,12 +18,13 @@ from distributed import Client
 from envship import config
 from envship.bundle import read_bundle
 from envship.environment import Environment
+from envship.errors import SourceNotFound
 from envship.road import Road
 from worker_bootstrap import mounts
 from worker_bootstrap.assignments import Upload
 from worker_bootstrap.bundle_index import Extent
 from worker_bootstrap.digest import Digest, EnvironmentId
-from worker_bootstrap.errors import EnvironmentMissing, EnvshipError, SourceNotFound, TransferError
+from worker_bootstrap.errors import EnvironmentMissing, EnvshipError, TransferError
 from worker_bootstrap.manifest_delta import delta_of, likely_bases
 from worker_bootstrap.shared import Place
 from worker_bootstrap.transfer import EncodedChunk, Outcome, upload_chunks

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from envship.bundle import END, MAGIC, read_bundle
+from envship.errors import ArchiveInvalid, NotAnEnvironment, SourceProblems
 from envship.sources.archive import unpacked
 from tests.environments import environment_of
 from tests.snapshots import changes, snapshot
@@ -24,15 +25,7 @@ from worker_bootstrap import codec
 from worker_bootstrap.blueprint import draw
 from worker_bootstrap.bundle_index import RECORD, survey
 from worker_bootstrap.digest import EnvironmentId, digest_of
-from worker_bootstrap.errors import (
-    ArchiveInvalid,
-    BundleInvalid,
-    EnvshipError,
-    ManifestInvalid,
-    MaterialiseError,
-    NotAnEnvironment,
-    SourceProblems,
-)
+from worker_bootstrap.errors import BundleInvalid, EnvshipError, ManifestInvalid, MaterialiseError
 from worker_bootstrap.manifest import Chunk, Listing, Manifest, Package
 from worker_bootstrap.materialise import materialise
 from worker_bootstrap.relocate import relocate

@@ -16,10 +16,10 @@ import conda_pack
 import pytest
 import zstandard
 
+from envship.errors import ArchiveInvalid, NotAnEnvironment, SourceProblems
 from envship.pack import pack
 from envship.sources import archive as archives
 from envship.sources.archive import is_archive, unpacked
-from worker_bootstrap.errors import ArchiveInvalid, NotAnEnvironment, SourceProblems
 from worker_bootstrap.manifest import File
 from worker_bootstrap.materialise import materialise
 from worker_bootstrap.store import Store

@@ -12,7 +12,8 @@ import pytest
 
 from envship.bundle import END, MAGIC, read_bundle, write_bundle
 from envship.environment import Environment
-from worker_bootstrap.errors import BundleInvalid, ChunkMissing, ManifestInvalid, SourceNotFound, StoreFull
+from envship.errors import SourceNotFound
+from worker_bootstrap.errors import BundleInvalid, ChunkMissing, ManifestInvalid, StoreFull
 from worker_bootstrap.manifest import Chunk, Manifest, Package
 from worker_bootstrap.materialise import materialise
 from worker_bootstrap.store import Store

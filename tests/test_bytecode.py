@@ -17,9 +17,9 @@ from envship import _bytecode_worker
 from envship.bytecode import Compiler
 from envship.canonical import Verbatim
 from envship.code_ahead import CodeAhead
+from envship.errors import NotAnEnvironment
 from envship.reading import Reader
 from envship.sources.draft import CodeItem, FileItem, Plan
-from worker_bootstrap.errors import NotAnEnvironment
 
 SOURCE = '''"""A docstring with a word."""
 import os.path

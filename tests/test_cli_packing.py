@@ -12,8 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 from envship.cli import main
+from envship.errors import SourceProblems
 from envship.pack import pack
-from worker_bootstrap.errors import SourceProblems
 from worker_bootstrap.store import Store
 
 from .prefixes import onlyhere_wheel, small_venv

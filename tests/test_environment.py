@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from envship.environment import Environment, guess, resolve
+from envship.errors import SourceNotFound
 from envship.options import NO_OPTIONS, PackOptions
 from envship.pack import pack
-from worker_bootstrap.errors import EnvironmentMissing, SourceNotFound
+from worker_bootstrap.errors import EnvironmentMissing
 from worker_bootstrap.manifest import Manifest
 from worker_bootstrap.store import Store
 

@@ -12,9 +12,10 @@ import pytest
 
 from envship.canonical import Verbatim
 from envship.environment import Environment
+from envship.errors import ExportError, NotAnEnvironment
 from envship.pack import pack
 from envship.sources.unpacked import read_exported
-from worker_bootstrap.errors import ChunkMissing, ExportError, NotAnEnvironment
+from worker_bootstrap.errors import ChunkMissing
 from worker_bootstrap.materialise import materialise
 from worker_bootstrap.relocate import PLACEHOLDER as OWN_PLACEHOLDER
 from worker_bootstrap.store import Store

@@ -15,10 +15,10 @@ import pytest
 
 from envship.cli.machines import write_wheel
 from envship.environment import Environment
+from envship.errors import SourceProblems
 from envship.options import PackOptions
 from envship.pack import pack
 from worker_bootstrap.activation import activated
-from worker_bootstrap.errors import SourceProblems
 from worker_bootstrap.manifest import File, Link
 from worker_bootstrap.materialise import materialise
 from worker_bootstrap.relocate import PLACEHOLDER

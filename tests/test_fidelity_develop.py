@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from envship.errors import SourceProblems
 from envship.pack import pack
-from worker_bootstrap.errors import SourceProblems
 from worker_bootstrap.materialise import materialise
 from worker_bootstrap.store import Store
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from envship.environment import Environment
+from envship.errors import SourceProblems
 from envship.options import PackOptions
 from envship.pack import pack
-from worker_bootstrap.errors import SourceProblems
 from worker_bootstrap.manifest import Directory, File, HardLink, Link
 from worker_bootstrap.materialise import materialise
 from worker_bootstrap.store import Store

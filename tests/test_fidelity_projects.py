@@ -14,9 +14,9 @@ import editables
 import pytest
 
 from envship.environment import Environment
+from envship.errors import SourceProblems
 from envship.options import PackOptions
 from envship.pack import pack
-from worker_bootstrap.errors import SourceProblems
 from worker_bootstrap.manifest import File, Link
 from worker_bootstrap.materialise import materialise
 from worker_bootstrap.relocate import PLACEHOLDER

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from envship.environment import Environment
+from envship.errors import NotAnEnvironment, SourceProblems
 from envship.options import NO_OPTIONS, PackOptions
 from envship.pack import pack
 from envship.sources import venv as venvs
@@ -21,7 +22,6 @@ from envship.sources.draft import FileItem
 from envship.sources.interpreter import Interpreter, ask
 from envship.sources.plan import plan
 from envship.sources.tree import Trees
-from worker_bootstrap.errors import NotAnEnvironment, SourceProblems
 from worker_bootstrap.materialise import materialise
 from worker_bootstrap.store import Store
 

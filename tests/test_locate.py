@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from envship.errors import NotAnEnvironment, SourceNotFound
 from envship.sources.locate import find_prefix, is_conda, is_exported
-from worker_bootstrap.errors import NotAnEnvironment, SourceNotFound
 
 
 @pytest.fixture

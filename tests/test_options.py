@@ -13,11 +13,11 @@ import pytest
 from click.testing import CliRunner
 
 from envship.cli.packed_as import PackingCommand
+from envship.errors import SourceProblems
 from envship.options import Filter, PackOptions
 from envship.pack import pack
 from envship.sources.plan import plan
 from envship.sources.tree import Trees
-from worker_bootstrap.errors import SourceProblems
 from worker_bootstrap.store import Store
 
 from .contents import all_entries

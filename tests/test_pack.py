@@ -13,10 +13,10 @@ import dask
 import pytest
 
 from envship.environment import Environment
+from envship.errors import SourceNotFound
 from envship.options import NO_OPTIONS
 from envship.pack import pack
 from envship.scan_index import ScanIndex, index_folder
-from worker_bootstrap.errors import SourceNotFound
 from worker_bootstrap.store import Store
 
 from .contents import contents, package

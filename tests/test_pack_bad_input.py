@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import envship
+from envship.errors import SourceProblems
 from envship.pack import pack
-from worker_bootstrap.errors import SourceProblems
 from worker_bootstrap.store import Store
 
 from .contents import contents, package
@@ -90,7 +90,7 @@ import os, sys
 from pathlib import Path
 from envship.pack import pack
 from envship.scan_index import rules
-from worker_bootstrap.errors import SourceProblems
+from envship.errors import SourceProblems
 from worker_bootstrap.store import Store
 rules()
 # No process of our own interpreter: it may lie where the other user cannot run it.

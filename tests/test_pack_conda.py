@@ -15,10 +15,10 @@ import pytest
 from click.testing import CliRunner
 
 from envship.cli import main
+from envship.errors import NotAnEnvironment, SourceNotFound, SourceProblems
 from envship.options import PackOptions
 from envship.pack import pack
 from envship.sources.conda import canonical_conda_meta
-from worker_bootstrap.errors import NotAnEnvironment, SourceNotFound, SourceProblems
 from worker_bootstrap.manifest import File, Link
 from worker_bootstrap.materialise import materialise
 from worker_bootstrap.relocate import PLACEHOLDER

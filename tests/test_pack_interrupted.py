@@ -17,6 +17,7 @@ import pytest
 
 from envship.bytecode import Compiler
 from envship.environment import Environment
+from envship.errors import SourceProblems
 from envship.options import NO_OPTIONS
 from envship.pack import pack
 from envship.packer import Packer
@@ -24,7 +25,7 @@ from envship.scan_index import ScanIndex, index_folder
 from envship.sources.draft import CodeItem
 from envship.sources.tree import Trees
 from worker_bootstrap import ready_mark, scratch
-from worker_bootstrap.errors import SourceProblems, StoreFull
+from worker_bootstrap.errors import StoreFull
 from worker_bootstrap.evict import collect
 from worker_bootstrap.store import Store
 from worker_bootstrap.verify import damaged_chunks

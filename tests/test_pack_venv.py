@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from envship.errors import NotAnEnvironment, SourceProblems
 from envship.options import PackOptions
 from envship.pack import pack
-from worker_bootstrap.errors import NotAnEnvironment, SourceProblems
 from worker_bootstrap.manifest import File, Link
 from worker_bootstrap.materialise import materialise
 from worker_bootstrap.relocate import PLACEHOLDER

@@ -19,9 +19,10 @@ from distributed import Client, LocalCluster
 from envship import journey
 from envship.bundle import bundle_at, survey_bundle, write_bundle
 from envship.environment import Environment
+from envship.errors import SourceNotFound
 from worker_bootstrap.bundle_index import Extent
 from worker_bootstrap.digest import Digest
-from worker_bootstrap.errors import BundleInvalid, SourceNotFound
+from worker_bootstrap.errors import BundleInvalid
 from worker_bootstrap.shared import NOWHERE, Place, SharedReader, read_into
 from worker_bootstrap.store import Store
 

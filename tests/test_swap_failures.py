@@ -14,15 +14,14 @@ import pytest
 from distributed import Client
 
 import envship  # noqa: F401  adds the methods to the client
+from envship.errors import NotAnEnvironment, SourceNotFound
 from worker_bootstrap.digest import Digest
 from worker_bootstrap.errors import (
     CommitFailed,
     EnvironmentMissing,
     EnvshipError,
     IncompatibleEnvironment,
-    NotAnEnvironment,
     PrepareFailed,
-    SourceNotFound,
 )
 from worker_bootstrap.store import Store
 

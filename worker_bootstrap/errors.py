@@ -1,17 +1,12 @@
-"""The errors of envship, one tree.
+"""The errors of envship, one tree; those of packing and exporting are in `envship.errors`.
 
 ::
 
     EnvshipError
-    ├── PackError                    the source cannot be packed as it is
-    │   ├── SourceNotFound           no such environment, prefix or bundle
-    │   ├── NotAnEnvironment         it exists, but holds no Python environment
-    │   └── SourceProblems           the source was read; everything wrong with it, listed
     ├── ContentError                 bytes are not what their name or format says
     │   ├── ChunkInvalid             a chunk's bytes do not match its digest
     │   ├── ManifestInvalid          a manifest or listing breaks the format
-    │   ├── BundleInvalid            a bundle breaks the format
-    │   └── ArchiveInvalid           an archive is damaged, or grows beyond all measure
+    │   └── BundleInvalid            a bundle breaks the format
     ├── StoreError                   the store cannot be used
     │   ├── StoreUntrusted           somebody else could write to it
     │   ├── StoreFull                no room left on its file system
@@ -19,7 +14,6 @@
     │   ├── ChunkMissing             a chunk is not there (any more)
     │   └── EnvironmentMissing       no manifest under this environment id
     ├── ProcessLimitReached          the system lets nobody start another process here
-    ├── ExportError                  the environment cannot be written as an archive
     ├── MaterialiseError             the prefix cannot be built
     │   └── PrefixTooLong            a placeholder is shorter than the new prefix
     ├── StartError                   the new interpreter did not get ready
@@ -41,9 +35,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
-
-_SHOWN_LINES = 50
-"""So many problems of a source stand in its message."""
 
 
 class EnvshipError(Exception):
@@ -76,64 +67,6 @@ class EnvshipError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), self.values, {"retryable": self.retryable})
-
-
-class PackError(EnvshipError):
-    """The source cannot be packed."""
-
-
-class SourceNotFound(PackError):
-    """No environment, prefix, bundle or id of that name."""
-
-    fields = ("source", "looked_in")
-    source: str
-    looked_in: Sequence[str]
-
-    def describe(self) -> str:
-        places = ", ".join(self.looked_in or ()) or "nowhere"
-        return (
-            f"no environment {self.source!r}: looked in {places}. Give the name of a conda environment, the path of a "
-            "prefix, an archive of conda-pack, a bundle (.envship), or the id of an environment that the store holds."
-        )
-
-
-class NotAnEnvironment(PackError):
-    """The path exists, but is not a Python environment."""
-
-    fields = ("path", "reason")
-    path: str
-    reason: str
-
-    def describe(self) -> str:
-        return f"{self.path} is not a conda environment or a venv: {self.reason}"
-
-
-class SourceProblems(PackError):
-    """Everything that is wrong with a source, collected before raising.
-
-    ``problems`` are single lines, which name every file; ``shown``, where it is given, are the same in fewer words.
-    """
-
-    fields = ("source", "problems", "remedy", "shown")
-    source: str
-    problems: Sequence[str]
-    remedy: str
-    shown: Sequence[str] | None
-
-    def describe(self) -> str:
-        lines = list(self.shown or self.problems)
-        more = [f"… and {len(lines) - _SHOWN_LINES} more"] if len(lines) > _SHOWN_LINES else []
-        text = self._text([*lines[:_SHOWN_LINES], *more])
-        is_all = not more and lines == list(self.problems)
-        return text if is_all else f"{text}\nTo see all of it: --all-problems; in Python, the `problems` of this error."
-
-    def in_full(self) -> str:
-        """The message with all problems, however many."""
-        return self._text(self.problems)
-
-    def _text(self, lines: Sequence[str]) -> str:
-        indented = "".join(f"  {line}\n" for line in lines)
-        return f"{self.source} cannot be packed as it is:\n{indented}{self.remedy}"
 
 
 class ContentError(EnvshipError):
@@ -174,17 +107,6 @@ class BundleInvalid(ContentError):
 
     def describe(self) -> str:
         return f"{self.path} is not a usable bundle: {self.reason}. Copy it again, or save the environment again."
-
-
-class ArchiveInvalid(ContentError):
-    """An archive of an environment is damaged, cut short, of no known kind, or a bomb."""
-
-    fields = ("path", "reason")
-    path: str
-    reason: str
-
-    def describe(self) -> str:
-        return f"{self.path} cannot be unpacked: {self.reason}. Copy it again, or make it again with conda-pack."
 
 
 class StoreError(EnvshipError):
@@ -275,17 +197,6 @@ class ProcessLimitReached(EnvshipError):
             f"no further process or thread can be started on {self.host}: {self.reason}. End what you do not need "
             "there, or have the limit raised (`ulimit -u`; for a container, that of its processes)."
         )
-
-
-class ExportError(EnvshipError):
-    """The environment cannot be written as an archive of that kind, or under that name."""
-
-    fields = ("path", "reason")
-    path: str
-    reason: str
-
-    def describe(self) -> str:
-        return f"{self.path} cannot be written: {self.reason}"
 
 
 class MaterialiseError(EnvshipError):

@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from envship.cli.quantities import Size
+from envship.errors import SourceProblems
 from envship.options import Filter, PackOptions
-from worker_bootstrap.errors import SourceProblems
 
 _FILTERS = ("exclude", "include")
 _SETTINGS = ("ignore_missing", "ignore_editable", "copy_outside_links", "project_limit_bytes")

@@ -149,7 +149,7 @@ def verify(sources: tuple[str, ...], store_path: Path | None, repair: bool, as_j
 
 def _environment(source: str, store: Store) -> Environment:
     from envship.environment import resolve
-    from worker_bootstrap.errors import SourceNotFound
+    from envship.errors import SourceNotFound
 
     if not all(letter in "0123456789abcdef" for letter in source) or len(source) < 8:
         raise SourceNotFound(source, [f"{store.layout.root} (an environment id, or its first eight digits, is needed)"])

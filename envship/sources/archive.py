@@ -16,12 +16,13 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from envship.errors import ArchiveInvalid, NotAnEnvironment, SourceProblems
 from envship.sources.locate import is_environment
 from envship.sources.members import DAMAGES, Content, Member, opener
 from envship.sources.unpacked import SCRIPTS, read_unpacked
 from worker_bootstrap.blueprint import may_leave
 from worker_bootstrap.durable import full_error
-from worker_bootstrap.errors import ArchiveInvalid, ManifestInvalid, NotAnEnvironment, SourceProblems
+from worker_bootstrap.errors import ManifestInvalid
 from worker_bootstrap.paths import check_link
 
 RATIO_LIMIT = 200

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from envship.canonical import Own, Recorded, Rewritten, Treatment, Undigested, with_interpreter_of
+from envship.errors import NotAnEnvironment, SourceProblems
 from envship.options import PackOptions
 from envship.scripts import Script
 from envship.sources.distributions import Distribution, is_byte_code, read_distributions
@@ -31,7 +32,6 @@ from envship.sources.projects import LINKING, without_leavings
 from envship.sources.tree import Found, Root, Trees
 from envship.sources.unpacked import read_unpacked
 from worker_bootstrap.digest import Digest, digest_of_file, is_digest
-from worker_bootstrap.errors import NotAnEnvironment, SourceProblems
 from worker_bootstrap.manifest import Relocation
 
 NOT_CONTENT = frozenset(

@@ -16,7 +16,7 @@ from collections.abc import Container, Iterable
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
-from worker_bootstrap.errors import SourceProblems
+from envship.errors import SourceProblems
 
 MACHINE_BOUND = frozenset(("REQUESTED", "uv_cache.json", "uv_build.json"))
 """Files of a dist-info folder that say how and when it was installed here, nothing about what it is."""

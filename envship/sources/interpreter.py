@@ -11,8 +11,8 @@ import re
 import subprocess
 from typing import NamedTuple
 
+from envship.errors import NotAnEnvironment
 from envship.sources.path_files import is_inside
-from worker_bootstrap.errors import NotAnEnvironment
 from worker_bootstrap.interpreter import platform_name
 
 _TIMEOUT_S = 60

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from envship import elf
 from envship.canonical import Own, Recorded, Treatment
+from envship.errors import SourceProblems
 from envship.options import NO_OPTIONS, PackOptions
 from envship.sources import search_path, source_tree
 from envship.sources.draft import CodeItem, FileItem, Item
@@ -22,7 +23,6 @@ from envship.sources.symlinks import leads_back, target_inside
 from envship.sources.tree import Found, Root, Status, Trees
 from envship.sources.unpacked import Unpacked
 from envship.sources.version_control import VERSION_CONTROL
-from worker_bootstrap.errors import SourceProblems
 from worker_bootstrap.manifest import Directory, HardLink, Link
 
 logger = logging.getLogger("envship.sources")

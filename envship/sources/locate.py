@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from worker_bootstrap.errors import NotAnEnvironment, SourceNotFound
+from envship.errors import NotAnEnvironment, SourceNotFound
 
 
 def find_prefix(source: str | os.PathLike[str] | None) -> Path:

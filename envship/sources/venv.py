@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from envship.errors import NotAnEnvironment
 from envship.options import PackOptions
 from envship.sources.base import base_draft, base_roots
 from envship.sources.distributions import Distribution, is_byte_code, read_distributions
@@ -21,7 +22,6 @@ from envship.sources.interpreter import Interpreter, ask, check_is_whole
 from envship.sources.items import Collector, with_byte_code
 from envship.sources.projects import without_leavings
 from envship.sources.tree import Found, Root, Trees
-from worker_bootstrap.errors import NotAnEnvironment
 
 _LEFT_OUT = re.compile(
     r"pyvenv\.cfg|\.lock|\.gitignore|CACHEDIR\.TAG|lib64|include|include/python[0-9.]*t?|bin/(?:python|pypy)[0-9.]*t?|bin/[Aa]ctivate.*"
