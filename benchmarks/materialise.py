@@ -71,6 +71,8 @@ def main() -> None:
     options = parser.parse_args()
     prefix, changed = prefixes(options.prefix, options.changed)
     kept = None if options.hold is None else int(options.hold * 1e9)
+    if options.cache is not None:
+        options.cache.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(prefix="envship-materialise-", dir=options.cache) as folder,
         held(kept) as held_bytes,
@@ -78,7 +80,7 @@ def main() -> None:
         if held_bytes:
             say(f"{held_bytes / 1e9:.1f} GB of free memory are kept from the host of this virtual machine")
         cache = options.cache or Path(folder) / "cache"
-        cache.mkdir(parents=True, exist_ok=True)
+        cache.mkdir(exist_ok=True)
         bench = Bench(prefix, changed, cache.resolve(), Path(folder).resolve())
         bench.run(options.only.split(",") if options.only else list(bench.measurements), options.repetitions)
         bench.clean()
