@@ -228,3 +228,42 @@ def test_byte_code_that_was_made_where_it_lies_is_compared_with_what_was_made(
     assert mend(store, environment_id).mended == [damage]
     assert one.read_bytes() == before and not one.is_symlink()
     assert list(damaged_files(store, environment_id)) == []
+
+
+@pytest.mark.parametrize("way", ["moved", "copied", "restored from a backup"])
+def test_an_environment_in_a_store_that_lies_elsewhere_now_is_made_to_name_that_place(
+    store: Store, tmp_path: Path, way: str
+) -> None:
+    """Its scripts and its byte code would go on leading to where it was."""
+    environment_id = environment_that_compiles(store, "mine")
+    old = materialise(store, environment_id, durable=True)
+    there = tmp_path / "there"
+    if way == "moved":
+        store.layout.root.rename(there)
+    else:
+        shutil.copytree(store.layout.root, there, copy_function=shutil.copy if way == "copied" else shutil.copy2)
+    moved = Store(there)
+    assert moved.built(environment_id) is None
+    prefix = materialise(moved, environment_id, durable=True)
+    assert prefix == moved.built(environment_id) == moved.layout.prefix(environment_id)
+    assert list(damaged_files(moved, environment_id)) == []
+    for path in prefix.rglob("mine.*"):
+        assert str(prefix).encode() in path.read_bytes() and str(old).encode() not in path.read_bytes()
+
+
+def test_an_environment_that_was_built_for_another_place_is_not_run_in_a_read_only_store(
+    store: Store, environment_id: EnvironmentId, tmp_path: Path
+) -> None:
+    store.layout.root.rename(tmp_path / "there")
+    own = Store(tmp_path / "own", [tmp_path / "there"])
+    assert own.built(environment_id) is None
+    assert materialise(own, environment_id) == own.layout.prefix(environment_id)
+
+
+def test_an_environment_that_is_reached_by_another_name_is_run_as_it_is(
+    store: Store, environment_id: EnvironmentId, tmp_path: Path
+) -> None:
+    """What it names leads to it, whether by a link, as automounters make them, or by a mount."""
+    (tmp_path / "link").symlink_to(store.layout.root)
+    link = Store(tmp_path / "link")
+    assert link.built(environment_id) == link.layout.prefix(environment_id)

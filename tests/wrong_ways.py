@@ -34,7 +34,7 @@ def mark_before_building() -> None:
         listings = read_listings(manifest, store.read_chunk)
         blueprint = draw(manifest, listings, str(prefix))
         prefix.mkdir()
-        ready_mark.write(layout.ready(environment_id), layout.tmp, durable=False)
+        ready_mark.write(layout.ready(environment_id), prefix, layout.tmp, durable=False)
         donors = Donors(donor.find(store, manifest, listings, donor.built(store, manifest)), link_mode)
         Writer(store, blueprint, donors, str(prefix), str(prefix), work).write(lambda: None)
         soundness.seal(layout, environment_id, blueprint, {}, str(prefix))

@@ -138,9 +138,10 @@ def built(store: Store, manifest: Manifest) -> list[Donor]:
     names = [name for _, name in sorted(marks, reverse=True) if name in held and name != manifest.id]
     found = []
     for name in names[:DONOR_LIMIT]:
-        if ready_mark.is_valid(store.layout.ready(held[name])):
+        prefix = store.layout.prefix(held[name])
+        if ready_mark.is_valid(store.layout.ready(held[name]), prefix):
             with contextlib.suppress(EnvshipError):
-                found.append((store.read_manifest(held[name]), store.layout.prefix(held[name])))
+                found.append((store.read_manifest(held[name]), prefix))
     return found
 
 

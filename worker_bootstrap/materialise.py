@@ -116,8 +116,9 @@ def materialise(
                 if prefix is None:
                     prefix = _build(store, environment_id, link_mode, work)
         mark = store.layout.ready(environment_id)
-        if durable and mark.exists() and not ready_mark.is_valid(mark, durable=True):
-            ready_mark.write(mark, store.layout.tmp, durable=True)
+        is_ours = prefix == store.layout.prefix(environment_id) and mark.exists()
+        if durable and is_ours and not ready_mark.is_valid(mark, prefix, durable=True):
+            ready_mark.write(mark, prefix, store.layout.tmp, durable=True)
     except OSError as error:
         raise _explained(error, store.layout, environment_id) from error
     return prefix
@@ -141,8 +142,8 @@ def _restored(store: Store, environment_id: EnvironmentId, work: Work) -> Path |
             raise
         logger.warning("environment %s cannot be mended: %s", environment_id[:16], error)
         return None
-    if not ready_mark.is_valid(mark):
-        ready_mark.write(mark, layout.tmp, durable=False)
+    if not ready_mark.is_valid(mark, prefix):
+        ready_mark.write(mark, prefix, layout.tmp, durable=False)
     return prefix
 
 
@@ -178,7 +179,7 @@ def _build(store: Store, environment_id: EnvironmentId, link_mode: str, work: Wo
         os.chmod(scratch, 0o755)
         soundness.set_times(scratch, [""])
         os.rename(scratch, prefix)
-        ready_mark.write(layout.ready(environment_id), layout.tmp, durable=False)
+        ready_mark.write(layout.ready(environment_id), prefix, layout.tmp, durable=False)
     except BaseException as error:
         # Before the remains are gone: afterwards there is room again.
         explained = _explained(error, layout, environment_id) if isinstance(error, OSError) else None

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from worker_bootstrap import relocated_code, soundness
+from worker_bootstrap import ready_mark, relocated_code, soundness
 from worker_bootstrap.blueprint import Blueprint, Run
 from worker_bootstrap.digest import EnvironmentId
 from worker_bootstrap.donor import seal
@@ -112,7 +112,8 @@ def mend(store: Store, environment_id: EnvironmentId, *, remove_added: bool = Fa
         mended = [each for each in found if each.path not in still]
         if not left and missing is None:
             mended += stale
-            if stale or not made:
+            # The byte code that was made for another place is whole, and names that one.
+            if stale or not made or not ready_mark.is_of(layout.ready(environment_id), prefix):
                 files = (file for run in blueprint.runs for file in run.files)
                 python = store.read_manifest(environment_id).python
                 made = relocated_code.compile_again(prefix, files, python, may_run=may_run)

@@ -259,9 +259,8 @@ class Store:
         is mounted noexec is left out, for it can be built in our own.
         """
         for layout in (self.layout, *self.layouts[:-1]):
-            is_built = ready_mark.is_valid(layout.ready(environment_id)) and os.path.isdir(
-                layout.prefix(environment_id)
-            )
+            prefix = layout.prefix(environment_id)
+            is_built = ready_mark.is_valid(layout.ready(environment_id), prefix) and os.path.isdir(prefix)
             if is_built and (layout is self.layout or _can_run(layout)):
                 return layout
         return None

@@ -213,8 +213,9 @@ def _mend(store: Store, environment_id: EnvironmentId, mended: list[str], proble
         mended += map(str, outcome.mended)
         problems += map(str, outcome.left)
         problems += [] if outcome.missing is None else [str(outcome.missing)]
-        if outcome.is_whole and not ready_mark.is_valid(layout.ready(environment_id)):
-            ready_mark.write(layout.ready(environment_id), layout.tmp, durable=False)
+        mark, prefix = layout.ready(environment_id), layout.prefix(environment_id)
+        if outcome.is_whole and not ready_mark.is_valid(mark, prefix):
+            ready_mark.write(mark, prefix, layout.tmp, durable=False)
 
 
 def _print_verified(result: dict[str, Any]) -> None:
