@@ -95,6 +95,17 @@ def odd(path: Path, folder: Path, *oddities: str, kind: str = "odd") -> Iterator
             raise
 
 
+@contextmanager
+def overlay(path: Path, lower: Path) -> Iterator[Path]:
+    """*lower* at *path* as a container has it that runs from an image: what is changed lies in memory."""
+    with tmpfs(path.with_name(f"{path.name}-upper"), "size=50m") as memory:
+        for name in ("upper", "work"):
+            (memory / name).mkdir()
+        options = f"lowerdir={lower},upperdir={memory}/upper,workdir={memory}/work"
+        with _mounted(path, "-t", "overlay", "-o", options, "overlay"):
+            yield path
+
+
 def remount(path: Path, options: str) -> None:
     """Change the options of a mounted file system."""
     subprocess.run(["mount", "-o", f"remount,{options}", str(path)], check=True, capture_output=True)

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from tests.environments import environment_of, package_of, tiny_environment
-from tests.filesystems import needs_mount, tmpfs
+from tests.filesystems import needs_mount, overlay, tmpfs
 from tests.overtaken import Overtaken
 from worker_bootstrap import evict, scratch, verify
 from worker_bootstrap.chunk_service import read_chunks
 from worker_bootstrap.digest import Digest, EnvironmentId
-from worker_bootstrap.errors import ChunkMissing, EnvironmentMissing, StoreFull
+from worker_bootstrap.errors import ChunkMissing, EnvironmentMissing, StoreError, StoreFull
 from worker_bootstrap.evict import GRACE_S, Kept, collect, plan
 from worker_bootstrap.lock import Lease, Lock
 from worker_bootstrap.materialise import materialise
@@ -315,6 +315,57 @@ def test_a_prefix_of_an_interrupted_build_goes(store: Store) -> None:
     assert intact(store, new)
     materialise(store, old)
     assert intact(store, old)
+
+
+@needs_mount
+def test_what_came_with_the_image_of_a_container_goes(tmp_path: Path) -> None:
+    """An overlay does not rename folders of its lower layer."""
+    old, new = two(Store(tmp_path / "image"))
+    with overlay(tmp_path / "container", tmp_path / "image") as container:
+        store = Store(container)
+        assert collect(store, 0, keep=[new], grace_s=0).evicted == (old,)
+        assert_gone(store, old)
+        store.layout.ready(new).unlink()
+        assert survey(store).leftovers_bytes > 0
+        collect(store, None)
+        assert list(store.layout.envs.iterdir()) == [] == list(store.layout.tmp.iterdir())
+
+
+@pytest.mark.parametrize("part", ["manifest", "ready", "inventory", "lease", "lock"])
+def test_what_cannot_be_removed_stays_with_the_reason_and_the_others_go(store: Store, part: str) -> None:
+    """As where something is immutable, or was put there by somebody's mistake."""
+    old, new = two(store)
+    path = getattr(store.layout, part)(old)
+    path.unlink(missing_ok=True)
+    path.mkdir()
+    (path / "something").touch()
+    freed = collect(store, 0, grace_s=0)
+    assert freed.evicted == (new,)
+    assert freed.kept == (Kept(old, f"it cannot be removed ({path}: Is a directory)"),)
+    assert_gone(store, new)
+
+
+@pytest.fixture
+def frozen(store: Store) -> Iterator[Store]:
+    """A store that its owner made immutable."""
+    for environment_id in two(store):
+        store.layout.lease(environment_id).touch()
+    change = ["chattr", "-R", "+i", str(store.layout.root)]
+    if subprocess.run(change, check=False, capture_output=True).returncode:
+        pytest.skip("nothing can be made immutable here")
+    yield store
+    subprocess.run(["chattr", "-R", "-i", str(store.layout.root)], check=True)
+
+
+def test_an_immutable_store_says_that_it_cannot_be_written_to_and_is_run_from(frozen: Store) -> None:
+    with pytest.raises(StoreError, match=f"{frozen.layout.root} cannot be written to .*not permitted"):
+        collect(frozen, 0, grace_s=0)
+    for environment_id in frozen.environments():
+        assert materialise(frozen, environment_id) == frozen.built(environment_id)
+        lease = Lease(frozen.lease(environment_id))
+        lease.hold()
+        assert not Lease(lease.path).is_free()
+        lease.release()
 
 
 def test_what_somebody_else_put_beside_the_prefixes_stays(store: Store, tmp_path: Path) -> None:

@@ -139,6 +139,22 @@ def test_a_store_that_was_opened_is_open_on_disk(bundle: Path, tmp_path: Path, m
     assert len(synced) == 1  # nothing was to be done
 
 
+@pytest.mark.parametrize(
+    ("command", "spoilt"),
+    [("gc", "locks/collect.lock"), ("verify --repair", "locks/????????????????.lock"), ("stage it", "leases/*")],
+)
+def test_what_the_file_system_refuses_is_a_message(bundle: Path, tmp_path: Path, command: str, spoilt: str) -> None:
+    """It names the file, and there is no traceback."""
+    envship("stage", bundle, "--store", tmp_path / "store")
+    (path,) = (tmp_path / "store").glob(spoilt)
+    path.unlink()
+    path.mkdir()
+    words = [str(bundle) if word == "it" else word for word in command.split()]
+    result = CliRunner().invoke(main, [*words, "--store", str(tmp_path / "store")])
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+    assert f"{path}: Is a directory" in result.stderr
+
+
 def test_stage_needs_one_place(bundle: Path, tmp_path: Path) -> None:
     for more in ([], ["--store", str(tmp_path / "s"), "--scheduler", "tcp://127.0.0.1:1"]):
         result = CliRunner().invoke(main, ["stage", str(bundle), *more])

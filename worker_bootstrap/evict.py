@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from worker_bootstrap import ready_mark, scratch
 from worker_bootstrap.digest import Digest, EnvironmentId
-from worker_bootstrap.durable import full_error
+from worker_bootstrap.durable import full_error, unusable_error
 from worker_bootstrap.errors import StoreBusy
 from worker_bootstrap.layout import Layout
 from worker_bootstrap.lock import Lease, Lock, holders
@@ -155,6 +155,8 @@ def carry_out(store: Store, planned: Plan, *, grace_s: float = GRACE_S) -> Freed
     ------
     StoreFull
         If nothing can be freed, for there is no inode left for a lock's file.
+    StoreError
+        If the store cannot be written to.
 
     Notes
     -----
@@ -175,10 +177,7 @@ def carry_out(store: Store, planned: Plan, *, grace_s: float = GRACE_S) -> Freed
             if not gone.evicted and not chunks:
                 raise full
     except OSError as error:
-        refused = full_error(error, store.layout.root)
-        if refused is None:
-            raise
-        raise refused from error
+        raise unusable_error(error, store.layout.root) from error
     kept = [*gone.kept, *(Kept(environment_id, "there is no room for its lock") for environment_id in waiting)]
     if gone.evicted or chunks:
         logger.info("%s: evicted %d environments and %d chunks", store.layout.root, len(gone.evicted), chunks)
@@ -246,10 +245,12 @@ def _evict_each(
             reason = _evict(store, environment_id, planned_at)
         except OSError as error:
             if full_error(error, store.layout.root) is None:
-                raise
-            full = error
-            waiting.append(environment_id)
-            continue
+                # Of this one: what lies there is immutable, or the disk is going bad. The others can go all the same.
+                reason = f"it cannot be removed ({error.filename or 'a file'}: {error.strerror or error})"
+            else:
+                full = error
+                waiting.append(environment_id)
+                continue
         if reason:
             gone.kept.append(Kept(environment_id, reason))
         else:
@@ -312,13 +313,13 @@ def _make_lease_file(layout: Layout, environment_id: EnvironmentId) -> None:
 
 
 def _set_aside(store: Store, prefix: Path) -> Path | None:
-    """Move a prefix to where nobody looks for it: half removed, it must not lie where a whole one is expected.
+    """Move a prefix to where nobody looks for it; None if there is none.
 
-    None if there is none. From then on any other eviction may remove it, so nothing is made there beforehand.
+    From then on any other eviction may remove it, so nothing is made there beforehand.
     """
     aside = store.layout.tmp / f"{scratch.EVICTED}{uuid.uuid4().hex}"
     try:
-        os.rename(prefix, aside)
+        scratch.set_aside(prefix, aside)
     except FileNotFoundError:
         if os.path.lexists(prefix):
             raise  # it is tmp that is missing

@@ -37,8 +37,8 @@ SILENT_S = 3.0
 """Whoever waits for longer says what for."""
 LOCK_MODE = 0o600
 LEASE_MODE = 0o644
-REFUSALS = (errno.EACCES, errno.EROFS)
-"""Answers for who may not write to a file, or not there."""
+REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS)
+"""Answers for who may not write to a file, or not there; the second, for anybody where a file is immutable."""
 
 
 class Lock:

@@ -35,7 +35,7 @@ from worker_bootstrap.errors import ChunkMissing, EnvshipError, MaterialiseError
 from worker_bootstrap.layout import SHORT_ID_LENGTH, Layout
 from worker_bootstrap.lock import Lease, Lock
 from worker_bootstrap.repair import repair
-from worker_bootstrap.scratch import sweep
+from worker_bootstrap.scratch import set_aside, sweep
 from worker_bootstrap.store import Store
 from worker_bootstrap.writer import Report, Work, Writer
 
@@ -206,8 +206,7 @@ def _sweep(layout: Layout, environment_id: EnvironmentId) -> None:
         if is_digest(mark.name) and mark.name != environment_id:
             raise MaterialiseError(environment_id, str(prefix), f"{mark.name} has the same first digits and lies there")
     if os.path.lexists(prefix):
-        # Renamed first: a prefix that is half removed must not lie where a whole one is expected.
-        os.rename(prefix, layout.tmp / f"{_scratch_name(environment_id)}old-{os.getpid()}")
+        set_aside(prefix, layout.tmp / f"{_scratch_name(environment_id)}old-{os.getpid()}")
     sweep(layout, _scratch_name(environment_id))
 
 

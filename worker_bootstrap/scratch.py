@@ -7,9 +7,11 @@ name that says that nobody is at work on it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import time
+from pathlib import Path
 
 from worker_bootstrap.layout import Layout
 
@@ -42,3 +44,17 @@ def sweep(layout: Layout, *beginnings: str) -> None:
                 shutil.rmtree(entry.path, ignore_errors=True)
             else:
                 os.unlink(entry.path)
+
+
+def set_aside(prefix: Path, aside: Path) -> None:
+    """Move *prefix* to *aside*, in ``tmp``: half removed, it must not lie where a whole one is expected.
+
+    The overlay of a container moves no folder that came with its image: such a one is removed where it lies, for which
+    it has to have lost its ready mark before.
+    """
+    try:
+        os.rename(prefix, aside)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.rmtree(prefix)

@@ -181,7 +181,9 @@ def _holding(store: Store, environment_id: EnvironmentId, now: float) -> Holding
     layout = store.layout
     prefix = layout.prefix(environment_id)
     lease = Lease(layout.lease(environment_id))
-    in_use = layout.lease(environment_id).exists() and not lease.is_free()
+    in_use = False
+    with contextlib.suppress(OSError):  # a file that cannot be opened: whoever evicts says so
+        in_use = layout.lease(environment_id).exists() and not lease.is_free()
     if in_use:
         with contextlib.suppress(OSError):
             os.utime(lease.path)

@@ -1,11 +1,12 @@
 """The command line: ``envship pack | show | diff | export | use | status | reset | stage | verify | gc | demo``.
 
 Only here, in `envship.progress` and in a notebook does envship print. Commands import what they need when they run, so
-that ``envship --help`` stays quick. Errors of ours end as a message and exit code 1, Ctrl-C as 130.
+that ``envship --help`` stays quick. Errors of ours, and of the system, end as a message and exit code 1, Ctrl-C as 130.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import Any
@@ -32,6 +33,11 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except EnvshipError as error:
             raise click.ClickException(str(error)) from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # whoever read the output has seen enough, which Click knows
+                raise
+            where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+            raise click.ClickException(f"{where}{error.strerror or error}") from error
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             sys.stdout.flush()
