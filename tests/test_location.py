@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ import dask
 import pytest
 
 from worker_bootstrap import location
-from worker_bootstrap.errors import SettingInvalid, StoreUntrusted
+from worker_bootstrap.errors import SettingInvalid, StoreError, StoreUntrusted
 from worker_bootstrap.location import default_root, open_store, trusted
 
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
@@ -55,6 +56,17 @@ def test_a_cache_folder_on_a_network_file_system_is_avoided(monkeypatch: pytest.
     assert default_root() == Path(f"/var/tmp/envship-{os.getuid()}")
 
 
+def test_a_user_without_a_home_gets_one_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in containers that run as some number, or in services."""
+    for variable in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    assert default_root() == Path(f"/var/tmp/envship-{os.getuid()}")
+    monkeypatch.setenv("ENVSHIP_STORE", "~/store")
+    with pytest.raises(StoreUntrusted, match="home"):
+        default_root()
+
+
 # -- opening
 
 
@@ -65,6 +77,12 @@ def test_open_store_makes_it_and_takes_the_settings(tmp_path: Path) -> None:
     assert store.layout.host_id.exists()
     assert not (tmp_path / "staged").exists()
     assert len(open_store(tmp_path / "own", read_only=[]).layouts) == 1
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-that-name/store", "/proc/store", "/tmp/" + "x" * 256])
+def test_a_place_where_no_store_can_be_is_said_to_be_none(path: str) -> None:
+    with pytest.raises(StoreError, match=f"the store {path[:60]}"):
+        open_store(path)
 
 
 @pytest.mark.parametrize("value", [3, "one", [1], {"a": "b"}])

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from envship.environment import Environment
@@ -23,6 +24,7 @@ from worker_bootstrap.location import open_store
 from worker_bootstrap.lock import Lease
 from worker_bootstrap.materialise import materialise
 from worker_bootstrap.soundness import sound_prefix
+from worker_bootstrap.stock import needed_elsewhere
 from worker_bootstrap.store import Store
 from worker_bootstrap.verify import damaged_files
 
@@ -167,6 +169,28 @@ def test_a_staged_store_that_a_server_exports_read_only_is_run_in_place(
         assert sound_prefix(store, environment_id) == prefix
         (lower / "store" / prefix.relative_to(point / "store") / "bin").rename(lower / "bin")
         assert materialise(store, environment_id).is_relative_to(tmp_path / "own")
+
+
+def test_a_read_only_store_whose_server_is_away_takes_nothing_along(tmp_path: Path, lower: Path) -> None:
+    """Neither when it is opened nor later; what is in the others is found."""
+    staged = tiny_environment(Store(tmp_path / "staged"), TOOL)
+    tiny_environment(Store(lower / "store"))
+    others = [tmp_path / "point/store", tmp_path / "staged"]
+    with odd(tmp_path / "point", lower, kind="juicefs") as point:
+        before = open_store(tmp_path / "own", others)
+        assert len(before.environments()) == 2
+        (server,) = (child for child in psutil.Process().children() if str(point) in child.cmdline())
+        server.kill()
+        server.wait()
+        try:
+            for store in (before, open_store(tmp_path / "own", others)):
+                assert store.environments() == [staged]
+                assert needed_elsewhere(store) == set(store.read_manifest(staged).chunks)
+                assert materialise(store, staged).is_relative_to(tmp_path / "own")
+            with pytest.raises(StoreError, match=f"the store {point}/store cannot be written to .*not connected"):
+                open_store(point / "store")
+        finally:
+            subprocess.run(["umount", "--lazy", str(point)], check=True)
 
 
 def test_what_is_built_where_other_machines_see_it_is_on_disk_before_it_counts(

@@ -50,6 +50,8 @@ def make_folder(path: Path, mode: int = 0o755) -> None:
     try:
         os.mkdir(path, mode)
     except FileNotFoundError:
+        if path.parent.is_dir():  # as an automounter, and /proc, answer to what they do not have
+            raise
         make_folder(path.parent)
         make_folder(path, mode)
         return

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import grp
 import importlib
+import logging
 import os
 import pwd
 import stat
@@ -18,11 +19,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from worker_bootstrap.durable import unusable_error
 from worker_bootstrap.errors import SettingInvalid, StoreUntrusted
 from worker_bootstrap.layout import Layout
 from worker_bootstrap.mounts import NETWORK_FILE_SYSTEMS, file_system_of
 from worker_bootstrap.sizes import parse_size
 from worker_bootstrap.store import Store
+
+logger = logging.getLogger("envship.store")
 
 STORE_VARIABLE = "ENVSHIP_STORE"
 LINK_LIMIT = 40
@@ -47,14 +51,29 @@ def open_store(root: str | os.PathLike[str] | None = None, read_only: Iterable[s
         If another user could write to one of them, or the writable one is a folder with something else in it.
     SettingInvalid
         If a setting is not a path, or not a list of paths.
+    StoreError
+        If the writable one cannot be got to, or be made.
     """
     others = _configured_stores() if read_only is None else read_only
-    chosen = trusted(Path(root) if root is not None else default_root())
-    _check_is_store(chosen)
-    store = Store(chosen, [trusted(Path(path)) for path in others])
+    wanted = Path(root) if root is not None else default_root()
+    try:
+        chosen = trusted(wanted)
+        _check_is_store(chosen)
+    except OSError as error:
+        raise unusable_error(error, wanted) from error
+    store = Store(chosen, list(_within_reach(others)))
     # What was not there at the first look may have been made by somebody else before we could.
     trusted(chosen)
     return store
+
+
+def _within_reach(stores: Iterable[str | Path]) -> Iterator[Path]:
+    """Those of the read-only *stores* that can be looked at: a file server that is away takes no other along."""
+    for path in stores:
+        try:
+            yield trusted(Path(path))
+        except OSError as error:
+            logger.warning("the store %s is left alone: %s: %s", path, error.filename, error.strerror)
 
 
 def default_root() -> Path:
@@ -63,8 +82,9 @@ def default_root() -> Path:
     if given:
         if not isinstance(given, str):
             raise SettingInvalid("store", given, "a path")
-        return Path(given).expanduser().absolute()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "envship"
+        return _at_home(Path(given)).absolute()
+    # A user without a home (of a container, or a service) keeps the "~".
+    cache = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "envship")
     if cache.is_absolute() and file_system_of(cache) not in NETWORK_FILE_SYSTEMS:
         return cache
     return Path(f"/var/tmp/envship-{os.getuid()}")
@@ -95,8 +115,10 @@ def trusted(path: Path) -> Path:
     StoreUntrusted
         If it, a folder above it, a symbolic link on the way, or one of the store's own folders belongs to somebody
         else, or others can write to it. Folders with the sticky bit (``/tmp``) may lie above it.
+    OSError
+        If it cannot be looked at.
     """
-    waiting = list(reversed(path.expanduser().absolute().parts[1:]))
+    waiting = list(reversed(_at_home(path).absolute().parts[1:]))
     here = "/"
     links = 0
     _check_folder(path, here, os.lstat(here), is_store=False)
@@ -127,6 +149,13 @@ def trusted(path: Path) -> Path:
         with contextlib.suppress(FileNotFoundError):
             _check_folder(path, str(folder), os.lstat(folder), is_store=True)
     return Path(here)
+
+
+def _at_home(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise StoreUntrusted(str(path), "nobody knows the home of that user") from error
 
 
 def _check_is_store(root: Path) -> None:

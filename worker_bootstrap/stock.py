@@ -155,8 +155,7 @@ def needed_elsewhere(store: Store) -> set[Digest]:
     """Every chunk that a manifest in a read-only store names; the writable one may be listed among those, too."""
     own = os.path.realpath(store.layout.root)
     others = [layout for layout in store.layouts[:-1] if os.path.realpath(layout.root) != own]
-    names = {path.stem for layout in others for path in layout.manifests.glob("*.json")}
-    return _named_by(store, [EnvironmentId(name) for name in sorted(names) if is_digest(name)])
+    return _named_by(store, {environment_id for layout in others for environment_id in store.environments_in(layout)})
 
 
 def _named_by(store: Store, environments: Iterable[EnvironmentId]) -> set[Digest]:

@@ -220,8 +220,18 @@ class Store:
 
     def environments(self) -> list[EnvironmentId]:
         """Ids of all manifests held, sorted."""
-        names = {path.stem for layout in self.layouts for path in layout.manifests.glob("*.json")}
-        return sorted(EnvironmentId(name) for name in names if is_digest(name))
+        return sorted({environment_id for layout in self.layouts for environment_id in self.environments_in(layout)})
+
+    def environments_in(self, layout: Layout) -> list[EnvironmentId]:
+        """Ids of all manifests in one of the stores."""
+        try:
+            names = [path.stem for path in layout.manifests.glob("*.json")]
+        except OSError as error:  # a file server is away
+            if layout is self.layout:
+                raise
+            logger.warning("the store %s is left alone: %s", layout.root, error)
+            return []
+        return [EnvironmentId(name) for name in names if is_digest(name)]
 
     def used_last(self, environments: Iterable[EnvironmentId]) -> list[EnvironmentId]:
         """Those of *environments* whose manifest is in the writable store, the one that was used last first."""
