@@ -584,6 +584,19 @@ def test_without_an_inode_one_that_a_process_runs_from_stays(crowded: Store) -> 
 
 
 @needs_mount
+def test_without_a_single_block_environments_go_as_ever(crowded: Store) -> None:
+    """None is left for what a lock's file says of its holder."""
+    packed = tiny_environment(crowded)
+    age(crowded)
+    with pytest.raises(OSError, match="No space left"), open(crowded.layout.root.parent / "taken", "wb") as taken:
+        while True:
+            taken.write(bytes(4096))
+            taken.flush()
+    assert collect(crowded, 0, grace_s=0).evicted == (packed,)
+    assert list(crowded.layout.chunks.glob("*/*")) == []
+
+
+@needs_mount
 def test_where_no_inode_can_be_freed_the_store_is_full(crowded: Store) -> None:
     environment_id = tiny_environment(crowded)
     take_all_inodes(crowded.layout.root.parent / "taken")

@@ -87,11 +87,13 @@ class Lock:
             kind = fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX
             if not _lock(handle, kind, self.timeout_s, self.path):
                 raise StoreBusy(str(self.path), self.timeout_s, _holder(handle))
-            # Only for the message of those who wait in vain: the lock itself is the kernel's.
-            if _is_writable(handle):
-                os.ftruncate(handle, 0)
-            if not self.shared:
-                os.pwrite(handle, str(os.getpid()).encode(), 0)
+            # Only for the message of those who wait in vain: the lock itself is the kernel's. So a full disk may lack
+            # the room for it, where somebody has come to make some.
+            with contextlib.suppress(OSError):
+                if _is_writable(handle):
+                    os.ftruncate(handle, 0)
+                if not self.shared:
+                    os.pwrite(handle, str(os.getpid()).encode(), 0)
         except BaseException:
             os.close(handle)
             raise
