@@ -357,6 +357,17 @@ def test_verify_names_what_is_wrong_and_repairs_it(bundle: Path, tmp_path: Path)
     assert envship("verify", "--store", tmp_path / "store")["environments"][0]["sound"]
 
 
+def test_a_name_that_cannot_be_printed_is_printed_all_the_same(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    prefix = materialise(store, tiny_environment(store, {"lib/caf\udce9": b"text"}))
+    (prefix / "lib/caf\udce9").unlink()
+    command = [sys.executable, "-m", "envship.cli", "verify", "--store", str(tmp_path / "store")]
+    environ = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=CODE, env=environ)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert r"lib/caf\udce9 cannot be read: No such file" in done.stdout
+
+
 def test_verify_looks_at_what_was_built_before_the_machine_was_started(bundle: Path, tmp_path: Path) -> None:
     """Nobody has looked at it since; a repair marks it ready."""
     store = Store(tmp_path / "store")

@@ -7,6 +7,7 @@ that ``envship --help`` stays quick. Errors of ours, and of the system, end as a
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from typing import Any
@@ -50,6 +51,9 @@ class Commands(click.Group):
 @click.version_option(__version__, prog_name="envship")
 def main() -> None:
     """Move a running Dask cluster into your software environment."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be text that can be printed
 
 
 for command in (pack, show, diff, export, use, status, reset, stage, verify, gc, demo):
