@@ -11,6 +11,7 @@ MOUNTS = """\
 30 22 0:30 / /home rw - nfs4 server:/home rw
 31 30 0:31 / /home/local rw shared:1 - xfs /dev/vdb rw
 32 22 0:32 / /with\\040space rw - lustre x rw
+35 22 0:35 / /with\\011tab\\012line\\134and\x85more rw - fuse.sshfs x rw
 33 22 0:33 / /home/again rw - ext4 x rw
 34 22 0:34 / /home/again rw - nfs x rw
 broken line
@@ -25,6 +26,7 @@ broken line
         ("/homes/me", "ext4"),
         ("/home/local/x", "xfs"),
         ("/with space/x", "lustre"),
+        ("/with\ttab\nline\\and\x85more/x", "fuse.sshfs"),
         ("/home/again", "nfs"),
         ("/", "ext4"),
     ],

@@ -74,6 +74,17 @@ def test_a_damaged_chunk_is_dropped_and_reads_as_missing(store: Store, damage: b
     assert store.read_chunk(DIGEST) == DATA
 
 
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(store: Store) -> None:
+    store.write_chunk(DATA)
+    path = only_file(store)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ChunkMissing):
+        store.read_chunk(DIGEST)
+    store.write_chunk(DATA)
+    assert store.read_chunk(DIGEST) == DATA
+
+
 def test_a_chunk_under_another_name_is_dropped(store: Store) -> None:
     other = store.write_chunk(b"other")
     path = only_file(store)

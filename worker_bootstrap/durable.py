@@ -109,6 +109,11 @@ def sync_file_system(path: Path) -> None:
         os.close(handle)
 
 
+def _open_at_once(path: str, flags: int) -> int:
+    """A pipe in the place of a file would otherwise be waited for until somebody writes to it: for ever."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 def content_of(path: Path, limit_bytes: int, broken: Callable[[Path], None] | None = None) -> bytes | None:
     """At most ``limit_bytes + 1`` bytes of a file; None if it is gone or cannot be read.
 
@@ -120,7 +125,7 @@ def content_of(path: Path, limit_bytes: int, broken: Callable[[Path], None] | No
         If this process may not open more files: that says nothing about this one.
     """
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open(path, "rb", buffering=0, opener=_open_at_once) as file:
             size_bytes = os.fstat(file.fileno()).st_size
             return file.read(min(size_bytes, limit_bytes) + 1)
     except FileNotFoundError:

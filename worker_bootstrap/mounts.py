@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 NETWORK_FILE_SYSTEMS = frozenset(
@@ -28,6 +29,10 @@ LOCAL_FILE_SYSTEMS = frozenset(
 """What is mounted by one machine at a time. Anything else may be shared: new network file systems have new names."""
 
 
+_ESCAPE = re.compile(r"\\([0-7]{3})")
+"""How the table writes space, tab, newline, backslash and ``#`` (Linux, ``fs/proc_namespace.c``)."""
+
+
 def file_system_of(path: Path, mount_table: str | None = None) -> str:
     """Type of the file system that *path* lies (or would lie) on, as Linux names it; empty where that is unknown.
 
@@ -48,18 +53,18 @@ def _mount_of(path: Path, mount_table: str | None) -> tuple[str, list[str]]:
     """Type and options of the innermost mount."""
     if mount_table is None:
         try:
-            mount_table = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
+            mount_table = os.fsdecode(Path("/proc/self/mountinfo").read_bytes())
         except OSError:
             return "", []
     real = os.path.realpath(path) + "/"
     best, kind = "", ""
     options: list[str] = []
-    for line in mount_table.splitlines():
+    for line in mount_table.split("\n"):
         left, _, right = line.partition(" - ")
         fields = left.split(" ")
         if len(fields) < 5 or not right:
             continue
-        point = fields[4].replace("\\040", " ").rstrip("/") + "/"
+        point = _ESCAPE.sub(lambda escape: chr(int(escape[1], 8)), fields[4]).rstrip("/") + "/"
         # A later mount on the same point hides the earlier one.
         if real.startswith(point) and len(point) >= len(best):
             best = point
