@@ -22,7 +22,7 @@ from .interpreters import OLDEST_MINOR, makes_venvs, other_minors
 PACKAGE = Path(worker_bootstrap.__file__).parent
 WITHOUT_DASK = (
     *("errors", "digest", "paths", "layout", "manifest", "codec", "lock", "durable", "handles", "mounts"),
-    *("ready_mark", "store", "location", "staging"),
+    *("ready_mark", "founding", "store", "location", "staging"),
     *("relocate", "relocated_code", "blueprint", "arrivals", "donor", "crew", "writer", "materialise", "build"),
     *("soundness", "repair", "verify", "stock", "holdings", "evict", "shared", "carry"),
     *("interpreter", "activation", "launch", "standby", "worker_options"),

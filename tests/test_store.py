@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from worker_bootstrap import codec, ready_mark
-from worker_bootstrap import store as store_module
+from worker_bootstrap import codec, founding, ready_mark
 from worker_bootstrap.digest import Digest, EnvironmentId, digest_of
 from worker_bootstrap.errors import ChunkInvalid, ChunkMissing, EnvironmentMissing, StoreError, StoreFull
 from worker_bootstrap.layout import Layout
@@ -307,14 +306,14 @@ def test_who_waits_for_the_host_id_takes_that_of_the_one_before(
 ) -> None:
     layout = Layout(tmp_path / "store")
     looked = threading.Event()
-    look = store_module._host_id
+    look = founding._host_id
 
     def found_nothing_yet(layout: Layout) -> str | None:
         found = look(layout)
         looked.set()
         return found
 
-    monkeypatch.setattr(store_module, "_host_id", found_nothing_yet)
+    monkeypatch.setattr(founding, "_host_id", found_nothing_yet)
     with ThreadPoolExecutor(1) as pool:
         with Lock(layout.locks / "host-id.lock"):
             second = pool.submit(Store, layout.root)

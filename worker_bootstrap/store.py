@@ -11,18 +11,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import stat
-import uuid
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from worker_bootstrap import codec, ready_mark
+from worker_bootstrap import codec, founding, ready_mark
 from worker_bootstrap.digest import Digest, EnvironmentId, digest_of, is_digest
-from worker_bootstrap.durable import content_of, full_error, make_folder, publish, sync_folder, unusable_error
-from worker_bootstrap.errors import ChunkInvalid, ChunkMissing, EnvironmentMissing, StoreError
-from worker_bootstrap.layout import STORE_VERSION, Layout
-from worker_bootstrap.lock import Lock, check_locks
+from worker_bootstrap.durable import content_of, full_error, publish, sync_folder, unusable_error
+from worker_bootstrap.errors import ChunkInvalid, ChunkMissing, EnvironmentMissing
+from worker_bootstrap.layout import Layout
+from worker_bootstrap.lock import Lock
 from worker_bootstrap.manifest import CHUNK_LIMIT_BYTES, MANIFEST_LIMIT_BYTES, Manifest
 
 logger = logging.getLogger("envship.store")
@@ -60,7 +58,10 @@ class Store:
 
     def __init__(self, root: Path, read_only: Sequence[Path] = ()) -> None:
         self.layout = Layout(Path(root))
-        self.layouts = (*(other for other in map(Layout, map(Path, read_only)) if _is_readable(other)), self.layout)
+        self.layouts = (
+            *(other for other in map(Layout, map(Path, read_only)) if founding.is_readable(other)),
+            self.layout,
+        )
         self.host_id = ""
         self.restore()
 
@@ -72,7 +73,7 @@ class Store:
         if self.host_id and all(map(os.path.exists, (*self.layout.folders, self.layout.host_id))):
             return
         try:
-            self.host_id = _prepare(self.layout, self.host_id)
+            self.host_id = founding.prepare(self.layout, self.host_id)
         except OSError as error:
             raise unusable_error(error, self.layout.root) from error
 
@@ -360,40 +361,6 @@ def _status(path: str) -> os.stat_result | None:
         return None
 
 
-def _prepare(layout: Layout, known_id: str) -> str:
-    """Make what is not there; return the host's id, which is *known_id*, or a new one, where there is none yet."""
-    make_folder(layout.root, 0o700)
-    for folder in layout.folders:
-        make_folder(folder)
-    host_id = _host_id(layout)
-    if host_id is None:
-        # Two processes that come first at once must not each believe in an id of their own.
-        with Lock(layout.locks / "host-id.lock"):
-            if (host_id := _host_id(layout)) is None:
-                host_id = known_id or uuid.uuid4().hex
-                publish(layout.version, STORE_VERSION.encode(), layout.tmp, sync=True)
-                publish(layout.host_id, host_id.encode(), layout.tmp, sync=True)
-                with contextlib.suppress(PermissionError):  # a folder that we may not read, only pass through
-                    sync_folder(layout.root.parent)
-    version = (content_of(layout.version, 64) or b"").decode("ascii", "replace").strip()
-    if version != STORE_VERSION:
-        raise StoreError(
-            f"the store {layout.root} has version {version!r}; this envship needs {STORE_VERSION!r}. Name another "
-            "folder (ENVSHIP_STORE), or remove that one."
-        )
-    check_locks(layout.locks)
-    return host_id
-
-
-def _is_readable(layout: Layout) -> bool:
-    """Whether a read-only store keeps things where we look for them; one that is not there yet may come."""
-    version = content_of(layout.version, 64)
-    if version is None or version.decode("ascii", "replace").strip() == STORE_VERSION:
-        return True
-    logger.warning("the store %s is left alone: it is of another version", layout.root)
-    return False
-
-
 def _can_run(layout: Layout) -> bool:
     """Whether programs can be executed from where the environments of a store lie."""
     with contextlib.suppress(OSError):
@@ -401,8 +368,3 @@ def _can_run(layout: Layout) -> bool:
             logger.info("nothing runs from the store %s: its file system is mounted noexec", layout.root)
             return False
     return True
-
-
-def _host_id(layout: Layout) -> str | None:
-    found = (content_of(layout.host_id, 64) or b"").decode("ascii", "replace").strip()
-    return found if re.fullmatch("[0-9a-f]{32}", found) else None
