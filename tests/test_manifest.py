@@ -41,6 +41,11 @@ chunks = st.builds(Chunk, digests, st.integers(0, CHUNK_LIMIT_BYTES))
 packages = st.builds(
     Package, st.text(), st.text(), st.text(), st.just("conda"), chunks, st.lists(chunks, max_size=3).map(tuple)
 )
+environs = st.dictionaries(
+    st.text(st.characters(codec="utf-8", exclude_characters="=\0"), min_size=1),
+    st.text(st.characters(codec="utf-8", exclude_characters="\0")),
+    max_size=3,
+)
 
 
 @given(entries.map(lambda found: sorted(found, key=lambda e: e.path)))
@@ -51,7 +56,7 @@ def test_a_listing_survives_its_bytes(found: Any) -> None:
         assert again.to_bytes() == listing.to_bytes()
 
 
-@given(st.lists(packages, max_size=4), st.dictionaries(st.text(), st.text(), max_size=3))
+@given(st.lists(packages, max_size=4), environs)
 def test_a_manifest_survives_its_bytes(found: Any, environ: Any) -> None:
     manifest = Manifest("linux-64", "3.11.7", found, environ)
     again = Manifest.from_bytes(manifest.to_bytes(), manifest.id)
@@ -185,6 +190,14 @@ def test_a_manifest_that_is_not_canonical() -> None:
     manifest = Manifest("linux-64", "3.11.7", [])
     with pytest.raises(ManifestInvalid, match="canonical"):
         Manifest.from_bytes(manifest.to_bytes().replace(b":", b": "))
+
+
+@pytest.mark.parametrize(
+    "environ", [{"": "x"}, {"A=B": "x"}, {"A\0B": "x"}, {"A": "x\0"}, {"A\ud800": ""}, {"A": "\ud800"}]
+)
+def test_variables_that_no_process_can_have(environ: dict[str, str]) -> None:
+    with pytest.raises(ManifestInvalid, match="not a variable"):
+        Manifest.from_bytes(Manifest("linux-64", "3.11.7", [], environ).to_bytes())
 
 
 @pytest.mark.parametrize("size_bytes", [-1, CHUNK_LIMIT_BYTES + 1, "1", None])

@@ -234,7 +234,7 @@ class Manifest:
                 platform=_text(raw["platform"]),
                 python=_text(raw["python"]),
                 packages=[_row_package(row) for row in raw["packages"]],
-                environ={_text(key): _text(value) for key, value in raw["environ"].items()},
+                environ=_environ(raw["environ"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ManifestInvalid(f"{type(error).__name__}: {error}", "manifest") from error
@@ -340,6 +340,15 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"not a text: {shown(value)}")
     return value
+
+
+def _environ(raw: Any) -> dict[str, str]:
+    """Variables such as a process can have: no other could be started from the environment."""
+    environ = {_text(name): _text(value) for name, value in raw.items()}
+    for name, value in environ.items():
+        if not name or "=" in name or "\0" in name + value or not (is_file_name(name) and is_file_name(value)):
+            raise ValueError(f"not a variable: {shown(name)} = {shown(value)}")
+    return environ
 
 
 def _mode(value: Any) -> str:
