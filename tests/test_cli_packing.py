@@ -14,8 +14,10 @@ from click.testing import CliRunner
 from envship.cli import main
 from envship.errors import SourceProblems
 from envship.pack import pack
+from worker_bootstrap.materialise import materialise
 from worker_bootstrap.store import Store
 
+from .environments import environment_of, package_of
 from .prefixes import onlyhere_wheel, small_venv
 
 
@@ -55,6 +57,36 @@ def test_everything_that_is_wrong_can_be_had(tmp_path: Path, shared_store: Store
     assert len(told[()].splitlines()) == 54
     assert "… and 11 more" in told[()] and "--all-problems" in told[()]
     assert all(name in told["--all-problems",] for name in (*links, *missing))
+
+
+def test_what_a_terminal_would_take_for_orders_is_printed_as_escapes(tmp_path: Path) -> None:
+    """Names in a bundle are texts of whoever made it."""
+    store = Store(tmp_path / "store")
+    red = "\x1b[31mred\x1b]0;title\x07"
+    packages = [package_of(store, {f"lib/{red}{size}": b"x" * size}, red, red) for size in (1, 2)]
+    one, two = (environment_of(store, [package], {red: red}).id for package in packages)
+    prefix = materialise(store, two)
+    (prefix / "lib" / f"{red}2").write_bytes(b"edited")
+    for arguments, code in (
+        (["show", two], 0),
+        (["diff", one, two], 0),
+        (["verify"], 1),
+        (["verify", "--repair"], 0),
+        (["show", red], 1),
+    ):
+        result = CliRunner().invoke(main, [*arguments, "--store", str(store.layout.root)])
+        assert result.exit_code == code, result.output
+        assert "\x1b" not in result.output and "\x07" not in result.output
+        assert "\\x1b[31mred" in result.output, arguments
+
+
+def test_a_folder_without_a_name_is_not_the_one_that_we_are_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command in (["gc"], ["verify"], ["show", "a" * 64], ["pack"]):
+        result = CliRunner().invoke(main, [*command, "--store", ""])
+        assert result.exit_code == 2
+        assert "--store" in result.stderr and "empty" in result.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_environment_is_packed_shown_compared_and_exported(venv: Path, tmp_path: Path) -> None:

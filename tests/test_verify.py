@@ -74,6 +74,12 @@ def test_each_change_to_a_built_environment_is_named(store: Store, damage: Calla
     assert [str(damage) for damage in damaged_files(store, environment_id)] == [line]
 
 
+def test_a_file_that_grew_beyond_all_measure_is_not_read(store: Store) -> None:
+    environment_id = tiny_environment(store)
+    os.truncate(materialise(store, environment_id) / "lib/empty", 1 << 40)
+    assert [str(damage) for damage in damaged_files(store, environment_id)] == ["lib/empty has other content"]
+
+
 def test_a_changed_byte_in_a_relocated_file_is_found(store: Store) -> None:
     environment_id = tiny_environment(store)
     path = materialise(store, environment_id) / "lib/libx.so"

@@ -157,7 +157,7 @@ def altered_byte_code(prefix: Path, made: Mapping[str, Digest]) -> Iterator[Dama
     That it was made at all, nobody else knows: where no inventory says so, nothing is missing.
     """
     for path, digest in made.items():
-        problem = _compare_file(prefix / path, File(path, 0, digest, False, None), digest)
+        problem = _compare_file(prefix / path, digest, executable=False)
         if problem:
             yield Damage(path, problem)
 
@@ -179,7 +179,9 @@ def compare(store: Store, blueprint: Blueprint, prefix: Path) -> Iterator[Damage
             except ChunkMissing as error:
                 content, missing = None, missing or error
         for file, expected in _expected(run, content, str(prefix)):
-            problem = _compare_file(prefix / file.path, file, expected)
+            # One that names its prefix has another size in each.
+            size_bytes = None if file.relocation else file.size_bytes
+            problem = _compare_file(prefix / file.path, expected, file.executable, size_bytes)
             if problem:
                 yield Damage(file.path, problem)
     yield from _compare_names(prefix, blueprint)
@@ -201,18 +203,20 @@ def _expected(run: Run, content: bytes | None, prefix: str) -> Iterator[tuple[Fi
         position += file.size_bytes
 
 
-def _compare_file(path: Path, file: File, expected: Digest | None) -> str:
+def _compare_file(path: Path, expected: Digest | None, executable: bool, size_bytes: int | None = None) -> str:
     try:
         found = path.lstat()
         if not stat.S_ISREG(found.st_mode):
             return "is no regular file"
+        if size_bytes is not None and found.st_size != size_bytes:
+            return "has other content"  # not read: it may have grown beyond all measure
         actual = None if expected is None else digest_of_file(path)
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     if actual != expected:
         return "has other content"
-    if bool(found.st_mode & stat.S_IXUSR) != file.executable:
-        return "has become executable" if not file.executable else "is not executable any more"
+    if bool(found.st_mode & stat.S_IXUSR) != executable:
+        return "has become executable" if not executable else "is not executable any more"
     return ""
 
 

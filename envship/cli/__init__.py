@@ -20,6 +20,7 @@ from envship.cli.demo import demo
 from envship.cli.inspecting import diff, show
 from envship.cli.packing import export, pack
 from envship.cli.storing import gc, stage, verify
+from envship.cli.tables import plain
 from worker_bootstrap.errors import EnvshipError
 
 INTERRUPTED = 130
@@ -33,12 +34,12 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except EnvshipError as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(plain(str(error))) from error
         except OSError as error:
             if error.errno == errno.EPIPE:  # whoever read the output has seen enough, which Click knows
                 raise
             where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
-            raise click.ClickException(f"{where}{error.strerror or error}") from error
+            raise click.ClickException(plain(f"{where}{error.strerror or error}")) from error
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             sys.stdout.flush()

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from envship.cli.packed_as import PackingCommand
+from envship.cli.quantities import Folder
 from envship.cli.summary import open_store, print_summary, reported, summary
+from envship.cli.tables import plain
 
 if TYPE_CHECKING:
     from envship.difference import Difference, FileChange
@@ -22,8 +24,7 @@ if TYPE_CHECKING:
 ROWS_SHOWN = 15
 FILES_SHOWN = 20
 
-_folder = click.Path(path_type=Path, file_okay=False)
-_store = click.option("--store", "store_path", type=_folder, help="Look in this store instead of your own.")
+_store = click.option("--store", "store_path", type=Folder(), help="Look in this store instead of your own.")
 
 
 @click.command(cls=PackingCommand)
@@ -156,7 +157,7 @@ def _print_difference(found: Difference, show_all: bool) -> None:
         f"and {format_bytes(found.manifest_bytes)} of the manifest"
     )
     for name, (before, after) in found.settings.items():
-        click.echo(f"{name}: {before or '(not set)'} → {after or '(not set)'}")
+        click.echo(plain(f"{name}: {before or '(not set)'} → {after or '(not set)'}"))
     rows = [
         (
             change.name or "(no package)",
@@ -172,7 +173,7 @@ def _print_difference(found: Difference, show_all: bool) -> None:
     columns = ("package", "version", "", "files", "new", "to ship")
     out.print(table(columns, rows, right=("files", "new", "to ship")))
     for change in found.packages:
-        out.print(f"{change.name or '(no package)'}:", highlight=False, markup=False)
+        out.print(plain(f"{change.name or '(no package)'}:"), highlight=False, markup=False)
         _print_files(change.files, show_all)
 
 
@@ -186,7 +187,7 @@ def _print_files(files: Sequence[FileChange], show_all: bool) -> None:
     for file in shown:
         mark = {"added": "+", "removed": "-", "changed": "~"}[file.kind]
         sizes = " → ".join(format_bytes(size) for size in (file.old_bytes, file.new_bytes))
-        click.echo(f"  {mark} {file.path}  ({sizes})")
+        click.echo(plain(f"  {mark} {file.path}  ({sizes})"))
     if len(files) > len(shown):
         click.echo(f"  … and {len(files) - len(shown)} smaller ones (--all lists them)")
 

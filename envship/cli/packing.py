@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from envship.cli.packed_as import PackingCommand
+from envship.cli.quantities import Folder
 from envship.cli.summary import open_store, print_summary, reported, summary
 
 if TYPE_CHECKING:
@@ -17,13 +18,12 @@ if TYPE_CHECKING:
 
 
 _output = click.Path(path_type=Path, dir_okay=False)
-_folder = click.Path(path_type=Path, file_okay=False)
 
 
 @click.command(cls=PackingCommand)
 @click.argument("source", required=False)
 @click.option("-o", "--output", type=_output, help="Save a bundle (.envship) as well.")
-@click.option("--store", "store_path", type=_folder, help="Pack into this store instead of your own.")
+@click.option("--store", "store_path", type=Folder(), help="Pack into this store instead of your own.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def pack(
     source: str | None, output: Path | None, packed_as: PackOptions, store_path: Path | None, as_json: bool
@@ -54,7 +54,7 @@ def pack(
 @click.command(cls=PackingCommand)
 @click.argument("source", required=False)
 @click.option("-o", "--output", type=_output, required=True, help="Such as analysis.tar.gz, .tar.zst or .zip.")
-@click.option("--store", "store_path", type=_folder, help="Pack into this store instead of your own.")
+@click.option("--store", "store_path", type=Folder(), help="Pack into this store instead of your own.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def export(source: str | None, output: Path, packed_as: PackOptions, store_path: Path | None, as_json: bool) -> None:
     """Write SOURCE as an archive that conda-pack's users know: unpack it, source bin/activate, run conda-unpack.

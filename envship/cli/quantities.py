@@ -1,7 +1,9 @@
-"""What users write with a unit: sizes and durations."""
+"""What users write: sizes and durations, with a unit, and folders."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import click
@@ -44,3 +46,15 @@ class Timeout(click.ParamType):  # type: ignore[type-arg,unused-ignore]
             return duration_s(value)
         except ValueError as error:
             self.fail(f"{value!r} is not {error}", param, ctx)
+
+
+class Folder(click.Path):
+    """A folder, there or not. An empty text, of a variable that was not set, is none; Click takes it for ``.``."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path, file_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not os.fspath(value):
+            self.fail("the path of the folder is empty", param, ctx)
+        return super().convert(value, param, ctx)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from envship.cli.cluster import Connection, connected
-from envship.cli.quantities import Duration, Size
+from envship.cli.quantities import Duration, Folder, Size
+from envship.cli.tables import plain
 
 if TYPE_CHECKING:
     from envship.environment import Environment
@@ -20,8 +21,7 @@ if TYPE_CHECKING:
     from worker_bootstrap.manifest import Manifest
     from worker_bootstrap.store import Store
 
-_folder = click.Path(path_type=Path, file_okay=False)
-_store = click.option("--store", "store_path", type=_folder, help="The store to look at, instead of your own.")
+_store = click.option("--store", "store_path", type=Folder(), help="The store to look at, instead of your own.")
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
@@ -142,7 +142,7 @@ def verify(sources: tuple[str, ...], store_path: Path | None, repair: bool, as_j
         if others:
             click.echo(f"{'DAMAGED' if problems else 'sound'}  {others} chunks of no environment")
         for line in problems:
-            click.echo(f"  {line}")
+            click.echo(plain(f"  {line}"))
     if problems or not all(result["sound"] for result in results):
         raise SystemExit(1)
 
@@ -227,14 +227,14 @@ def _print_verified(result: dict[str, Any]) -> None:
     if result["absent_chunks"]:
         click.echo(f"  {result['absent_chunks']} of its chunks are not here; they are fetched when they are needed")
     for line in result["mended"]:
-        click.echo(f"  mended: {line}")
+        click.echo(plain(f"  mended: {line}"))
     for line in result["problems"]:
-        click.echo(f"  {line}")
+        click.echo(plain(f"  {line}"))
 
 
 @click.command()
 @click.argument("source")
-@click.option("--store", "store_path", type=_folder, help="Build it in this store, for all users of this machine.")
+@click.option("--store", "store_path", type=Folder(), help="Build it in this store, for all users of this machine.")
 @click.option("--link-mode", type=click.Choice(["auto", "reflink", "hardlink", "copy"]), help="[envship.link-mode]")
 @connected
 @_as_json

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from envship.cli.tables import plain
+
 if TYPE_CHECKING:
     from envship.environment import Environment
     from worker_bootstrap.store import Store
@@ -56,8 +58,8 @@ def print_summary(environment: Environment, seconds: float | None = None) -> Non
     versions: Mapping[str, str | None] = told["versions"]
     took = f", in {format_seconds(seconds)}" if seconds is not None else ""
     click.echo(f"environment  {told['id']}")
-    click.echo("versions     " + ", ".join(f"{name} {version or '-'}" for name, version in versions.items()))
-    click.echo(f"platform     {told['platform']}")
+    click.echo(plain("versions     " + ", ".join(f"{name} {version or '-'}" for name, version in versions.items())))
+    click.echo(plain(f"platform     {told['platform']}"))
     click.echo(f"size         {format_bytes(told['size_bytes'])} in {told['packages']} packages{took}")
     click.echo(f"store        {told['store']} ({told['chunks']} chunks)")
     if told["built"]:

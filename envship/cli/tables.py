@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -12,6 +13,10 @@ if TYPE_CHECKING:
 
 WIDTH_IN_A_PIPE = 240
 """Columns where there is no terminal: wide enough that no id and no path is cut for the program that reads it."""
+
+
+_ORDERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Control characters but for the ends of lines and tabs, which messages have."""
 
 
 def console() -> Console:
@@ -34,5 +39,10 @@ def table(
         made.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
         # Names of packages, workers and paths are texts of others: their brackets are no markup.
-        made.add_row(*(Text(cell) for cell in row))
+        made.add_row(*(Text(plain(cell)) for cell in row))
     return made
+
+
+def plain(text: str) -> str:
+    """*text* with escapes in the place of what a terminal takes for orders: names in bundles are texts of others."""
+    return _ORDERS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
