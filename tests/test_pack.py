@@ -159,7 +159,7 @@ def test_an_eviction_that_fails_afterwards_is_logged_and_the_pack_is_done(
     with dask.config.set({"envship.store-limit": "1 B"}):
         environment = pack(mine, store=store)
     assert store.missing(environment.manifest.chunks) == []
-    (line,) = [record.getMessage() for record in caplog.records if record.name == "envship.pack"]
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert str(store.layout.root) in line
     assert str(inventory) in line
 

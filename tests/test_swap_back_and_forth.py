@@ -29,8 +29,8 @@ pytestmark = SWAP_MARKS
 
 OTHERS = {minor: python for minor, python in other_minors().items() if minor >= 10 and makes_venvs(python)}
 """Interpreters that the client's version of Dask runs on."""
-RESERVE = 1
-"""Connections that a pool of Dask's may have in reserve, or not, to each peer; what four swaps leave behind is more."""
+RESERVE = 2
+"""Connections that a pool of Dask's may have in reserve, or not, to each peer; what many turns leave behind is more."""
 
 
 class InUse(NamedTuple):

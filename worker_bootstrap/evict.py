@@ -247,6 +247,7 @@ def _evict_each(
             if full_error(error, store.layout.root) is None:
                 # Of this one: what lies there is immutable, or the disk is going bad. The others can go all the same.
                 reason = f"it cannot be removed ({error.filename or 'a file'}: {error.strerror or error})"
+                logger.warning("%s: environment %s stays: %s", store.layout.root, environment_id[:16], reason)
             else:
                 full = error
                 waiting.append(environment_id)
