@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from envship.errors import SourceNotFound
+from envship.errors import ExportError, SourceNotFound
 from worker_bootstrap import codec
 from worker_bootstrap.bundle_index import (
     CODECS,
@@ -49,8 +49,13 @@ def write_bundle(manifest: Manifest, store: Store, path: Path) -> None:
         If the store lacks a chunk, or holds it damaged.
     StoreFull
         If there is no room for the bundle.
+    ExportError
+        If nothing can be written there.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise full_error(error, path.parent) or ExportError(str(path), f"{path.parent}: {error.strerror}") from error
     try:
         with os.fdopen(handle, "wb") as file:
             _write(file, manifest, store)

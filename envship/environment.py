@@ -131,6 +131,8 @@ class Environment:
             If the store lost a chunk: pack again.
         StoreFull
             If there is no room.
+        ExportError
+            If nothing can be written there.
         """
         target = Path(path)
         write_bundle(self.manifest, self.store, target)
@@ -144,7 +146,8 @@ class Environment:
         Raises
         ------
         ExportError
-            If the suffix is of no known kind, or the environment does not fit into such an archive.
+            If the suffix is of no known kind, nothing can be written there, or the environment does not fit into such
+            an archive.
         ChunkMissing
             If the store lost a chunk: pack again.
         StoreFull

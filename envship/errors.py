@@ -9,7 +9,7 @@
     │   └── SourceProblems           the source was read; everything wrong with it, listed
     ├── ContentError                 bytes are not what their name or format says
     │   └── ArchiveInvalid           an archive is damaged, or grows beyond all measure
-    └── ExportError                  the environment cannot be written as an archive
+    └── ExportError                  the environment cannot be written as a bundle or an archive
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class ArchiveInvalid(ContentError):
 
 
 class ExportError(EnvshipError):
-    """The environment cannot be written as an archive of that kind, or under that name."""
+    """The environment cannot be written as a file of that kind, under that name, or in that place."""
 
     fields = ("path", "reason")
     path: str

@@ -52,7 +52,8 @@ def export(manifest: Manifest, store: Store, target: Path) -> None:
     Raises
     ------
     ExportError
-        If the suffix is none of `SUFFIXES`, or the environment has a file of its own in the place of conda-unpack.
+        If the suffix is none of `SUFFIXES`, nothing can be written there, or the environment has a file of its own in
+        the place of conda-unpack.
     ChunkMissing
         If the store lost a chunk: pack again.
     StoreFull
@@ -62,7 +63,13 @@ def export(manifest: Manifest, store: Store, target: Path) -> None:
         raise ExportError(str(target), f"its name ends with none of {', '.join(SUFFIXES)}")
     tmp = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        with open(tmp, "xb") as file:
+        handle = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    except OSError as error:
+        raise full_error(error, target.parent) or ExportError(
+            str(target), f"{target.parent}: {error.strerror}"
+        ) from error
+    try:
+        with open(handle, "wb") as file:
             with _opened(file, target.name) as archive:
                 _Export(manifest, store, target, archive).run()
             file.flush()

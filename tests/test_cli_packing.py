@@ -125,3 +125,23 @@ def test_of_many_files_that_differ_the_largest_are_named(venv: Path, tmp_path: P
     assert f"… and {len(by_size) - len(told)} smaller ones" in text
     everything = envship("diff", "--all", less["id"], whole["id"])
     assert all(path in everything for path in by_size)
+
+
+@pytest.mark.parametrize(("command", "name"), [("pack", "it.envship"), ("export", "it.tar.gz")])
+def test_a_place_that_cannot_be_written_to_is_said_before_anything_is_packed(
+    command: str, name: str, tmp_path: Path
+) -> None:
+    result = CliRunner().invoke(main, [command, "nosuch", "-o", str(tmp_path / "nowhere" / name)])
+    assert result.exit_code == 2
+    assert f"there is no folder {tmp_path / 'nowhere'}" in result.stderr
+
+
+def test_what_the_system_refuses_ends_as_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    result = CliRunner().invoke(main, ["pack", "nosuch"])
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert result.stderr == "Error: No such file or directory\n"

@@ -187,6 +187,11 @@ def test_an_export_that_fails_leaves_nothing(store: Store, tmp_path: Path) -> No
     odd = Environment(store.read_manifest(tiny_environment(store, {"lib/\udcff": b""})), store)
     with pytest.raises(ExportError, match="zip"):
         odd.export(tmp_path / "odd.zip")
+    for write, name in ((odd.export, "it.tar.gz"), (odd.save, "it.envship")):
+        with pytest.raises(
+            ExportError, match=f"nowhere/{name} cannot be written: .*nowhere: No such file or directory"
+        ):
+            write(tmp_path / "nowhere" / name)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["store", "tiny.tar.gz"]
     with tarfile.open(odd.export(tmp_path / "odd.tar.gz")) as tar:
         assert "lib/\udcff" in tar.getnames()

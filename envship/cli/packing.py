@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,7 +18,19 @@ if TYPE_CHECKING:
     from envship.options import PackOptions
 
 
-_output = click.Path(path_type=Path, dir_okay=False)
+class _Output(click.Path):
+    """A file to be written, in a folder that is there: an environment may take minutes to pack."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(str(super().convert(value, param, ctx)))
+        if not path.parent.is_dir():
+            self.fail(f"there is no folder {path.parent}", param, ctx)
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            self.fail(f"nothing can be written in the folder {path.parent}", param, ctx)
+        return path
+
+
+_output = _Output(path_type=Path, dir_okay=False)
 
 
 @click.command(cls=PackingCommand)
