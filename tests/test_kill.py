@@ -64,7 +64,8 @@ def test_killed_anywhere_many_times(work: str, runs: int, folder: Path) -> None:
     assert_old_or_new(tried("killing", folder, work, 2, runs * 10), runs * 10)
 
 
-@pytest.mark.parametrize("runs", [PACK_RUNS, pytest.param(90, marks=[pytest.mark.heavy, pytest.mark.timeout(1800)])])
+@pytest.mark.heavy
+@pytest.mark.parametrize("runs", [PACK_RUNS, pytest.param(90, marks=pytest.mark.timeout(1800))])
 def test_a_pack_that_is_killed_leaves_no_half_environment(venv: Path, folder: Path, runs: int) -> None:
     assert_old_or_new(tried("killing_packs", folder, venv, 3, runs), runs)
 

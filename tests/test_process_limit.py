@@ -74,6 +74,7 @@ def as_user(home: Path, limit: int, program: Sequence[str], **how: Any) -> subpr
 
 
 @needs_another_user
+@pytest.mark.heavy
 def test_a_pack_that_may_start_few_processes_says_so_or_works(venv: Path, own: Path) -> None:
     outcomes = []
     for limit in (1, 4, 5, 6, 7, 8, 64):

@@ -64,7 +64,8 @@ def other(packed: Environment, client_store: Store) -> EnvironmentId:
     return variant(client_store, packed.manifest, {"{site}/another.py": b"VALUE = 7\n"})
 
 
-@pytest.mark.parametrize("turns", [2, pytest.param(5, marks=pytest.mark.heavy)])
+@pytest.mark.heavy
+@pytest.mark.parametrize("turns", [2, 5])
 def test_there_and_back_many_times(
     client: Client,
     cluster: Cluster,
