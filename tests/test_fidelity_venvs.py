@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -232,3 +233,18 @@ def test_importing_what_people_import_compiles_nothing(store: Store, tmp_path: P
     built = materialise(store, pack(prefix, store=store).id)
     assert compiled(built / "bin" / "python", "distributed", "numpy", "pandas", HOME=str(tmp_path)) == []
     assert unlike_its_source(built) == []
+
+
+def test_a_kernel_of_jupyter_starts_the_interpreter_of_its_environment_whatever_the_prefix_is_called(
+    store: Store, tmp_path: Path
+) -> None:
+    """What JSON makes of a name that is not ASCII is the name of the prefix, too."""
+    place, ids = "share/jupyter/kernels/python3/kernel.json", set()
+    for name in ("plain", "zoë env"):
+        prefix = small_venv(tmp_path / name, [])
+        (prefix / place).parent.mkdir(parents=True)
+        (prefix / place).write_text(json.dumps({"argv": [str(prefix / "bin" / "python"), "-m", "ipykernel_launcher"]}))
+        ids.add(pack(prefix, store=store).id)
+    assert len(ids) == 1
+    built = materialise(store, *ids)
+    assert json.loads((built / place).read_text())["argv"][0] == str(built / "bin" / "python")

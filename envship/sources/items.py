@@ -6,6 +6,7 @@ Shared by all sources; see `envship.sources.draft` for what the items are.
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
 import stat
@@ -91,7 +92,12 @@ class Collector:
 
     def own(self, path: str) -> Own:
         """The treatment of a file of which no installer recorded how it names its prefix."""
-        return Own(self.prefixes, path)
+        return Own(self._spellings, path)
+
+    @functools.cached_property
+    def _spellings(self) -> tuple[str, ...]:
+        """The prefixes, and how JSON has them where they are not all ASCII: Jupyter's ``kernel.json`` names them so."""
+        return tuple(dict.fromkeys((*self.prefixes, *(json.dumps(prefix)[1:-1] for prefix in self.prefixes))))
 
     def search(self, folders: Iterable[str]) -> None:
         """From now on, modules in *folders* of the environment are taken for ones that are imported."""
