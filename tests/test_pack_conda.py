@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -224,6 +225,27 @@ def test_a_link_out_of_the_prefix_is_named(copy: Path, store: Store) -> None:
 def test_variables_of_the_environment_are_packed(copy: Path, store: Store) -> None:
     (copy / "conda-meta" / "state").write_text(json.dumps({"env_vars": {"MINE": "1", "GONE": "***unset***"}}))
     assert pack(copy, store=store).manifest.environ == {"MINE": "1"}
+
+
+def test_packages_of_the_user_are_said_to_stay(
+    copy: Path, store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """conda's interpreters see them: an environment works here with what is missing there."""
+    users = tmp_path / "home" / ".local" / SITE
+    users.mkdir(parents=True)
+    (users / "theirs.py").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with caplog.at_level(logging.WARNING, "envship"):
+        plain = pack(copy, store=store)
+    (said_so,) = (record.getMessage() for record in caplog.records)
+    assert f"no packages of its user ({users})" in said_so
+    assert not [path for path in all_entries(plain) if "theirs" in path]
+    caplog.clear()
+    monkeypatch.setenv("PYTHONNOUSERSITE", "1")
+    (copy / "more").touch()
+    with caplog.at_level(logging.WARNING, "envship"):
+        pack(copy, store=store)
+    assert not caplog.records
 
 
 def test_an_environment_without_python_is_refused(store: Store, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from envship.sources.draft import CodeItem, Draft, Item, MadeItem, Plan
 from envship.sources.faults import Fault, Owner
 from envship.sources.former_prefixes import former_prefixes
 from envship.sources.installed import distribution_draft, missing_files, path_file_drafts
-from envship.sources.interpreter import ask
+from envship.sources.interpreter import ask, say_users_packages_stay
 from envship.sources.items import Collector, with_byte_code
 from envship.sources.projects import LINKING, without_leavings
 from envship.sources.tree import Found, Root, Trees
@@ -93,6 +93,8 @@ def plan_conda(prefix: Path, trees: Trees, options: PackOptions, is_archive: boo
         for draft in drafts
     ]
     ignored = collector.settle(str(prefix), faults)
+    if not is_archive:
+        say_users_packages_stay(str(prefix), interpreter)
     return Plan(
         prefix=str(prefix),
         prefixes=collector.prefixes,

@@ -5,7 +5,9 @@ Asked in a subprocess, without site-packages: an environment with a broken ``.pt
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import re
 import subprocess
@@ -16,6 +18,8 @@ from envship.sources.path_files import is_inside
 from worker_bootstrap.interpreter import platform_name
 
 _TIMEOUT_S = 60
+
+logger = logging.getLogger("envship.sources")
 
 _QUESTION = r"""
 import json, os, platform, sys, sysconfig, importlib
@@ -135,6 +139,16 @@ def check_is_whole(prefix: str, interpreter: Interpreter) -> None:
     outside = [part for part in parts if not is_inside(os.path.realpath(part), [os.path.realpath(prefix)])]
     if outside:
         raise NotAnEnvironment(prefix, f"its interpreter needs {outside[0]}, which is not in it")
+
+
+def say_users_packages_stay(prefix: str, interpreter: Interpreter) -> None:
+    """Warn where there are packages of the user (``pip install --user``) that the environment sees and leaves here."""
+    if "PYTHONNOUSERSITE" in os.environ:
+        return
+    with contextlib.suppress(OSError):
+        if os.listdir(interpreter.user_site):
+            message = "with the environment %s go no packages of its user (%s): install into it what is needed of them"
+            logger.warning(message, prefix, interpreter.user_site)
 
 
 def clean_environ() -> dict[str, str]:

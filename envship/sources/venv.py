@@ -5,7 +5,6 @@ The result is one relocatable prefix in which everything lies where Python expec
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import re
@@ -18,7 +17,7 @@ from envship.sources.base import base_draft, base_roots
 from envship.sources.distributions import Distribution, is_byte_code, read_distributions
 from envship.sources.draft import Draft, Item, Plan
 from envship.sources.installed import distribution_draft, missing_files, path_file_drafts
-from envship.sources.interpreter import Interpreter, ask, check_is_whole
+from envship.sources.interpreter import Interpreter, ask, check_is_whole, say_users_packages_stay
 from envship.sources.items import Collector, with_byte_code
 from envship.sources.projects import without_leavings
 from envship.sources.tree import Found, Root, Trees
@@ -70,6 +69,8 @@ def plan_venv(prefix: Path, trees: Trees, options: PackOptions, is_archive: bool
     mine = [distribution for distribution in distributions if distribution not in others]
     ignored = collector.settle(str(prefix), missing_files(mine, files))
     _say(prefix, interpreter, others)
+    if not is_archive and _sees_packages_of_others(prefix):
+        say_users_packages_stay(str(prefix), interpreter)
     return Plan(
         prefix=str(prefix),
         prefixes=collector.prefixes,
@@ -90,15 +91,15 @@ def _installed(
     """Files by their path in the environment, the distributions that own most of them, and which lie outside of it."""
     files: dict[str, Found] = {}
     distributions: list[Distribution] = []
-    settings = _settings(prefix)
-    if settings is not None:
+    is_venv = _settings(prefix) is not None
+    if is_venv:
         files.update(trees.found(Root(str(prefix), follow=True)))
         distributions += read_distributions(str(prefix / site_path), site_path, files)
     mine = len(distributions)
-    if settings is None or settings.get("include-system-site-packages") == "true":
+    if _sees_packages_of_others(prefix):
         for folder in interpreter.site:
             _add_site(folder, site_path, trees, files, distributions)
-    return files, distributions, distributions[mine:] if settings is not None else []
+    return files, distributions, distributions[mine:] if is_venv else []
 
 
 def _say(prefix: Path, interpreter: Interpreter, others: Sequence[Distribution]) -> None:
@@ -107,20 +108,6 @@ def _say(prefix: Path, interpreter: Interpreter, others: Sequence[Distribution])
         more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
         message = "with the venv %s go the packages of its interpreter (%s), %d of them: %s%s"
         logger.warning(message, prefix, ", ".join(interpreter.site), len(others), names, more)
-    if _sees_users_packages(prefix) and _has_entries(interpreter.user_site):
-        message = "with the venv %s go no packages of its user (%s): install into it what is needed of them"
-        logger.warning(message, prefix, interpreter.user_site)
-
-
-def _has_entries(folder: str) -> bool:
-    with contextlib.suppress(OSError):
-        return bool(os.listdir(folder))
-    return False
-
-
-def _sees_users_packages(prefix: Path) -> bool:
-    settings = _settings(prefix) or {}
-    return settings.get("include-system-site-packages") == "true" and "PYTHONNOUSERSITE" not in os.environ
 
 
 def _add_site(
@@ -143,6 +130,12 @@ def _add_site(
                     inside.update((path, Found(origin, node)) for node in trees.walk(Root(origin)).values())
     for path, found in inside.items():
         files.setdefault(path, found)
+
+
+def _sees_packages_of_others(prefix: Path) -> bool:
+    """Whether there are packages outside of a venv that it sees; an interpreter sees its user's."""
+    settings = _settings(prefix)
+    return settings is None or settings.get("include-system-site-packages") == "true"
 
 
 def _settings(prefix: Path) -> dict[str, str] | None:
