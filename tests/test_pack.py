@@ -17,6 +17,7 @@ from envship.errors import SourceNotFound
 from envship.options import NO_OPTIONS
 from envship.pack import pack
 from envship.scan_index import ScanIndex, index_folder
+from envship.sources.tree import Trees
 from worker_bootstrap.store import Store
 
 from .contents import contents, package
@@ -45,6 +46,15 @@ def test_an_unchanged_environment_is_recognised_without_reading_it(
     for name in ("pack_in_processes", "Packer"):
         monkeypatch.setattr(sys.modules["envship.pack"], name, packed)
     assert pack(mine, store=store).id == first.id
+
+
+def test_what_git_does_is_no_change(mine: Path, store: Store) -> None:
+    """In the repository in whose folder the environment was made."""
+    (mine / ".git").mkdir()
+    first = pack(mine, store=store)
+    (mine / ".git" / "index").write_text("new")
+    index = ScanIndex.load(store, str(mine), NO_OPTIONS)
+    assert index.unchanged(Trees()) == first.id
 
 
 PACK_WATCHED = """

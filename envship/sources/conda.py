@@ -31,6 +31,7 @@ from envship.sources.items import Collector, with_byte_code
 from envship.sources.projects import LINKING, without_leavings
 from envship.sources.tree import Found, Root, Trees
 from envship.sources.unpacked import read_unpacked
+from envship.sources.version_control import VERSION_CONTROL
 from worker_bootstrap.digest import Digest, digest_of_file, is_digest
 from worker_bootstrap.manifest import Relocation
 
@@ -63,7 +64,7 @@ def plan_conda(prefix: Path, trees: Trees, options: PackOptions, is_archive: boo
     SourceProblems
         If files are missing or were overwritten (unless *options* ignore that), or cannot be packed.
     """
-    files = trees.found(Root(str(prefix), tuple(sorted(NOT_CONTENT)), follow=True))
+    files = trees.found(Root(str(prefix), tuple(sorted(NOT_CONTENT.union(VERSION_CONTROL))), follow=True))
     records = _read_records(prefix, files)
     python = next((record for record in records if record["name"] == "python"), None)
     if python is None:

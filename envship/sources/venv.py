@@ -21,6 +21,7 @@ from envship.sources.interpreter import Interpreter, ask, check_is_whole, say_us
 from envship.sources.items import Collector, with_byte_code
 from envship.sources.projects import without_leavings
 from envship.sources.tree import Found, Root, Trees
+from envship.sources.version_control import VERSION_CONTROL
 
 _LEFT_OUT = re.compile(
     r"pyvenv\.cfg|\.lock|\.gitignore|CACHEDIR\.TAG|lib64|include|include/python[0-9.]*t?|bin/(?:python|pypy)[0-9.]*t?|bin/[Aa]ctivate.*"
@@ -93,7 +94,7 @@ def _installed(
     distributions: list[Distribution] = []
     is_venv = _settings(prefix) is not None
     if is_venv:
-        files.update(trees.found(Root(str(prefix), follow=True)))
+        files.update(trees.found(Root(str(prefix), VERSION_CONTROL, follow=True)))
         distributions += read_distributions(str(prefix / site_path), site_path, files)
     mine = len(distributions)
     if _sees_packages_of_others(prefix):

@@ -1,7 +1,8 @@
 """Folders of version control in an environment: the history of something, which is no part of what runs.
 
-A checkout in the environment has one, and so does an environment that was made in a repository's own folder. In what
-lies outside of it, `envship.sources.source_tree` and `envship.sources.items` pass them over.
+A checkout in the environment has one. That of an environment that was made in a repository's own folder is not even
+walked: what git does is no change of the environment. In what lies outside of it, `envship.sources.source_tree` and
+`envship.sources.items` pass them over.
 """
 
 from __future__ import annotations
