@@ -150,7 +150,7 @@ def throughput(client: Client, seconds: float) -> dict[str, float]:
         count += 200
     small = count / (time.perf_counter() - began)
     began, moved = time.perf_counter(), 0
-    names = list(client.scheduler_info(n_workers=-1)["workers"])
+    names = list(client.sync(client.scheduler.identity, n_workers=-1)["workers"])
     while time.perf_counter() - began < seconds / 2:
         parts = [client.submit(bytes, PART_BYTES, workers=[name], pure=False) for name in names for _ in range(4)]
         sums = [client.submit(lengths, parts, workers=[name], pure=False) for name in names]

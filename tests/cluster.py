@@ -125,6 +125,15 @@ def client_of_unmoved(cluster: Cluster, workers: int = 2) -> Iterator[Client]:
         assert client.gather(kept) == value, "data was lost"
 
 
+def workers_of(client: Client) -> dict[str, dict[str, Any]]:
+    """What the scheduler knows of its workers, by address.
+
+    `Client.scheduler_info` answers from a variable that a refresh in the background now and then fills without them.
+    """
+    identity: dict[str, dict[str, dict[str, Any]]] = client.sync(client.scheduler.identity, n_workers=-1)
+    return identity["workers"]
+
+
 def places(client: Client) -> dict[str, Place]:
     """Where every worker of the cluster runs, by address."""
     return {address: Place(*row) for address, row in client.run(_look()).items()}
@@ -264,7 +273,7 @@ class Cluster:
         def there() -> bool:
             dead = [member for member in self.members.values() if not member.alive]
             assert not dead, f"{dead[0].name} ended:\n{dead[0].log}"
-            return len(client.scheduler_info(n_workers=-1)["workers"]) == count
+            return len(workers_of(client)) == count
 
         eventually(there, f"{count} workers")
 

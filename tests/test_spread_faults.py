@@ -29,7 +29,7 @@ from worker_bootstrap.errors import PrepareFailed
 from worker_bootstrap.mistrust import LIED, SILENT
 from worker_bootstrap.store import Store
 
-from .cluster import SWAP_MARKS, Cluster, eventually
+from .cluster import SWAP_MARKS, Cluster, eventually, workers_of
 from .environments import environment_of, package_of
 from .guard import marked
 from .halves import halves
@@ -79,7 +79,7 @@ def hold(swarm: Swarm, host: str, environment: Environment) -> None:
 
 def address_of(client: Client, host: str) -> str:
     def look() -> list[str]:
-        workers = client.scheduler_info(n_workers=-1)["workers"]
+        workers = workers_of(client)
         return [address for address, worker in workers.items() if worker["name"] == host]
 
     return eventually(look, f"worker {host}")[0]

@@ -21,7 +21,7 @@ from worker_bootstrap.soundness import sound_prefix
 from worker_bootstrap.store import Store
 from worker_bootstrap.verify import damaged_files
 
-from .cluster import SWAP_MARKS, Cluster, eventually, places
+from .cluster import SWAP_MARKS, Cluster, eventually, places, workers_of
 from .gates import gated
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def test_an_eviction_in_the_middle_of_a_swap_takes_nothing(
     gate.mkdir()
     stores = [Store(cluster.store(host)) for host in "ab"]
     client.stage_environment(packed)  # with it come the agents
-    workers = client.scheduler_info(n_workers=-1)["workers"]
+    workers = workers_of(client)
     nannies = [address for address, info in workers.items() if info["nanny"]]
     install = gated(operation, str(gate))
     client.run(install, workers=nannies, nanny=True)

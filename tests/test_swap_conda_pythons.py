@@ -14,7 +14,7 @@ import envship  # noqa: F401  adds the methods to the client
 from worker_bootstrap.errors import IncompatibleEnvironment
 from worker_bootstrap.store import Store
 
-from .cluster import SWAP_MARKS, Cluster
+from .cluster import SWAP_MARKS, Cluster, workers_of
 from .prefixes import CHANNEL, NEEDS_CHANNEL, conda_environments
 
 pytestmark = [
@@ -53,7 +53,7 @@ def client(base_venv: Path, client_store: Store, tmp_path: Path) -> Iterator[Cli
 def pythons(client: Client) -> set[str]:
     """Minor versions that the workers run, by their own account and by what runs a task there."""
     status = {worker.python for worker in client.environment_status().workers.values()}
-    addresses = list(client.scheduler_info(n_workers=-1)["workers"])
+    addresses = list(workers_of(client))
     # A function by its name: byte code cannot be sent to another Python.
     tasks = [client.submit(platform.python_version, workers=[address], pure=False) for address in addresses]
     assert set(client.gather(tasks)) == status

@@ -25,7 +25,7 @@ from worker_bootstrap.errors import (
 )
 from worker_bootstrap.store import Store
 
-from .cluster import SWAP_MARKS, Cluster, client_of_unmoved, variant
+from .cluster import SWAP_MARKS, Cluster, client_of_unmoved, variant, workers_of
 
 if TYPE_CHECKING:
     from envship.environment import Environment
@@ -242,7 +242,7 @@ def test_what_does_not_start_after_the_swap_began_brings_the_old_environment_bac
                 assert "not all of it" not in str(caught.value)
                 assert client.run_on_scheduler(where) == before
                 assert all(member.alive and " leaves: " not in member.log for member in cluster.members.values())
-                names = {a: info["name"] for a, info in client.scheduler_info(n_workers=-1)["workers"].items()}
+                names = {a: info["name"] for a, info in workers_of(client).items()}
                 assert sorted(names.values()) == sorted(workers)
                 for address, name in names.items():
                     prefix, pid = client.submit(where, workers=[address], pure=False).result(timeout=30)

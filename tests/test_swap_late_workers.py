@@ -15,7 +15,7 @@ from distributed import Client, WorkerPlugin
 import envship  # noqa: F401  adds the methods to the client
 from worker_bootstrap.store import Store
 
-from .cluster import SWAP_MARKS, Cluster, eventually, places
+from .cluster import SWAP_MARKS, Cluster, eventually, places, workers_of
 
 if TYPE_CHECKING:
     from envship.environment import Environment
@@ -44,7 +44,7 @@ def client(cluster: Cluster, onlyhere: ModuleType, packed: Environment) -> Itera
 
 
 def addresses(client: Client, name: str) -> list[str]:
-    workers = client.scheduler_info(n_workers=-1)["workers"]
+    workers = workers_of(client)
     return [address for address, info in workers.items() if info["name"] == name]
 
 

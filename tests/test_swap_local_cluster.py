@@ -18,7 +18,7 @@ from distributed import Client, LocalCluster
 import envship  # noqa: F401  adds the methods to the client
 from worker_bootstrap.errors import NotSwappable
 
-from .cluster import SWAP_MARKS, eventually, places
+from .cluster import SWAP_MARKS, eventually, places, workers_of
 
 if TYPE_CHECKING:
     from envship.environment import Environment
@@ -72,7 +72,7 @@ def test_restart_and_reset(local: Client, packed: Environment) -> None:
 def test_workers_that_are_added_later_are_in_the_environment(local: Client, packed: Environment) -> None:
     local.use_environment(packed)
     local.cluster.scale(3)
-    eventually(lambda: len(local.scheduler_info(n_workers=-1)["workers"]) == 3, "the third worker")
+    eventually(lambda: len(workers_of(local)) == 3, "the third worker")
     assert all(place.prefix.endswith(packed.id[:16]) for place in places(local).values())
 
 

@@ -23,7 +23,7 @@ from worker_bootstrap.digest import EnvironmentId
 from worker_bootstrap.errors import IncompatibleEnvironment
 from worker_bootstrap.store import Store
 
-from .cluster import PRELOAD, SWAP_MARKS, Cluster, client_in_base, eventually, places, variant
+from .cluster import PRELOAD, SWAP_MARKS, Cluster, client_in_base, eventually, places, variant, workers_of
 
 if TYPE_CHECKING:
     from envship.environment import Environment
@@ -103,7 +103,7 @@ def test_a_worker_that_is_killed_comes_back_in_the_environment(
     client.use_environment(packed, scheduler=False)
     address, victim = min(places(client).items())
     os.kill(victim.pid, signal.SIGKILL)
-    eventually(lambda: address not in client.scheduler_info(n_workers=-1)["workers"], "the killed worker leaves")
+    eventually(lambda: address not in workers_of(client), "the killed worker leaves")
     cluster.wait_for_workers(client, 2)
     moved(client, packed)
 
@@ -197,7 +197,7 @@ def test_what_was_damaged_under_a_worker_is_mended_before_it_starts_again(
     path.write_bytes(b"damaged")
     address, place = next((a, p) for a, p in places(client).items() if p.prefix.startswith(str(cluster.store("b"))))
     os.kill(place.pid, signal.SIGKILL)
-    eventually(lambda: address not in client.scheduler_info(n_workers=-1)["workers"], "the killed worker leaves")
+    eventually(lambda: address not in workers_of(client), "the killed worker leaves")
     cluster.wait_for_workers(client, 2)
     moved(client, packed)
     assert path.read_bytes() == whole
@@ -316,7 +316,7 @@ def test_what_a_worker_was_told_is_carried_on(
 def _told(client: Client) -> dict[Any, list[dict[str, Any]]]:
     """What the scheduler knows of its workers, by name (empty: none was given), without what must differ."""
     told: dict[Any, list[dict[str, Any]]] = {}
-    for address, info in client.scheduler_info(n_workers=-1)["workers"].items():
+    for address, info in workers_of(client).items():
         known = {name: info[name] for name in ("nthreads", "resources", "memory_limit")}
         scratch = info["local_directory"].split("/dask-scratch-space")[0]
         told.setdefault("" if info["name"] == address else info["name"], []).append({**known, "scratch": scratch})

@@ -12,7 +12,7 @@ from distributed import Client
 
 import envship  # noqa: F401  adds the methods to the client
 
-from .cluster import PRELOAD, SWAP_MARKS, Cluster, client_in_base, places
+from .cluster import PRELOAD, SWAP_MARKS, Cluster, client_in_base, places, workers_of
 
 if TYPE_CHECKING:
     from envship.environment import Environment
@@ -54,7 +54,7 @@ def test_the_process_stays_and_runs_in_the_environment(client: Client, cluster: 
 
 def test_arguments_and_variables_are_kept(client: Client, cluster: Cluster, packed: Environment) -> None:
     client.use_environment(packed, scheduler=False)
-    workers = {info["name"]: info for info in client.scheduler_info(n_workers=-1)["workers"].values()}
+    workers = {info["name"]: info for info in workers_of(client).values()}
     assert set(workers) == {"plain", "told"}
     assert workers["told"]["nthreads"] == 3
     assert workers["told"]["resources"] == {"GPU": 2}

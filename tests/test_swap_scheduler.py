@@ -21,7 +21,7 @@ from distributed import Client, NannyPlugin, SchedulerPlugin, WorkerPlugin
 import envship  # noqa: F401  adds the methods to the client
 from worker_bootstrap.store import Store
 
-from .cluster import SWAP_MARKS, Cluster, client_in_base, eventually, places, variant
+from .cluster import SWAP_MARKS, Cluster, client_in_base, eventually, places, variant, workers_of
 from .gates import gated
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def test_pid_and_address_stay(client: Client, cluster: Cluster, packed: Environm
     assert prefix.endswith(packed.id[:16])
     assert all(member.alive for member in cluster.members.values())
     assert client.environment_status().scheduler.environment_id == packed.id
-    names = {info["name"] for info in client.scheduler_info(n_workers=-1)["workers"].values()}
+    names = {info["name"] for info in workers_of(client).values()}
     assert names == {"nanny", "bare"}
 
 
@@ -128,7 +128,7 @@ def test_plugins_of_users_are_still_there(
             client.use_environment(packed)
             cluster.start_worker("late")
             cluster.wait_for_workers(client, 3)
-            workers = client.scheduler_info(n_workers=-1)["workers"]
+            workers = workers_of(client)
             with_nanny = [address for address, info in workers.items() if info["nanny"]]
             assert client.run_on_scheduler(kept) == 17
             assert list(client.run(mark).values()) == [23] * 3
@@ -206,7 +206,7 @@ def test_restarts_and_deaths_afterwards_stay_in_the_environment(
             restarted = places(client)
             address, victim = min(restarted.items())
             os.kill(victim.pid, signal.SIGKILL)
-            eventually(lambda: address not in client.scheduler_info(n_workers=-1)["workers"], "the killed one leaves")
+            eventually(lambda: address not in workers_of(client), "the killed one leaves")
             cluster.wait_for_workers(client, 2)
             back = places(client)
             for after in (moved, restarted, back):

@@ -15,7 +15,7 @@ import envship  # noqa: F401  # adds the methods to Client
 from envship.environment import Environment
 from worker_bootstrap.store import Store
 
-from .cluster import SWAP_MARKS, Cluster, eventually
+from .cluster import SWAP_MARKS, Cluster, eventually, workers_of
 from .environments import environment_of, package_of
 
 pytestmark = SWAP_MARKS
@@ -82,7 +82,7 @@ def test_what_moves_is_seen_while_it_moves(cluster: Cluster, client: Client, env
         agent = dask_worker.plugins["envship-worker-agent"].agent  # type: ignore[attr-defined]
         return [agent.provision.sending.rate, agent.provision.receiving.rate]
 
-    named = {worker["name"]: address for address, worker in client.scheduler_info(n_workers=-1)["workers"].items()}
+    named = {worker["name"]: address for address, worker in workers_of(client).items()}
     without_nanny = [named[host] for host in ("b", "c", "d")]
     assert client.run(limits, workers=without_nanny) == {address: [4e6, 4e6] for address in without_nanny}
     hosts = client.environment_status().hosts.values()
