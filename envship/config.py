@@ -7,6 +7,7 @@ configuration. Machines of the cluster have their own; what they need of the cli
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -203,7 +204,7 @@ def _get(name: str) -> Any:
 def _path(name: str, value: Any) -> Path:
     if not isinstance(value, (str, Path)) or not str(value):
         raise SettingInvalid(name, value, "a path")
-    return Path(value).expanduser()
+    return Path(os.path.expanduser(value))
 
 
 load_defaults()

@@ -123,7 +123,7 @@ def _collect(store: Store, limit_bytes: int, packed: EnvironmentId) -> None:
 def _place(source: str | os.PathLike[str] | None) -> Path:
     """Where the environment lies: a prefix, or an archive."""
     if source is not None:
-        path = Path(source).expanduser().absolute()
+        path = Path(os.path.expanduser(source)).absolute()
         if (os.sep in os.fspath(source) or path.suffix) and is_archive(path):
             return path
     return find_prefix(source)

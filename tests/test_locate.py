@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 import sys
 from pathlib import Path
 
@@ -98,3 +100,19 @@ def test_a_history_of_conda_makes_no_conda_environment_of_an_interpreter_that_co
     assert not is_exported(mine) and not is_conda(mine)
     (mine / "conda-meta" / "python-3.11.7-0.json").touch()
     assert is_conda(mine) and not is_exported(mine)
+
+
+def test_a_user_whose_home_nobody_knows_finds_what_lies_elsewhere(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in containers that run under any user id, which has no account."""
+
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setenv("CONDA_ENVS_PATH", os.pathsep.join(["~/envs", str(home / "a")]))
+    one = environment(home / "a" / "one")
+    assert find_prefix("one") == one
+    for name in ("nosuch", "~/nosuch", "~nobody-of-that-name/nosuch"):
+        with pytest.raises(SourceNotFound, match="nosuch"):
+            find_prefix(name)

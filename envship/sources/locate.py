@@ -30,7 +30,7 @@ def find_prefix(source: str | os.PathLike[str] | None) -> Path:
     if source is None:
         return Path(sys.prefix).absolute()
     text = os.fspath(source)
-    path = Path(text).expanduser().absolute()
+    path = Path(os.path.expanduser(text)).absolute()
     if os.sep in text or text.startswith((".", "~")):
         if not path.exists():
             raise SourceNotFound(text, [str(path)])
@@ -95,7 +95,7 @@ def _candidates(name: str) -> Iterator[Path]:
     for folder in (*_environment_folders(), *(root / "envs" for root in roots)):
         yield folder / name
     try:
-        known = Path("~/.conda/environments.txt").expanduser().read_text(encoding="utf-8").splitlines()
+        known = Path(os.path.expanduser("~/.conda/environments.txt")).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         known = []
     yield from (Path(line) for line in known if os.path.basename(line.rstrip("/")) == name)
@@ -126,12 +126,12 @@ def _environment_folders() -> Iterator[Path]:
     for variable in ("CONDA_ENVS_PATH", "CONDA_ENVS_DIRS"):
         for entry in os.environ.get(variable, "").split(os.pathsep):
             if entry:
-                yield Path(entry).expanduser()
+                yield Path(os.path.expanduser(entry))
     files = [os.environ.get("CONDARC"), "~/.condarc", "~/.conda/.condarc", "~/.mambarc"]
     for file in (*files, *(str(root / ".condarc") for root in _installations())):
         if file:
-            yield from _configured_folders(Path(file).expanduser())
-    yield Path("~/.conda/envs").expanduser()
+            yield from _configured_folders(Path(os.path.expanduser(file)))
+    yield Path(os.path.expanduser("~/.conda/envs"))
 
 
 def _configured_folders(file: Path) -> Iterator[Path]:
@@ -142,4 +142,4 @@ def _configured_folders(file: Path) -> Iterator[Path]:
     folders = settings.get("envs_dirs") if isinstance(settings, dict) else None
     for folder in folders if isinstance(folders, list) else ():
         if isinstance(folder, str):
-            yield Path(os.path.expandvars(folder)).expanduser()
+            yield Path(os.path.expanduser(os.path.expandvars(folder)))
