@@ -33,7 +33,7 @@ from worker_bootstrap.bundle_index import (
 from worker_bootstrap.digest import Digest, digest_of
 from worker_bootstrap.errors import BundleInvalid, ChunkInvalid, ManifestInvalid
 from worker_bootstrap.manifest import CHUNK_LIMIT_BYTES, Manifest
-from worker_bootstrap.store import Store, full_error, sync_folder
+from worker_bootstrap.store import Store, sync_folder
 
 SUFFIX = ".envship"
 _WINDOW = 8
@@ -47,15 +47,13 @@ def write_bundle(manifest: Manifest, store: Store, path: Path) -> None:
     ------
     ChunkMissing
         If the store lacks a chunk, or holds it damaged.
-    StoreFull
-        If there is no room for the bundle.
     ExportError
-        If nothing can be written there.
+        If it cannot be written there: no room, no permission.
     """
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:
-        raise full_error(error, path.parent) or ExportError(str(path), f"{path.parent}: {error.strerror}") from error
+        raise ExportError.of(error, path) from error
     try:
         with os.fdopen(handle, "wb") as file:
             _write(file, manifest, store)
@@ -67,9 +65,7 @@ def write_bundle(manifest: Manifest, store: Store, path: Path) -> None:
     except BaseException as error:
         Path(name).unlink(missing_ok=True)
         if isinstance(error, OSError):
-            full = full_error(error, path.parent)
-            if full is not None:
-                raise full from error
+            raise ExportError.of(error, path) from error
         raise
 
 

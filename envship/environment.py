@@ -67,11 +67,11 @@ class Environment:
         BundleInvalid
             If it is damaged, cut short, or no bundle.
         """
-        store = store_of(store)
+        store, where = store_of(store), bundle_at(path) or os.fspath(path)
         try:
-            return cls(read_bundle(os.fspath(path), store), store)
+            return cls(read_bundle(where, store), store)
         except (FileNotFoundError, IsADirectoryError) as error:
-            raise SourceNotFound(os.fspath(path), [str(bundle_at(path) or path)]) from error
+            raise SourceNotFound(os.fspath(path), [where]) from error
 
     @classmethod
     def open(cls, environment_id: str, store: StoreLike = None) -> Environment:
@@ -129,12 +129,10 @@ class Environment:
         ------
         ChunkMissing
             If the store lost a chunk: pack again.
-        StoreFull
-            If there is no room.
         ExportError
-            If nothing can be written there.
+            If it cannot be written there: no room, no permission.
         """
-        target = Path(path)
+        target = Path(os.path.expanduser(path))
         write_bundle(self.manifest, self.store, target)
         return target
 
@@ -146,16 +144,14 @@ class Environment:
         Raises
         ------
         ExportError
-            If the suffix is of no known kind, nothing can be written there, or the environment does not fit into such
-            an archive.
+            If the suffix is of no known kind, it cannot be written there (no room, no permission), or the environment
+            does not fit into such an archive.
         ChunkMissing
             If the store lost a chunk: pack again.
-        StoreFull
-            If there is no room.
         """
         from envship.exporting import export  # conda-pack takes a while to import.
 
-        target = Path(path)
+        target = Path(os.path.expanduser(path))
         export(self.manifest, self.store, target)
         return target
 

@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from worker_bootstrap.errors import ContentError, EnvshipError
 
@@ -97,6 +98,13 @@ class ExportError(EnvshipError):
     fields = ("path", "reason")
     path: str
     reason: str
+
+    @classmethod
+    def of(cls, error: OSError, path: Path) -> ExportError:
+        """What the system refused while *path*, by way of a file beside it, was written."""
+        other = str(error.filename or "")
+        place = other if other and Path(other).parent != path.parent else path.parent
+        return cls(str(path), f"{place}: {error.strerror or error}")
 
     def describe(self) -> str:
         return f"{self.path} cannot be written: {self.reason}"

@@ -24,7 +24,6 @@ from conda_pack.core import Packer, rewrite_shebang
 
 from envship.errors import ExportError
 from envship.sources.unpacked import SCRIPT
-from worker_bootstrap.durable import full_error
 from worker_bootstrap.manifest import Directory, Entry, File, HardLink, Link, Listing, Manifest, Package
 from worker_bootstrap.store import Store
 
@@ -52,12 +51,10 @@ def export(manifest: Manifest, store: Store, target: Path) -> None:
     Raises
     ------
     ExportError
-        If the suffix is none of `SUFFIXES`, nothing can be written there, or the environment has a file of its own in
-        the place of conda-unpack.
+        If the suffix is none of `SUFFIXES`, it cannot be written there (no room, no permission), or the environment has
+        a file of its own in the place of conda-unpack.
     ChunkMissing
         If the store lost a chunk: pack again.
-    StoreFull
-        If there is no room.
     """
     if not target.name.endswith(SUFFIXES):
         raise ExportError(str(target), f"its name ends with none of {', '.join(SUFFIXES)}")
@@ -65,9 +62,7 @@ def export(manifest: Manifest, store: Store, target: Path) -> None:
     try:
         handle = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     except OSError as error:
-        raise full_error(error, target.parent) or ExportError(
-            str(target), f"{target.parent}: {error.strerror}"
-        ) from error
+        raise ExportError.of(error, target) from error
     try:
         with open(handle, "wb") as file:
             with _opened(file, target.name) as archive:
@@ -78,9 +73,7 @@ def export(manifest: Manifest, store: Store, target: Path) -> None:
     except UnicodeEncodeError as error:
         raise ExportError(str(target), f"a zip cannot hold the name {error.object!r}; write a .tar.gz") from error
     except OSError as error:
-        if (full := full_error(error, target.parent)) is not None:
-            raise full from error
-        raise
+        raise ExportError.of(error, target) from error
     finally:
         tmp.unlink(missing_ok=True)
 

@@ -12,8 +12,8 @@ import pytest
 
 from envship.bundle import END, MAGIC, read_bundle, write_bundle
 from envship.environment import Environment
-from envship.errors import SourceNotFound
-from worker_bootstrap.errors import BundleInvalid, ChunkMissing, ManifestInvalid, StoreFull
+from envship.errors import ExportError, SourceNotFound
+from worker_bootstrap.errors import BundleInvalid, ChunkMissing, ManifestInvalid
 from worker_bootstrap.manifest import Chunk, Manifest, Package
 from worker_bootstrap.materialise import materialise
 from worker_bootstrap.store import Store
@@ -174,7 +174,15 @@ def test_a_full_disk_is_said(original: Environment, tmp_path: Path) -> None:
         with open("/dev/full", "wb") as file:
             file.write(b"x")
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(StoreFull):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ExportError, match="No space left on device"):
         patch.setattr(os, "replace", full)
         original.save(tmp_path / "never.envship")
     assert not list(tmp_path.glob("*never*"))
+
+
+def test_a_bundle_is_saved_in_the_users_home(
+    original: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert original.save("~/mine.envship") == tmp_path / "mine.envship"
+    assert Environment.load("~/mine.envship").id == original.id

@@ -238,13 +238,15 @@ def test_importing_what_people_import_compiles_nothing(store: Store, tmp_path: P
 def test_a_kernel_of_jupyter_starts_the_interpreter_of_its_environment_whatever_the_prefix_is_called(
     store: Store, tmp_path: Path
 ) -> None:
-    """What JSON makes of a name that is not ASCII is the name of the prefix, too."""
+    """What JSON, and a URL, make of a name that is not ASCII is the name of the prefix, too."""
     place, ids = "share/jupyter/kernels/python3/kernel.json", set()
     for name in ("plain", "zoë env"):
         prefix = small_venv(tmp_path / name, [])
         (prefix / place).parent.mkdir(parents=True)
         (prefix / place).write_text(json.dumps({"argv": [str(prefix / "bin" / "python"), "-m", "ipykernel_launcher"]}))
+        (prefix / "share" / "address").write_text((prefix / "it").as_uri())
         ids.add(pack(prefix, store=store).id)
     assert len(ids) == 1
     built = materialise(store, *ids)
+    assert (built / "share" / "address").read_text() == (built / "it").as_uri()
     assert json.loads((built / place).read_text())["argv"][0] == str(built / "bin" / "python")

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import stat
+import urllib.parse
 from collections.abc import Iterable, Iterator, Sequence
 
 from envship import elf
@@ -96,8 +97,9 @@ class Collector:
 
     @functools.cached_property
     def _spellings(self) -> tuple[str, ...]:
-        """The prefixes, and how JSON has them where they are not all ASCII: Jupyter's ``kernel.json`` names them so."""
-        return tuple(dict.fromkeys((*self.prefixes, *(json.dumps(prefix)[1:-1] for prefix in self.prefixes))))
+        """The prefixes, and how JSON (Jupyter's ``kernel.json``) and URLs have those that are not all plain letters."""
+        spell = (str, lambda prefix: json.dumps(prefix)[1:-1], urllib.parse.quote)
+        return tuple(dict.fromkeys(spelling(prefix) for spelling in spell for prefix in self.prefixes))
 
     def search(self, folders: Iterable[str]) -> None:
         """From now on, modules in *folders* of the environment are taken for ones that are imported."""
