@@ -119,6 +119,18 @@ def test_an_exported_venv_is_the_same_packed_again_and_runs(store: Store, tmp_pa
     assert (built / "share" / "odd.txt").read_text() == f"{built}, and not {OWN_PLACEHOLDER}"
 
 
+def test_an_exported_venv_of_condas_interpreter_is_the_same_packed_again(
+    conda_pair: tuple[Path, Path], store: Store, tmp_path: Path
+) -> None:
+    """The settings of OpenSSL stay part of the interpreter."""
+    base = clone_of(conda_pair[0], tmp_path / "base")
+    (base / "ssl").mkdir(exist_ok=True)
+    (base / "ssl" / "openssl.cnf").write_text("# ours")
+    said(base / "bin" / "python", "-m", "venv", "--without-pip", str(tmp_path / "env"))
+    environment = pack(tmp_path / "env", store=store)
+    assert pack(environment.export(tmp_path / "mine.tar"), store=store).id == environment.id
+
+
 def test_files_of_no_package_name_the_prefix_in_what_is_packed_again(
     conda_pair: tuple[Path, Path], store: Store, tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from envship import elf
 from envship.canonical import Treatment
-from envship.sources.conda_base import OPENSSL, is_of_conda, treatments
+from envship.sources.conda_base import OPENSSL, has_openssl, treatments
 from envship.sources.draft import Draft, FileItem, Item
 from envship.sources.interpreter import Interpreter
 from envship.sources.items import Collector
@@ -36,7 +36,7 @@ def base_roots(interpreter: Interpreter) -> list[Root]:
     library = _library_root(interpreter.stdlib)
     headers = _library_root(interpreter.include)
     roots = [executable, library, headers, *(Root(path) for path in _libraries(interpreter))]
-    if is_of_conda(interpreter):
+    if has_openssl(interpreter):
         roots.append(Root(f"{interpreter.base_prefix}/{OPENSSL}"))
     if interpreter.platstdlib != interpreter.stdlib:
         roots.append(_library_root(interpreter.platstdlib))
@@ -79,7 +79,7 @@ def base_draft(interpreter: Interpreter, trees: Trees, collector: Collector) -> 
         inner = elf.soname(Path(path).read_bytes())
         if inner and "/" not in inner:
             items.setdefault(f"lib/{inner}", Link(f"lib/{inner}", name))
-    if is_of_conda(interpreter):
+    if has_openssl(interpreter):
         for path, (origin, node) in trees.found(Root(f"{interpreter.base_prefix}/{OPENSSL}"), OPENSSL).items():
             items.update((item.path, item) for item in collector.item(path, origin, node, recorded.get(origin)))
     if any(path.endswith("/dist-packages") for path in interpreter.site):

@@ -13,15 +13,16 @@ from envship.canonical import Treatment
 from envship.sources.conda import treatment_of
 from envship.sources.interpreter import Interpreter
 from envship.sources.items import Collector
-from envship.sources.locate import is_conda
+from envship.sources.locate import is_conda, is_exported
 
 OPENSSL = "ssl"
 """Where conda's OpenSSL has its settings, and where conda's ``ca-certificates`` puts what it trusts."""
 
 
-def is_of_conda(interpreter: Interpreter) -> bool:
-    """Whether the interpreter lies in a conda environment."""
-    return is_conda(Path(interpreter.base_prefix))
+def has_openssl(interpreter: Interpreter) -> bool:
+    """Whether conda's OpenSSL belongs to the interpreter: it lies in a conda environment, or was exported of one."""
+    prefix = Path(interpreter.base_prefix)
+    return is_conda(prefix) or is_exported(prefix)
 
 
 def treatments(interpreter: Interpreter, collector: Collector) -> dict[str, Treatment]:
