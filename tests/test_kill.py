@@ -74,10 +74,10 @@ def test_a_pack_that_is_killed_leaves_no_half_environment(venv: Path, folder: Pa
     ("work", "wrong_way"),
     [
         ("build", "mark before building"),
-        ("evict", "remove before unmarking"),
+        pytest.param("evict", "remove before unmarking", marks=pytest.mark.heavy),
         ("load", "publish in place"),
-        ("save", "overwrite the bundle"),
-        ("mend", "mend in place"),
+        pytest.param("save", "overwrite the bundle", marks=pytest.mark.heavy),
+        pytest.param("mend", "mend in place", marks=pytest.mark.heavy),
     ],
 )
 def test_wrong_ways_are_found_out(work: str, wrong_way: str, folder: Path) -> None:

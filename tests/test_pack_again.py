@@ -79,7 +79,7 @@ def test_a_file_that_pip_installed_as_conda_had_it_is_there_the_second_time(
     packed_twice(prefix, store)
 
 
-@pytest.mark.parametrize("name", ["earlier", "zz-later"])
+@pytest.mark.parametrize("name", ["earlier", pytest.param("zz-later", marks=pytest.mark.heavy)])
 def test_a_file_that_two_conda_packages_recorded_is_there_the_second_time(
     prefix: Path, store: Store, name: str
 ) -> None:
@@ -87,7 +87,7 @@ def test_a_file_that_two_conda_packages_recorded_is_there_the_second_time(
     packed_twice(prefix, store)
 
 
-@pytest.mark.parametrize("name", ["earlier", "zz-later"])
+@pytest.mark.parametrize("name", [pytest.param("earlier", marks=pytest.mark.heavy), "zz-later"])
 def test_a_package_that_comes_later_and_recorded_a_file_of_another(prefix: Path, store: Store, name: str) -> None:
     """The first in order owns it, also where the other one was packed before."""
     packed_once(prefix, store)

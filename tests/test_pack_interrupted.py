@@ -89,7 +89,7 @@ def test_a_pack_that_is_interrupted_leaves_a_sound_store_and_nobody_behind_and_t
     assert kept.items() <= chunks(store).items()
 
 
-@pytest.mark.parametrize("how", ["Ctrl-C", "killed"])
+@pytest.mark.parametrize("how", [pytest.param("Ctrl-C", marks=pytest.mark.heavy), "killed"])
 def test_a_pack_of_an_archive_that_is_interrupted_leaves_nothing_unpacked_or_a_sweep_takes_it(
     mine: Path, store: Store, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,7 +226,7 @@ def test_a_source_that_changes_is_packed_again_as_it_is_then(
     assert f"{SITE}/another.py" in mine_now or change is remove
 
 
-@pytest.mark.parametrize("name", ["Before", "after"])
+@pytest.mark.parametrize("name", ["Before", pytest.param("after", marks=pytest.mark.heavy)])
 def test_byte_code_is_that_of_the_source_that_was_read(
     mine: Path, store: Store, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

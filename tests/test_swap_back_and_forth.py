@@ -122,6 +122,7 @@ def _in_use(cluster: Cluster) -> dict[str, InUse]:
     return {name: InUse(process.num_fds(), len(process.children())) for name, process in processes.items()}
 
 
+@pytest.mark.heavy
 def test_a_small_change_uploads_about_what_changed(client: Client, packed: Environment, client_store: Store) -> None:
     client.stage_environment(packed)
     changed = variant(client_store, packed.manifest, {"{site}/fresh.py": os.urandom(1000).hex().encode()})

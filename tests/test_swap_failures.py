@@ -195,8 +195,14 @@ NO_ARRIVAL = "it does not start in environment"
             id="one of several",
         ),
         pytest.param(HUNG_WORKER, {"nanny": "a"}, False, "10s", KILLED, id="hung: nanny"),
-        pytest.param(HUNG_WORKER, {"bare": "a"}, False, "10s", NO_START, id="hung: no-nanny"),
-        pytest.param(HUNG_SCHEDULER, {"nanny": "a", "bare": "a"}, None, "10s", NO_ARRIVAL, id="hung: scheduler"),
+        pytest.param(
+            *(HUNG_WORKER, {"bare": "a"}, False, "10s", NO_START), marks=pytest.mark.heavy, id="hung: no-nanny"
+        ),
+        pytest.param(
+            *(HUNG_SCHEDULER, {"nanny": "a", "bare": "a"}, None, "10s", NO_ARRIVAL),
+            marks=pytest.mark.heavy,
+            id="hung: scheduler",
+        ),
         pytest.param(
             *(HUNG_WORKER, {"nanny": "a"}, None, "10s", KILLED), marks=pytest.mark.heavy, id="hung: nanny, all move"
         ),
@@ -253,7 +259,12 @@ def test_what_does_not_start_after_the_swap_began_brings_the_old_environment_bac
 
 
 def test_a_chunk_damaged_on_a_host_is_never_used(
-    base_venv: Path, tmp_path: Path, packed: Environment, client_store: Store, onlyhere: ModuleType
+    base_venv: Path,
+    tmp_path: Path,
+    warm_stores: Path,
+    packed: Environment,
+    client_store: Store,
+    onlyhere: ModuleType,
 ) -> None:
     """A second host fetches from the first, finds the damage, and gets the chunk from the client, in the same call."""
     content = os.urandom(200_000)
@@ -265,7 +276,7 @@ def test_a_chunk_damaged_on_a_host_is_never_used(
         [path] = pathlib.Path(sys.prefix).glob("lib/python*/site-packages/data.bin")
         return path.read_bytes()
 
-    with Cluster(base_venv, tmp_path / "c") as cluster:
+    with Cluster(base_venv, tmp_path / "c", stores=warm_stores) as cluster:
         cluster.start_scheduler(host="a")
         cluster.start_worker("w1", host="a")
         with cluster.client(workers=1) as client:

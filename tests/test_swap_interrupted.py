@@ -150,7 +150,7 @@ def test_a_client_that_is_killed_leaves_a_cluster_that_works(
 
 
 @pytest.mark.parametrize("scheduler", [False, pytest.param(None, marks=pytest.mark.heavy)], ids=["stays", "moves"])
-@pytest.mark.parametrize("again", [False, True], ids=["gone", "started-again"])
+@pytest.mark.parametrize("again", [pytest.param(False, marks=pytest.mark.heavy), True], ids=["gone", "started-again"])
 def test_a_scheduler_that_is_killed_ends_the_call_and_the_stores_stay_sound(
     client: Client,
     cluster: Cluster,

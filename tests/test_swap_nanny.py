@@ -277,7 +277,7 @@ def test_a_reset_brings_the_base_environment_back(client: Client, base_venv: Pat
     assert {place.prefix for place in places(client).values()} == {str(base_venv)}
 
 
-@pytest.mark.parametrize("scheduler", [False, True])
+@pytest.mark.parametrize("scheduler", [False, pytest.param(True, marks=pytest.mark.heavy)])
 def test_what_a_worker_was_told_is_carried_on(
     base_venv: Path, tmp_path: Path, warm_stores: Path, packed: Environment, onlyhere: ModuleType, scheduler: bool
 ) -> None:

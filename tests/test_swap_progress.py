@@ -65,9 +65,20 @@ def test_every_phase_and_host_is_shown(client: Client, packed: Environment, monk
 
 
 def test_without_a_terminal_it_is_lines(
-    client: Client, packed: Environment, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    base_venv: Path,
+    tmp_path: Path,
+    warm_stores: Path,
+    packed: Environment,
+    onlyhere: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("envship.client.open_display", lambda enabled: Display(LinesFace(), quiet_s=0.0))
-    client.use_environment(packed, scheduler=False)
+    with Cluster(base_venv, tmp_path / "c", stores=warm_stores) as cluster:
+        cluster.start_scheduler()
+        cluster.start_worker("w1", host="a")
+        cluster.start_worker("w2", host="b")
+        with cluster.client(workers=2) as client:
+            client.use_environment(packed, scheduler=False)
     said = capsys.readouterr().err
     assert re.search(r"^envship: (prepare|move): .* of 2 hosts ready", said, re.MULTILINE)
