@@ -133,6 +133,7 @@ def test_an_archive_of_what_conda_unpack_moved_is_the_same_environment(
     assert pack(again, store=store).id == expected.id
 
 
+@pytest.mark.heavy
 def test_an_archive_for_another_place_is_the_same_environment_and_runs(
     conda_pair: tuple[Path, Path], shared_store: Store, store: Store, tmp_path: Path
 ) -> None:

@@ -131,6 +131,7 @@ def test_an_exported_venv_of_condas_interpreter_is_the_same_packed_again(
     assert pack(environment.export(tmp_path / "mine.tar"), store=store).id == environment.id
 
 
+@pytest.mark.heavy
 def test_files_of_no_package_name_the_prefix_in_what_is_packed_again(
     conda_pair: tuple[Path, Path], store: Store, tmp_path: Path
 ) -> None:

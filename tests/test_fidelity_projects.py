@@ -372,6 +372,7 @@ def test_modules_in_folders_of_the_environment_are_compiled_once(store: Store, t
     assert said(built / "bin/python", "-c", "import only, plain; print(only.PREFIX)") == str(built)
 
 
+@pytest.mark.heavy
 def test_modules_beside_the_folders_of_an_environment_are_compiled_once(store: Store, tmp_path: Path) -> None:
     """A path file names the environment itself, which was made in the folder of a project."""
     root = project(tmp_path, "flat")

@@ -158,6 +158,7 @@ def test_what_is_packed_is_what_conda_pack_would_pack(copy: Path, store: Store, 
     assert {path for path in ours - theirs if not path.endswith(".pyc")} == set()
 
 
+@pytest.mark.heavy
 def test_missing_and_overwritten_files_are_all_listed_and_may_be_ignored(
     copy: Path, store: Store, tmp_path: Path
 ) -> None:
@@ -290,6 +291,7 @@ def test_an_environment_that_is_reached_by_a_link_is_the_same(copy: Path, store:
     assert pack(link, store=store).id == environment.id
 
 
+@pytest.mark.heavy
 def test_an_archive_that_is_reached_by_a_link_is_read_again_when_the_link_leads_elsewhere(
     copy: Path, store: Store, tmp_path: Path
 ) -> None:

@@ -121,7 +121,7 @@ def test_a_pack_that_a_power_cut_interrupted_leaves_chunks_that_the_next_one_rea
     assert list(damaged_chunks(store, store.read_manifest(environment_id))) == []
 
 
-@pytest.mark.parametrize("change", ["nothing", "a file of nobody"])
+@pytest.mark.parametrize("change", ["nothing", pytest.param("a file of nobody", marks=pytest.mark.heavy)])
 def test_a_pack_that_knows_everything_reads_the_chunks_that_a_power_cut_may_have_taken(
     mine: Path, store: Store, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:

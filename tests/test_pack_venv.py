@@ -28,6 +28,7 @@ SHORT = f"{sys.version_info.major}.{sys.version_info.minor}"
 SITE = f"lib/python{SHORT}/site-packages"
 
 
+@pytest.mark.heavy
 def test_the_same_packages_in_two_venvs_are_the_same_environment(
     venv: Path, shared_store: Store, store: Store, tmp_path: Path
 ) -> None:
@@ -172,7 +173,7 @@ def test_a_venv_with_the_packages_of_its_interpreter_has_them(
     assert package(pack(mine, store=store), "onlyhere").version == "2.0"
 
 
-@pytest.mark.parametrize("above", [False, True])
+@pytest.mark.parametrize("above", [False, pytest.param(True, marks=pytest.mark.heavy)])
 def test_a_venv_that_is_reached_by_a_link_is_the_same(store: Store, tmp_path: Path, above: bool) -> None:
     """Be the link the prefix itself or a folder above; where it leads elsewhere later on, that is noticed."""
     mine = small_venv(tmp_path / "real" / "env", [onlyhere_wheel(tmp_path)])

@@ -149,6 +149,7 @@ def test_tasks_survive_swaps_under_load(
     assert [number for number, _ in results] == list(range(150))
 
 
+@pytest.mark.heavy
 def test_environments_left_behind_stay_warm(client: Client, packed: Environment, other: EnvironmentId) -> None:
     client.use_environment(packed, scheduler=False)
     client.use_environment(other, scheduler=False)

@@ -181,7 +181,7 @@ NO_ARRIVAL = "it does not start in environment"
     ("sabotage", "workers", "scheduler", "timeout", "named"),
     [
         pytest.param(NO_WORKER, {"nanny": "a"}, False, "30s", CRASHED, id="nanny"),
-        pytest.param(NO_WORKER, {"bare": "a"}, False, "30s", NO_START, id="no-nanny"),
+        pytest.param(*(NO_WORKER, {"bare": "a"}, False, "30s", NO_START), marks=pytest.mark.heavy, id="no-nanny"),
         pytest.param(NO_SCHEDULER, {"nanny": "a", "bare": "a"}, None, "30s", NO_ARRIVAL, id="scheduler"),
         pytest.param(
             *(
@@ -194,7 +194,7 @@ NO_ARRIVAL = "it does not start in environment"
             marks=pytest.mark.heavy,
             id="one of several",
         ),
-        pytest.param(HUNG_WORKER, {"nanny": "a"}, False, "10s", KILLED, id="hung: nanny"),
+        pytest.param(*(HUNG_WORKER, {"nanny": "a"}, False, "10s", KILLED), marks=pytest.mark.heavy, id="hung: nanny"),
         pytest.param(
             *(HUNG_WORKER, {"bare": "a"}, False, "10s", NO_START), marks=pytest.mark.heavy, id="hung: no-nanny"
         ),

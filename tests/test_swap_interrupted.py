@@ -110,6 +110,7 @@ def test_swaps_of_two_clients_take_turns(
         assert prefixes(other) == {packed.id[:16]}
 
 
+@pytest.mark.heavy
 def test_a_worker_that_dies_while_the_swap_is_prepared_holds_nobody_up(
     client: Client, cluster: Cluster, slow: EnvironmentId
 ) -> None:
@@ -182,6 +183,7 @@ def test_a_scheduler_that_is_killed_ends_the_call_and_the_stores_stay_sound(
     assert list(verify.damaged_chunks(store, store.read_manifest(slow))) == []
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs a file system of its own, so root")
 def test_a_full_disk_is_named_and_nothing_is_touched(
     client: Client, cluster: Cluster, packed: Environment, tmp_path: Path

@@ -65,9 +65,8 @@ def test_no_task_of_a_late_worker_runs_outside(client: Client, cluster: Cluster,
     assert places(client)[addresses(client, "bare")[0]].pid == cluster.members["bare"].pid
 
 
-@pytest.mark.parametrize(
-    "options", [(), pytest.param(("--no-nanny",), marks=pytest.mark.heavy)], ids=["nanny", "no-nanny"]
-)
+@pytest.mark.heavy
+@pytest.mark.parametrize("options", [(), ("--no-nanny",)], ids=["nanny", "no-nanny"])
 def test_an_environment_that_takes_long_to_arrive_holds_up_nobody(
     client: Client, cluster: Cluster, packed: Environment, options: tuple[str, ...], tmp_path: Path
 ) -> None:

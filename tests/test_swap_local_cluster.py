@@ -61,6 +61,7 @@ def test_workers_move_and_the_users_process_does_not(local: Client, packed: Envi
     assert local.submit(onlyhere.f, 1).result(timeout=30) == 42
 
 
+@pytest.mark.heavy
 def test_restart_and_reset(local: Client, packed: Environment) -> None:
     local.use_environment(packed)
     local.restart()

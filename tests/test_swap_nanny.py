@@ -137,6 +137,7 @@ def test_hosts_start_what_they_are_told_to_expect_and_move_into_just_that(
     assert {place.pid for place in places(client).values()} == started
 
 
+@pytest.mark.heavy
 def test_while_the_client_looks_what_has_changed_hosts_start_what_it_was_last_time(
     client: Client, staged: EnvironmentId, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,6 +146,7 @@ def test_while_the_client_looks_what_has_changed_hosts_start_what_it_was_last_ti
     assert asked.index(("envship_expect", staged)) < asked.index(("envship_use", staged))
 
 
+@pytest.mark.heavy
 def test_what_was_expected_ends_when_it_is_not_to_be_used(
     client: Client, cluster: Cluster, staged: EnvironmentId, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,7 +186,8 @@ def the_manifest(store: Store, environment: Environment) -> Path:
     return store.layout.manifest(environment.id)
 
 
-@pytest.mark.parametrize("victim", [pytest.param(a_file, marks=pytest.mark.heavy), the_manifest])
+@pytest.mark.heavy
+@pytest.mark.parametrize("victim", [a_file, the_manifest])
 def test_what_was_damaged_under_a_worker_is_mended_before_it_starts_again(
     client: Client, cluster: Cluster, packed: Environment, victim: Callable[[Store, Environment], Path]
 ) -> None:
@@ -243,6 +246,7 @@ def left(client: Client, environment: Environment) -> None:
     eventually(parked, "each nanny has parked a standby")
 
 
+@pytest.mark.heavy
 def test_variables_set_after_an_environment_was_left_hold_when_it_is_back(client: Client, packed: Environment) -> None:
     """A standby that was parked before knows nothing of them."""
     left(client, packed)
@@ -337,6 +341,7 @@ def test_results_in_memory_are_computed_again(client: Client, packed: Environmen
     assert future.result(timeout=30).endswith(packed.id[:16])
 
 
+@pytest.mark.heavy
 def test_scattered_data_is_lost_and_said_to_be(client: Client, packed: Environment, onlyhere: ModuleType) -> None:
     """There is no task that could make it again: whoever wants it hears so at once, and scatters it anew."""
     future = client.scatter({"a": 1}, hash=False)
@@ -346,6 +351,7 @@ def test_scattered_data_is_lost_and_said_to_be(client: Client, packed: Environme
     assert client.submit(len, client.scatter({"a": 1}, hash=False)).result(timeout=30) == 1
 
 
+@pytest.mark.heavy
 def test_a_task_that_runs_is_started_again(client: Client, packed: Environment) -> None:
     """And its worker does not make the swap wait for it."""
 

@@ -66,6 +66,7 @@ def test_arguments_and_variables_are_kept(client: Client, cluster: Cluster, pack
     assert preloaded.read_text() == str(cluster.store("b") / "envs" / packed.id[:16])
 
 
+@pytest.mark.heavy
 def test_a_lifetime_goes_on_and_does_not_begin_anew(client: Client, cluster: Cluster, packed: Environment) -> None:
     """It counts from the start of the process, which is the job's; each swap gives its worker what is left."""
 
@@ -84,6 +85,7 @@ def test_a_lifetime_goes_on_and_does_not_begin_anew(client: Client, cluster: Clu
     assert 3000 < lefts[2] < lefts[1] < lefts[0]
 
 
+@pytest.mark.heavy
 def test_tasks_run_in_the_environment_afterwards(client: Client, packed: Environment, onlyhere: ModuleType) -> None:
     """With a function that the scheduler need not import: it stays in the base environment here."""
 

@@ -89,6 +89,7 @@ def test_pid_and_address_stay(client: Client, cluster: Cluster, packed: Environm
     assert names == {"nanny", "bare"}
 
 
+@pytest.mark.heavy
 def test_the_client_is_usable_when_the_call_returns(
     cluster: Cluster, packed: Environment, onlyhere: ModuleType, no_leaks: None
 ) -> None:
@@ -154,12 +155,14 @@ def _plugins() -> tuple[SchedulerPlugin, WorkerPlugin, NannyPlugin]:
     return UsersSchedulerPlugin(), UsersWorkerPlugin(), UsersNannyPlugin()
 
 
+@pytest.mark.heavy
 def test_datasets_and_variables_without_futures_survive(client: Client, packed: Environment) -> None:
     client.set_metadata("users", {"answer": 42})
     client.use_environment(packed)
     assert client.get_metadata("users") == {"answer": 42}
 
 
+@pytest.mark.heavy
 def test_another_client_reconnects(client: Client, cluster: Cluster, packed: Environment) -> None:
     with cluster.client() as other:
         client.use_environment(packed)
@@ -192,6 +195,7 @@ def test_an_asynchronous_client(client: Client, cluster: Cluster, packed: Enviro
     asyncio.run(main())
 
 
+@pytest.mark.heavy
 def test_restarts_and_deaths_afterwards_stay_in_the_environment(
     base_venv: Path, tmp_path: Path, warm_stores: Path, packed: Environment, onlyhere: ModuleType
 ) -> None:

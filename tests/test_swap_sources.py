@@ -117,6 +117,7 @@ def test_what_only_the_environment_has_fails_before_and_works_afterwards(
     }
 
 
+@pytest.mark.heavy
 def test_a_prefix(client: Client, prefixes: Prefixes, packed: Environment, onlyhere: ModuleType) -> None:
     assert client.use_environment(prefixes.mine).environment_id == packed.id
     moved(client, packed.id, onlyhere)
@@ -138,6 +139,7 @@ def test_a_bundle(
     assert in_fresh(client) == {request.node.name}
 
 
+@pytest.mark.heavy
 def test_an_id_that_only_the_cluster_holds(
     client: Client, client_store: Store, empty_store: Store, fresh: EnvironmentId, onlyhere: ModuleType
 ) -> None:
@@ -195,6 +197,7 @@ def test_the_name_of_a_conda_environment(
 # -- versions
 
 
+@pytest.mark.heavy
 def test_another_dask_is_refused_unless_that_is_overridden(
     client: Client, packed: Environment, client_store: Store, onlyhere: ModuleType
 ) -> None:
@@ -216,7 +219,8 @@ def damage(cluster: Cluster, environment_id: EnvironmentId, hosts: str, data: by
         manifest.write_bytes(data)
 
 
-@pytest.mark.parametrize("build", [True, pytest.param(False, marks=pytest.mark.heavy)], ids=["built", "fetched"])
+@pytest.mark.heavy
+@pytest.mark.parametrize("build", [True, False], ids=["built", "fetched"])
 def test_a_damaged_manifest_is_sent_again(
     client: Client,
     cluster: Cluster,
@@ -235,9 +239,8 @@ def test_a_damaged_manifest_is_sent_again(
         assert Store(cluster.store(host)).read_manifest(fresh).id == fresh
 
 
-@pytest.mark.parametrize(
-    "hosts", ["a", pytest.param("b", marks=pytest.mark.heavy)], ids=["the scheduler's", "a worker's"]
-)
+@pytest.mark.heavy
+@pytest.mark.parametrize("hosts", ["a", "b"], ids=["the scheduler's", "a worker's"])
 def test_a_damaged_manifest_is_sent_again_by_those_who_have_it(
     client: Client, cluster: Cluster, fresh: EnvironmentId, hosts: str, empty_store: Store, client_store: Store
 ) -> None:

@@ -66,6 +66,7 @@ def test_each_chunk_comes_into_a_site_once(cluster: Cluster, client: Client, env
     )
 
 
+@pytest.mark.heavy
 def test_what_moves_is_seen_while_it_moves(cluster: Cluster, client: Client, environment: Environment) -> None:
     """The limit is the client's, and each host keeps it, in both directions."""
     with dask.config.set({"envship.rate-limit": "4 MB"}):

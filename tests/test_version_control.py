@@ -22,7 +22,7 @@ from .projects import git, install_editable, project
 SITE = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
 
 
-@pytest.mark.parametrize("how", ["path file", "editable"])
+@pytest.mark.parametrize("how", ["path file", pytest.param("editable", marks=pytest.mark.heavy)])
 def test_a_venv_in_the_folder_of_a_repository_is_the_same_before_and_after_a_commit(
     shared_store: Store, tmp_path: Path, how: str
 ) -> None:
