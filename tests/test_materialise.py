@@ -8,7 +8,6 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 import distributed
 import pytest
 
+from tests.cluster import eventually
 from tests.environments import EVERY_KIND, PLACEHOLDER, environment_of, package_of, tiny_environment
 from tests.filesystems import needs_mount, tmpfs
 from worker_bootstrap import blueprint, ready_mark, relocated_code, scratch, verify
@@ -257,36 +257,47 @@ def test_threads_of_one_process_build_once(store: Store) -> None:
 
 
 class StuckBuild:
-    """A build in a process of its own that stands still in the middle: one of its chunks is a FIFO without a writer."""
+    """A build in a process of its own that stands still in the middle: the disk never gives it one of its chunks."""
 
     def __init__(self, store: Store) -> None:
         self.environment_id = tiny_environment(store, {f"{i:03}": b"%03d" % i * 40 for i in range(60)})
         digest = store.read_manifest(self.environment_id).packages[0].chunks[-1].digest
-        self._path = next(store.layout.chunks.glob(f"*/{digest}.*"))
-        self._payload = self._path.read_bytes()
-        self._path.unlink()
-        os.mkfifo(self._path)
         self.process = subprocess.Popen(
-            command(store, self.environment_id), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+            [sys.executable, "-c", STUCK_STUB, *command(store, self.environment_id)[3:]],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, "STUCK": digest},
         )
-        deadline = time.monotonic() + 30
-        while len(list(store.layout.tmp.glob("build-*/*"))) < 20:
-            assert time.monotonic() < deadline and self.process.poll() is None
-            time.sleep(0.02)
 
     def close(self) -> None:
-        """End the process; whole chunks again."""
         self.process.kill()
         self.process.communicate()
-        self._path.unlink()
-        self._path.write_bytes(self._payload)
+
+
+STUCK_STUB = """
+import os, sys, threading
+sys.path.insert(0, sys.argv.pop(1))
+from worker_bootstrap.materialise import main
+from worker_bootstrap.store import Store
+read = Store.read_unverified
+def hang(store, digest):
+    if digest == os.environ["STUCK"]:
+        threading.Event().wait()
+    return read(store, digest)
+Store.read_unverified = hang
+main()
+"""
 
 
 @pytest.fixture
 def stuck(store: Store) -> Iterator[StuckBuild]:
     build = StuckBuild(store)
-    yield build
-    build.close()
+    try:
+        eventually(lambda: len(list(store.layout.tmp.glob("build-*/*"))) >= 20, "some of its files are there")
+        assert build.process.poll() is None
+        yield build
+    finally:
+        build.close()
 
 
 def test_a_killed_build_counts_for_nothing_and_is_swept(store: Store, stuck: StuckBuild) -> None:
@@ -299,6 +310,7 @@ def test_a_killed_build_counts_for_nothing_and_is_swept(store: Store, stuck: Stu
 
 
 def test_a_build_ends_when_its_parent_is_gone(stuck: StuckBuild) -> None:
+    assert stuck.process.poll() is None
     assert stuck.process.stdin is not None
     stuck.process.stdin.close()
     stuck.process.stdin = None

@@ -182,7 +182,11 @@ NO_ARRIVAL = "it does not start in environment"
     [
         pytest.param(NO_WORKER, {"nanny": "a"}, False, "30s", CRASHED, id="nanny"),
         pytest.param(*(NO_WORKER, {"bare": "a"}, False, "30s", NO_START), marks=pytest.mark.heavy, id="no-nanny"),
-        pytest.param(NO_SCHEDULER, {"nanny": "a", "bare": "a"}, None, "30s", NO_ARRIVAL, id="scheduler"),
+        pytest.param(
+            *(NO_SCHEDULER, {"nanny": "a", "bare": "a"}, None, "30s", NO_ARRIVAL),
+            marks=pytest.mark.heavy,
+            id="scheduler",
+        ),
         pytest.param(
             *(
                 NO_WORKER_ON_B,
