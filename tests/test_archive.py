@@ -82,6 +82,7 @@ def test_an_archive_is_the_environment_that_it_was_made_of(
     assert list(store.layout.tmp.iterdir()) == []
 
 
+@pytest.mark.heavy
 def test_a_zip_with_copies_in_the_place_of_links_is_packed_and_runs(
     conda_pair: tuple[Path, Path], store: Store, tmp_path: Path
 ) -> None:

@@ -143,6 +143,7 @@ def test_stage_brings_a_bundle_to_every_machine_and_moves_nobody(
     assert "is ready on 1 host" in envship("stage", bundle, *at).stdout
 
 
+@pytest.mark.heavy
 def test_use_goes_on_in_spite_of_versions_if_it_is_told_to(
     cluster: Cluster, packed: Environment, client_store: Store
 ) -> None:

@@ -334,6 +334,7 @@ def test_a_checkout_in_the_environment_goes_along_without_what_git_left(
     assert said(built / "bin/python", "-c", code) == f"{built}/src/cloned/cloned/cloned/__init__.py"
 
 
+@pytest.mark.heavy
 def test_modules_in_folders_of_the_environment_are_compiled_once(store: Store, tmp_path: Path) -> None:
     """In checkouts, by path files and by modules; in folders of one's own; also those that name their prefix."""
     ids = set()

@@ -73,7 +73,7 @@ def test_a_pack_that_is_killed_leaves_no_half_environment(venv: Path, folder: Pa
 @pytest.mark.parametrize(
     ("work", "wrong_way"),
     [
-        ("build", "mark before building"),
+        pytest.param("build", "mark before building", marks=pytest.mark.heavy),
         pytest.param("evict", "remove before unmarking", marks=pytest.mark.heavy),
         ("load", "publish in place"),
         pytest.param("save", "overwrite the bundle", marks=pytest.mark.heavy),

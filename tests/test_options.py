@@ -72,6 +72,7 @@ def test_filters_leave_what_those_of_conda_pack_leave(conda_pair: tuple[Path, Pa
     assert unlike <= {"conda-meta/history", "CACHEDIR.TAG"}
 
 
+@pytest.mark.heavy
 def test_options_do_not_mix_in_the_index(venv: Path, store: Store) -> None:
     filters: list[Filter] = [("exclude", "*/onlyhere.py")]
     assert paths(venv, store) != set()

@@ -93,13 +93,14 @@ def test_of_an_unchanged_environment_no_file_is_opened(
         assert ("open", f"{prefix}/{SITE}/onlyhere.py") in seen()[1], "what is opened is seen"
 
 
+@pytest.mark.heavy
 def test_a_store_may_be_named_by_its_folder(mine: Path, tmp_path: Path) -> None:
     packed = pack(mine, store=str(tmp_path / "named"))
     assert packed.store.layout.root == tmp_path / "named"
     assert Environment.open(packed.id, tmp_path / "named").chunks == packed.chunks
 
 
-@pytest.mark.parametrize("same_size_and_time", [False, True])
+@pytest.mark.parametrize("same_size_and_time", [pytest.param(False, marks=pytest.mark.heavy), True])
 def test_an_edited_file_is_noticed(mine: Path, store: Store, same_size_and_time: bool) -> None:
     first = pack(mine, store=store)
     path = mine / SITE / "onlyhere.py"
@@ -174,6 +175,7 @@ def test_an_eviction_that_fails_afterwards_is_logged_and_the_pack_is_done(
     assert str(inventory) in line
 
 
+@pytest.mark.heavy
 def test_progress_ends_where_it_said(mine: Path, store: Store) -> None:
     told: list[tuple[str, int, int]] = []
     pack(mine, store=store, report=lambda *row: told.append(row))

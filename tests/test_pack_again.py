@@ -128,6 +128,7 @@ def test_what_a_link_out_of_the_environment_points_to_is_read_again(prefix: Path
     assert contents(again, package(again, "libmini"))["share/libmini/libmini.conf"] == b"changed\n"
 
 
+@pytest.mark.heavy
 def test_a_path_file_of_a_conda_package_is_followed_the_second_time(prefix: Path, store: Store, tmp_path: Path) -> None:
     """It leads to a project outside since somebody edited it."""
     (tmp_path / "project").mkdir()

@@ -40,6 +40,7 @@ def test_the_same_packages_in_two_venvs_are_the_same_environment(
     assert pack(venv, store=shared_store).id == pack(other, store=store).id
 
 
+@pytest.mark.heavy
 def test_another_version_is_another_environment(venv: Path, shared_store: Store, tmp_path: Path) -> None:
     other = small_venv(tmp_path / "env", [onlyhere_wheel(tmp_path, "1.1")])
     one, two = pack(venv, store=shared_store), pack(other, store=shared_store)
@@ -208,6 +209,7 @@ def test_an_interpreter_that_does_not_start_is_reported(store: Store, tmp_path: 
         pack(mine, store=store)
 
 
+@pytest.mark.heavy
 def test_what_lies_beside_byte_code_is_not_missed(store: Store, tmp_path: Path) -> None:
     """As a wheel built where numba ran has it; whether it is there or not."""
     mine = small_venv(tmp_path / "env", [onlyhere_wheel(tmp_path)])

@@ -262,6 +262,7 @@ def test_what_does_not_start_after_the_swap_began_brings_the_old_environment_bac
                 assert client.submit(imports, pure=False).result(timeout=30) == onlyhere.f(1)
 
 
+@pytest.mark.heavy
 def test_a_chunk_damaged_on_a_host_is_never_used(
     base_venv: Path,
     tmp_path: Path,

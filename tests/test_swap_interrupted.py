@@ -121,9 +121,8 @@ def test_a_worker_that_dies_while_the_swap_is_prepared_holds_nobody_up(
     assert prefixes(client) == {slow[:16]}
 
 
-@pytest.mark.parametrize(
-    "options", [(), pytest.param(("--no-nanny",), marks=pytest.mark.heavy)], ids=["nanny", "no-nanny"]
-)
+@pytest.mark.heavy
+@pytest.mark.parametrize("options", [(), ("--no-nanny",)], ids=["nanny", "no-nanny"])
 def test_a_worker_that_joins_while_the_swap_is_prepared_ends_up_in_the_environment(
     client: Client, cluster: Cluster, slow: EnvironmentId, options: tuple[str, ...]
 ) -> None:
@@ -150,8 +149,9 @@ def test_a_client_that_is_killed_leaves_a_cluster_that_works(
     assert prefixes(client) == {packed.id[:16]}
 
 
-@pytest.mark.parametrize("scheduler", [False, pytest.param(None, marks=pytest.mark.heavy)], ids=["stays", "moves"])
-@pytest.mark.parametrize("again", [pytest.param(False, marks=pytest.mark.heavy), True], ids=["gone", "started-again"])
+@pytest.mark.heavy
+@pytest.mark.parametrize("scheduler", [False, None], ids=["stays", "moves"])
+@pytest.mark.parametrize("again", [False, True], ids=["gone", "started-again"])
 def test_a_scheduler_that_is_killed_ends_the_call_and_the_stores_stay_sound(
     client: Client,
     cluster: Cluster,

@@ -105,11 +105,8 @@ def test_an_environment_that_takes_long_to_arrive_holds_up_nobody(
     assert client.run(_has_mark(), workers=addresses(client, "late")) == {addresses(client, "late")[0]: True}
 
 
-@pytest.mark.parametrize(
-    ("options", "who"),
-    [((), "nanny"), pytest.param(("--no-nanny",), "worker", marks=pytest.mark.heavy)],
-    ids=["nanny", "no-nanny"],
-)
+@pytest.mark.heavy
+@pytest.mark.parametrize(("options", "who"), [((), "nanny"), (("--no-nanny",), "worker")], ids=["nanny", "no-nanny"])
 def test_a_worker_that_cannot_have_the_environment_leaves_and_says_why(
     client: Client, cluster: Cluster, packed: Environment, options: tuple[str, ...], who: str, tmp_path: Path
 ) -> None:

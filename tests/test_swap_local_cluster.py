@@ -70,6 +70,7 @@ def test_restart_and_reset(local: Client, packed: Environment) -> None:
     assert {place.prefix for place in places(local).values()} == {sys.prefix}
 
 
+@pytest.mark.heavy
 def test_workers_that_are_added_later_are_in_the_environment(local: Client, packed: Environment) -> None:
     local.use_environment(packed)
     local.cluster.scale(3)

@@ -127,6 +127,7 @@ def staged(client: Client, client_store: Store, packed: Environment) -> Environm
     return made
 
 
+@pytest.mark.heavy
 def test_hosts_start_what_they_are_told_to_expect_and_move_into_just_that(
     client: Client, cluster: Cluster, staged: EnvironmentId
 ) -> None:

@@ -64,6 +64,7 @@ def test_every_phase_and_host_is_shown(client: Client, packed: Environment, monk
     assert [host.state for name, host in last.items() if name != "here"] == ["ready", "ready"]
 
 
+@pytest.mark.heavy
 def test_without_a_terminal_it_is_lines(
     base_venv: Path,
     tmp_path: Path,
