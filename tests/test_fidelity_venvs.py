@@ -250,3 +250,11 @@ def test_a_kernel_of_jupyter_starts_the_interpreter_of_its_environment_whatever_
     built = materialise(store, *ids)
     assert (built / "share" / "address").read_text() == (built / "it").as_uri()
     assert json.loads((built / place).read_text())["argv"][0] == str(built / "bin" / "python")
+
+
+def test_a_prefix_whose_path_is_no_text_is_packed(store: Store, tmp_path: Path) -> None:
+    prefix = small_venv(tmp_path / "made", []).rename(tmp_path / os.fsdecode(b"e\xff"))
+    (prefix / "share").mkdir(exist_ok=True)
+    (prefix / "share" / "address").write_text(prefix.as_uri())
+    built = materialise(store, pack(prefix, store=store).id)
+    assert (built / "share" / "address").read_text() == built.as_uri()

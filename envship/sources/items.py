@@ -98,8 +98,9 @@ class Collector:
     @functools.cached_property
     def _spellings(self) -> tuple[str, ...]:
         """The prefixes, and how JSON (Jupyter's ``kernel.json``) and URLs have those that are not all plain letters."""
-        spell = (str, lambda prefix: json.dumps(prefix)[1:-1], urllib.parse.quote)
-        return tuple(dict.fromkeys(spelling(prefix) for spelling in spell for prefix in self.prefixes))
+        in_json = [json.dumps(prefix)[1:-1] for prefix in self.prefixes]
+        in_urls = [urllib.parse.quote(os.fsencode(prefix)) for prefix in self.prefixes]
+        return tuple(dict.fromkeys((*self.prefixes, *in_json, *in_urls)))
 
     def search(self, folders: Iterable[str]) -> None:
         """From now on, modules in *folders* of the environment are taken for ones that are imported."""
